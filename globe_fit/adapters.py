@@ -1,0 +1,34 @@
+"""Adapters by ordinary least squares: A_i = argmin || W_i - A Bhat_i ||^2 + ridge || A ||^2."""
+
+import torch
+
+_LARGER_RIDGE = (1.0, 1e2, 1e4)
+
+
+def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> torch.Tensor:
+    """(E, P, R) from weights (E, P, D) and basis (E, R, D), in the dtype of `basis`.
+
+    `ridge` is relative to the mean diagonal of each Gram matrix Bhat Bhat^T. Where the Cholesky
+    factorisation fails, the ridge of all experts is raised, at most twice; then RuntimeError.
+    """
+    gram = basis @ basis.mT
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    # a basis of zeros has no scale of its own; any positive ridge gives it a zero adapter
+    level = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
+    cross = weights @ basis.mT
+    for factor in _LARGER_RIDGE:
+        shifted = gram.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(factor * ridge * level)
+        chol, info = torch.linalg.cholesky_ex(shifted)
+        if not info.any():
+            return torch.cholesky_solve(cross.mT, chol).mT
+    raise RuntimeError(f"the Gram matrix of a basis stays singular at ridge {factor * ridge:g}")
+
+
+def refit_adapters(weights: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """(E, P, R) float64: the adapters that are stored, on raw weights and the basis as it will be composed.
+
+    This folds the normalisation of the fit into the adapters: exactly for the scale, as well as a
+    matrix of the row space of the basis can for the mean.
+    """
+    return solve_adapters(weights.double(), basis.double(), ridge=1e-12)

@@ -1,0 +1,30 @@
+"""What a fit is held against: truncated SVD of every expert, at the same bytes and at the rank of the fit."""
+
+import torch
+
+from globe_fit.objective import FamilyWeights
+from globe_kernels.checkpoint import BaseModel
+
+
+def equal_byte_rank(base: BaseModel, num_bytes: float) -> int:
+    """The largest rank at which separate SVD factors of every gate and up expert, in bf16, fit in `num_bytes`."""
+    inner, width = base.intermediate_size, base.hidden_size
+    per_rank = 2 * base.total_experts * (inner + width) * 2
+    return min(int(num_bytes // per_rank), inner, width)
+
+
+def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best rank-`rank` factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
+    _, vectors = torch.linalg.eigh(weights @ weights.mT)  # ascending
+    left = vectors[..., -rank:] if rank else vectors[..., :0]
+    return left, left.mT @ weights
+
+
+def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
+    """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936)."""
+    lost = [0.0] * len(ranks)
+    for _, _, experts in weights.raw():
+        spectrum = torch.linalg.eigvalsh((experts @ experts.mT).double()).clamp_min(0)  # ascending
+        for place, rank in enumerate(ranks):
+            lost[place] += spectrum[:, : spectrum.shape[1] - rank].sum().item()
+    return [value / weights.statistics.total_energy for value in lost]

@@ -1,0 +1,147 @@
+"""Settings of a fit, and the sizes that follow from them."""
+
+from dataclasses import dataclass, field
+
+from globe_kernels.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
+from globe_kernels.errors import RequestError
+
+# Share of the byte budget that the adapters get when neither rank nor atoms are given. At ratio 0.625
+# it makes rank = p for p/d = 0.375, the geometry at which r = p was measured best.
+_ADAPTER_SHARE = 0.6
+_RANK_MULTIPLE = 16
+_CODE_BYTES = 8  # int32 index + float32 value
+_WEIGHT_BYTES = 2  # bf16
+
+
+@dataclass(frozen=True)
+class VarProConfig:
+    """Settings of the variable-projection solver (globe_fit.varpro)."""
+
+    steps: int = 500
+    lr: float = 0.3  # of the bank, in units of its RMS
+    code_lr_scale: float = 0.3
+    warmup_steps: int = 20
+    final_lr_scale: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
+    support_at: float = 0.15  # share of the steps after which the support is fixed
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """What to fit. Sizes: give `ratio`, or `rank` and `atoms`, or one of them with `ratio`."""
+
+    ratio: float | None = None  # bytes of GloBE over bytes of the dense gate and up experts
+    rank: int | None = None  # R
+    atoms: int | None = None  # M, per family
+    support: int = 12  # C, non-zero codes per expert
+    phi: str = "identity"
+    scope: str = "global"  # "layer": each layer uses atoms of its own
+    seed: int = 0
+    device: str = "cpu"
+    varpro: VarProConfig = field(default_factory=VarProConfig)
+
+    def __post_init__(self):
+        for name, value, allowed in (("phi", self.phi, PHIS), ("scope", self.scope, SCOPES)):
+            if value not in allowed:
+                raise RequestError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+        for name in ("rank", "atoms", "support"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} is {value}; expected a whole number of at least 1.")
+        if self.ratio is not None and self.rank is not None and self.atoms is not None:
+            raise RequestError("ratio, rank and atoms are all given; give at most two of them, the third follows.")
+        if self.varpro.steps < 0:
+            raise RequestError(f"steps is {self.varpro.steps}; expected 0 (the start itself) or more.")
+
+
+DEFAULT_RATIO = 0.625
+
+
+def globe_bytes(base: BaseModel, rank: int, atoms: int, support: int) -> int:
+    """Bytes of a GloBE checkpoint in bf16, both families: adapters + bank + codes."""
+    experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
+    adapters = experts * inner * rank * _WEIGHT_BYTES
+    bank = atoms * rank * width * _WEIGHT_BYTES
+    return 2 * (adapters + bank + experts * support * _CODE_BYTES)
+
+
+def resolve_sizes(base: BaseModel, config: FitConfig) -> GlobeConfig:
+    """The rank and the number of atoms that `config` asks for on this model.
+
+    Raises RequestError, with the range that can be reached, when they cannot be had.
+    """
+    experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
+    largest_rank = min(inner, width)
+    if config.rank is not None and config.rank > largest_rank:
+        raise RequestError(
+            f"rank is {config.rank} and the experts of {base.name} are {inner} x {width}; give a rank of at most "
+            f"{largest_rank}."
+        )
+    if config.atoms is not None and config.atoms > experts:
+        raise RequestError(
+            f"atoms is {config.atoms} and {base.name} has {experts} experts; give at most one atom per expert."
+        )
+    if config.atoms is not None and config.support > config.atoms:
+        raise RequestError(
+            f"support is {config.support} and the bank has {config.atoms} atoms; give a support of at most "
+            f"{config.atoms}, or more atoms."
+        )
+    rank, atoms = _solve(base, config, largest_rank)
+    if config.scope == "layer":
+        fewest = min(atoms * count // experts for count in base.num_experts.values())
+        if fewest < config.support:
+            raise RequestError(
+                f"With scope layer, {atoms} atoms leave a layer with {fewest} of its own and support is "
+                f"{config.support}; give a support of at most {max(fewest, 1)}, or more atoms."
+            )
+    return GlobeConfig(
+        base=base, rank=rank, num_atoms=atoms, support=config.support, phi=config.phi, scope=config.scope
+    )
+
+
+def _solve(base: BaseModel, config: FitConfig, largest_rank: int) -> tuple[int, int]:
+    if config.rank is not None and config.atoms is not None:
+        return config.rank, config.atoms
+    ratio = DEFAULT_RATIO if config.ratio is None else config.ratio
+    experts, support = base.total_experts, config.support
+    budget = ratio * base.dense_bytes
+    # smallest and largest sizes that the fixed values leave
+    ranks = (config.rank, config.rank) if config.rank else (1, largest_rank)
+    atoms_range = (config.atoms, config.atoms) if config.atoms else (support, experts)
+    if support > experts:
+        raise RequestError(f"support is {support} and {base.name} has {experts} experts; give at most {experts}.")
+    low, high = (globe_bytes(base, r, m, support) for r, m in zip(ranks, atoms_range, strict=True))
+    if not low <= budget <= high:
+        raise RequestError(
+            f"ratio {ratio:g} cannot be reached on {base.name} with support {support}"
+            + (f", rank {config.rank}" if config.rank else "")
+            + (f", {config.atoms} atoms" if config.atoms else "")
+            + f"; give a ratio from {_up(low / base.dense_bytes)} to {_down(high / base.dense_bytes)}."
+        )
+    if config.atoms is not None:
+        rank = max(r for r in range(1, largest_rank + 1) if globe_bytes(base, r, config.atoms, support) <= budget)
+        return rank, config.atoms
+    rank = config.rank or _default_rank(base, ratio, largest_rank, support)
+    atoms = max(m for m in range(support, experts + 1) if globe_bytes(base, rank, m, support) <= budget)
+    if config.rank is None and atoms == experts:  # budget left over: only the rank can use it
+        rank = max(r for r in range(rank, largest_rank + 1) if globe_bytes(base, r, atoms, support) <= budget)
+    return rank, atoms
+
+
+def _default_rank(base: BaseModel, ratio: float, largest_rank: int, support: int) -> int:
+    rank = min(largest_rank, int(_ADAPTER_SHARE * ratio * base.hidden_size))
+    if rank > _RANK_MULTIPLE and rank < largest_rank:
+        rank -= rank % _RANK_MULTIPLE
+    # a bank of `support` atoms must fit beside the adapters
+    while rank > 1 and globe_bytes(base, rank, support, support) > ratio * base.dense_bytes:
+        rank -= 1
+    return max(rank, 1)
+
+
+def _up(value: float) -> str:
+    return f"{value + 5e-5:.4f}"
+
+
+def _down(value: float) -> str:
+    return f"{value - 5e-5:.4f}"

@@ -1,0 +1,203 @@
+"""From a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from globe_fit.factors import FitResult, reconstruct
+from globe_fit.source import INDEX_NAME, SINGLE_NAME, ExpertSource
+from globe_kernels.checkpoint import (
+    QUANT_METHOD,
+    Code,
+    GlobeCheckpoint,
+    GlobeConfig,
+    LayerFactors,
+    exported_bank_key,
+    exported_key,
+    writing_checkpoint,
+)
+from globe_kernels.errors import RequestError
+from globe_kernels.families import FAMILIES, ExpertKey
+from globe_kernels.files import ShardWriter, require_free_space, staged_directory
+
+# Weights in any format are not copied into an export, nor is what describes the files of the base.
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
+_REWRITTEN = {"config.json", INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
+
+OnTensor = Callable[[int, int], None]  # tensors done, tensors in all
+
+
+def save_fit(result: FitResult, source: ExpertSource, path: str | Path) -> None:
+    """Write the GloBE checkpoint of `result`, atomically; a failure leaves what `path` held."""
+    with writing_checkpoint(path, result.config) as writer:
+        for family, factors in result.families.items():
+            writer.add_bank(family, factors.bank)
+        for layer, places in source.blocks:
+            for family, factors in result.families.items():
+                writer.add_layer(layer.layer, family, factors.at(places))
+        writer.finish(result.report, result.history)
+
+
+def export_globe(
+    checkpoint: GlobeCheckpoint,
+    base: ExpertSource,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    on_tensor: OnTensor | None = None,
+) -> None:
+    """Write a Hugging Face directory that `from_pretrained` loads as GloBE once globe_kernels is imported.
+
+    The tensors of the base other than gate and up experts are copied, one shard in memory at a time. Floating
+    tensors are cast to `dtype` when it is given. Raises RequestError when the checkpoint is of another model.
+    """
+    _require_same_model(checkpoint.config, base)
+    kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for key in kept:
+            yield key, _cast(base.files.read(key), dtype)
+        for family in FAMILIES:
+            yield exported_bank_key(family), _cast(checkpoint.bank(family), dtype)
+        for layer in checkpoint.config.base.num_experts:
+            for family in FAMILIES:
+                factors = checkpoint.layer(layer, family)
+                yield exported_key(layer, f"{family}_adapter"), _cast(factors.adapter, dtype)
+                yield exported_key(layer, f"{family}_code_index"), factors.code.index
+                yield exported_key(layer, f"{family}_code_value"), factors.code.value
+
+    count = len(kept) + len(checkpoint.config.tensor_shapes())
+    quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
+    needed = _bytes(base, kept) + checkpoint.bytes_on_disk
+    _write_model(base, Path(out), tensors(), count, needed, dtype, quantization, on_tensor)
+
+
+def export_dense(
+    checkpoint: GlobeCheckpoint,
+    base: ExpertSource,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    on_tensor: OnTensor | None = None,
+) -> None:
+    """Write the reconstructed dense model, in the layout of the base: for engines that do not know GloBE."""
+    _require_same_model(checkpoint.config, base)
+    banks = {family: checkpoint.bank(family) for family in FAMILIES}
+    keys = list(base.files.weight_map)
+
+    @lru_cache(maxsize=len(FAMILIES))
+    def layer_factors(layer: int, family: str) -> LayerFactors:
+        return checkpoint.layer(layer, family)
+
+    def dense(key: ExpertKey, family: str) -> torch.Tensor:
+        factors = layer_factors(key.layer, family)
+        if key.expert is not None:
+            one = slice(key.expert, key.expert + 1)
+            code = Code(factors.code.index[one], factors.code.value[one])
+            factors = LayerFactors(factors.adapter[one], code)
+        return reconstruct(factors, banks[family], checkpoint.config.phi)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in keys:
+            key, original = base.expert_keys.get(name), base.files.read(name)
+            if key is not None and _is_compressed(key):
+                families = FAMILIES if key.matrix == "gate_up" else (key.matrix,)
+                weights = torch.cat([dense(key, family) for family in families], dim=1)
+                original = weights.view(original.shape).to(original.dtype)
+            yield name, _cast(original, dtype)
+
+    _write_model(base, Path(out), tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
+
+
+def _is_compressed(key: ExpertKey | None) -> bool:
+    return key is not None and key.matrix in ("gate", "up", "gate_up")
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+
+
+def _bytes(base: ExpertSource, keys: list[str]) -> int:
+    return sum(base.files.num_bytes(key) for key in keys)
+
+
+def _require_same_model(config: GlobeConfig, base: ExpertSource) -> None:
+    for name in ("model_type", "hidden_size", "intermediate_size", "num_experts"):
+        expected, found = getattr(config.base, name), getattr(base.base, name)
+        if expected != found:
+            raise RequestError(
+                f"The checkpoint was fitted on {config.base.name} with {name} {expected} and {base.model_dir} has "
+                f"{found}; give the model that it was fitted on."
+            )
+
+
+def _write_model(
+    base: ExpertSource,
+    out: Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    count: int,
+    needed: int,
+    dtype: torch.dtype | None,
+    quantization: dict | None,
+    on_tensor: OnTensor | None,
+) -> None:
+    """Write tensors, configuration, tokenizer and other small files of the base, and a model card."""
+    if out.resolve() == base.model_dir.resolve():
+        raise RequestError(f"{out} is the base model itself; give another output directory.")
+    if out.exists() and not (out.is_dir() and _may_replace(out)):
+        raise RequestError(f"{out} exists and is not an earlier export of GloBE; give a new directory.")
+    require_free_space(out, needed)
+    config = json.loads((base.model_dir / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    with staged_directory(out, last="config.json") as staging:
+        for path in base.model_dir.iterdir():
+            if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _REWRITTEN:
+                shutil.copyfile(path, staging / path.name)
+        shards = ShardWriter(staging, "model", {})
+        for done, (key, tensor) in enumerate(tensors, start=1):
+            shards.add(key, tensor)
+            if on_tensor is not None:
+                on_tensor(done, count)
+        weight_map = shards.finish()
+        if len(set(weight_map.values())) > 1:
+            index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(_model_card(base, quantization), encoding="utf-8")
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    current = {*weight_map.values(), INDEX_NAME} if len(set(weight_map.values())) > 1 else {SINGLE_NAME}
+    for old in out.glob("model*.safetensors*"):
+        if old.name not in current:
+            old.unlink()
+
+
+def _may_replace(out: Path) -> bool:
+    """An empty directory, or one that an export wrote (its card says so)."""
+    card = out / "README.md"
+    return not any(out.iterdir()) or (card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8"))
+
+
+_CARD_MARK = "Compressed with GloBE"
+
+
+def _model_card(base: ExpertSource, quantization: dict | None) -> str:
+    header = f"---\nbase_model: {base.base.name}\ntags: [globe, moe]\n---\n\n# {base.base.name}, GloBE\n\n"
+    if quantization is None:
+        return header + (
+            f"{_CARD_MARK} and reconstructed: a dense model in the layout of {base.base.name}, with the sizes of the "
+            "original and the weights that the compressed model stands for.\n"
+        )
+    return header + (
+        f"{_CARD_MARK}: the gate and up matrices of all experts share one bank of {quantization['num_atoms']} "
+        f"atoms per family (rank {quantization['rank']}, {quantization['support']} atoms per expert).\n\n"
+        "Import `globe_kernels` first; without it transformers loads random experts and only warns.\n\n"
+        "```python\nimport globe_kernels\nfrom transformers import AutoModelForCausalLM\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")\n```\n'
+    )

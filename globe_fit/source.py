@@ -1,0 +1,252 @@
+"""Streams the experts of a Hugging Face checkpoint from its safetensors files, one layer at a time.
+
+Reads both layouts: one 2-D tensor per expert (`experts.{e}.gate_proj.weight`) and fused 3-D tensors
+(`experts.gate_up_proj`, gate rows first). Nothing is read before it is asked for.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from globe_kernels.checkpoint import BaseModel
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import ExpertKey, architecture_of
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_READABLE = ("BF16", "F16", "F32")
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
+
+
+def read_config(model_dir: Path) -> dict:
+    """config.json of a model directory; the text part of a multimodal one. Raises RequestError."""
+    path = model_dir / "config.json"
+    if not path.is_file():
+        raise RequestError(
+            f"{model_dir} holds no config.json, so it is not a Hugging Face model; give a model's local directory."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GlobeError(f"{path} is not valid JSON ({error}); download the file again.") from error
+    return config.get("text_config") or config
+
+
+class TensorFiles:
+    """The safetensors files of a model directory: which tensor is where, opened lazily."""
+
+    def __init__(self, model_dir: Path):
+        """Raises GlobeError for a shard that is missing, truncated or lacks a tensor that the index lists."""
+        self.model_dir = model_dir
+        index = model_dir / INDEX_NAME
+        if index.is_file():
+            try:
+                self.weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise GlobeError(f"{index} is not a valid shard index ({error!r}); download it again.") from error
+            for name in self.names:
+                self._open(name)
+        elif (model_dir / SINGLE_NAME).is_file():
+            self.weight_map = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+        else:
+            raise RequestError(
+                f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; GloBE reads safetensors, so download or "
+                "convert the model in that format."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(set(self.weight_map.values()))
+
+    def _open(self, name: str):
+        path = self.model_dir / name
+        if not path.is_file():
+            raise GlobeError(f"Shard {name} is missing from {self.model_dir}; {INDEX_NAME} lists it, download it again.")
+        try:
+            return safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise GlobeError(
+                f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
+            ) from error
+
+    @cached_property
+    def _handles(self) -> dict:
+        handles = {name: self._open(name) for name in self.names}
+        present = {name: set(handle.keys()) for name, handle in handles.items()}
+        for key, name in self.weight_map.items():
+            if key not in present[name]:
+                raise GlobeError(f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again.")
+        return handles
+
+    def view(self, key: str):
+        """A lazy slice of a tensor: shape, dtype, and rows on demand."""
+        return self._handles[self.weight_map[key]].get_slice(key)
+
+    def num_bytes(self, key: str) -> int:
+        view = self.view(key)
+        return math.prod(view.get_shape()) * _ITEM_BYTES.get(view.get_dtype(), 8)
+
+    def read(self, key: str) -> torch.Tensor:
+        return self._handles[self.weight_map[key]].get_tensor(key)
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """Where the experts of one layer are on disk."""
+
+    layer: int
+    num_experts: int
+    keys: dict[str, list[str]]  # matrix ("gate", "up", "down", "gate_up") -> a key per expert, or one fused key
+
+
+class ExpertSource:
+    """The gate and up experts of every MoE layer of a checkpoint on disk.
+
+    `base` has the sizes (read from the tensors, checked against config.json). `read` returns the
+    experts of one layer and family; it keeps nothing, so what is resident is what the caller holds.
+    """
+
+    def __init__(self, model_dir: str | Path):
+        """Raises RequestError for a directory that is not a known MoE model, GlobeError for a damaged one."""
+        self.model_dir = Path(model_dir)
+        if not self.model_dir.is_dir():
+            raise RequestError(f"{self.model_dir} is not a directory; give the local directory of a Hugging Face model.")
+        config = read_config(self.model_dir)
+        self.architecture = architecture_of(config.get("model_type"))
+        num_experts = self.architecture.num_experts(config)
+        expected_layers = self.architecture.moe_layers(config)
+        self.files = TensorFiles(self.model_dir)
+        self.expert_keys: dict[str, ExpertKey] = {}
+        for key in self.files.weight_map:
+            parsed = self.architecture.parse_key(key)
+            # layers past num_hidden_layers are prediction heads that transformers does not load
+            if parsed is not None and parsed.layer < config["num_hidden_layers"]:
+                self.expert_keys[key] = parsed
+        self.layers = self._group(num_experts, expected_layers)
+        inner, width = self._check_shapes()
+        if (inner, width) != (self.architecture.intermediate_size(config), config["hidden_size"]):
+            raise GlobeError(
+                f"The experts of {self.model_dir} are {inner} x {width} and config.json says "
+                f"{self.architecture.intermediate_size(config)} x {config['hidden_size']}; the files are of different "
+                "models, download them again."
+            )
+        self.base = BaseModel(
+            name=self.model_dir.resolve().name,
+            model_type=self.architecture.model_type,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_experts={layer.layer: layer.num_experts for layer in self.layers},
+        )
+
+    def _group(self, num_experts: int, expected_layers: list[int]) -> list[ExpertLayer]:
+        found: dict[int, dict[tuple[str, int | None], str]] = {}
+        for key, parsed in self.expert_keys.items():
+            found.setdefault(parsed.layer, {})[parsed.matrix, parsed.expert] = key
+        if not found:
+            raise RequestError(
+                f"{self.model_dir} has no routed experts among its {len(self.files.weight_map)} tensors; expected "
+                f"the names of {self.architecture.model_type}, such as layers.0.mlp.experts.0."
+                f"{self.architecture.gate}.weight or layers.0.mlp.experts.gate_up_proj."
+            )
+        if sorted(found) != expected_layers:
+            raise GlobeError(
+                f"{self.model_dir} has experts in layers {sorted(found)} and config.json says {expected_layers}; the "
+                "checkpoint is incomplete or of another model, download it again."
+            )
+        layers = []
+        for layer in expected_layers:
+            keys: dict[str, list[str]] = {}
+            for (matrix, expert), _ in found[layer].items():
+                if matrix not in keys:
+                    experts = [None] if expert is None else list(range(num_experts))
+                    missing = [e for e in experts if (matrix, e) not in found[layer]]
+                    if missing:
+                        raise GlobeError(
+                            f"Layer {layer} of {self.model_dir} lacks the {matrix} matrix of expert {missing[0]} "
+                            f"({len(missing)} of {num_experts} missing); download the checkpoint again."
+                        )
+                    keys[matrix] = [found[layer][matrix, e] for e in experts]
+            if not ({"gate", "up"} <= keys.keys() or "gate_up" in keys):
+                raise GlobeError(f"Layer {layer} of {self.model_dir} lacks gate or up experts; download it again.")
+            surplus = [e for _, e in found[layer] if e is not None and e >= num_experts]
+            if surplus:
+                raise GlobeError(
+                    f"Layer {layer} of {self.model_dir} has expert {max(surplus)} and config.json says {num_experts} "
+                    "experts; the files are of different models, download them again."
+                )
+            layers.append(ExpertLayer(layer, num_experts, keys))
+        return layers
+
+    def _check_shapes(self) -> tuple[int, int]:
+        """(P, D), the same for every gate and up expert, read from the headers."""
+        shapes: dict[tuple[int, int], str] = {}
+        for layer in self.layers:
+            for matrix in ("gate", "up", "gate_up"):
+                for key in layer.keys.get(matrix, ()):
+                    view = self.files.view(key)
+                    shape = tuple(view.get_shape())
+                    if view.get_dtype() not in _READABLE:
+                        raise RequestError(
+                            f"{key} is stored as {view.get_dtype()} and GloBE reads {', '.join(_READABLE)}; convert "
+                            "the model to bf16 first."
+                        )
+                    if matrix == "gate_up":
+                        if len(shape) != 3 or shape[0] != layer.num_experts or shape[1] % 2:
+                            raise GlobeError(
+                                f"{key} has shape {shape} and ({layer.num_experts}, 2P, D) was expected; the files "
+                                "are of different models, download them again."
+                            )
+                        shape = (shape[1] // 2, shape[2])
+                    shapes.setdefault(shape, key)
+        if len(shapes) > 1:
+            (first, key), (second, other) = list(shapes.items())[:2]
+            raise RequestError(
+                f"The experts differ in shape: {key} is {first} and {other} is {second}; one bank needs one shape, so "
+                "this model cannot be fitted as a whole."
+            )
+        return next(iter(shapes))
+
+    def read(self, layer: ExpertLayer, family: str) -> torch.Tensor:
+        """(E, P, D) float32, the experts of one layer and family."""
+        inner, width = self.base.intermediate_size, self.base.hidden_size
+        out = torch.empty(layer.num_experts, inner, width)
+        for expert, matrix in enumerate(self._matrices(layer, family)):
+            out[expert] = matrix
+        return out
+
+    def require_finite(self, layer: ExpertLayer, family: str, weights: torch.Tensor) -> None:
+        """Raises GlobeError naming the expert when one of `weights`, as `read` returned them, is NaN or infinite."""
+        # one reduction: a NaN or an infinity anywhere makes the sum of magnitudes non-finite
+        if torch.isfinite(weights.abs().sum()):
+            return
+        expert = int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])
+        keys = layer.keys.get(family) or layer.keys["gate_up"]
+        raise GlobeError(
+            f"Expert {expert} of layer {layer.layer} has NaN or infinity in its {family} matrix "
+            f"({keys[min(expert, len(keys) - 1)]} in {self.model_dir}); repair or download the checkpoint again."
+        )
+
+    def _matrices(self, layer: ExpertLayer, family: str) -> Iterator[torch.Tensor]:
+        if family in layer.keys:
+            for key in layer.keys[family]:
+                yield self.files.read(key)
+            return
+        view = self.files.view(layer.keys["gate_up"][0])
+        start = 0 if family == "gate" else self.base.intermediate_size
+        for expert in range(layer.num_experts):
+            yield view[expert, start : start + self.base.intermediate_size]
+
+    @cached_property
+    def blocks(self) -> list[tuple[ExpertLayer, slice]]:
+        """Every layer with the places of its experts among all n experts."""
+        blocks, start = [], 0
+        for layer in self.layers:
+            blocks.append((layer, slice(start, start + layer.num_experts)))
+            start += layer.num_experts
+        return blocks

@@ -1,0 +1,68 @@
+"""The start of a fit: grouped SVD.
+
+The n experts are split, in order, into m groups; the start of atom g is the row space that its experts
+share, the top R eigenvectors of sum_{i in g} W_i^T W_i. Experts of one layer read the same features, so
+neighbours share a space; and a common space needs no alignment between experts, which separate SVDs would.
+"""
+
+import torch
+
+from globe_fit.objective import FamilyWeights
+from globe_kernels.checkpoint import BaseModel, GlobeConfig
+
+_CODE_NOISE = 0.02
+
+
+def group_of_experts(base: BaseModel, num_atoms: int, scope: str) -> torch.Tensor:
+    """(n,) the atom whose group each expert belongs to; with scope "layer" no group spans two layers."""
+    total = base.total_experts
+    everywhere = torch.arange(total)
+    if scope == "global":
+        return everywhere * num_atoms // total
+    groups, first_atom, first_expert = [], 0, 0
+    for count in base.num_experts.values():
+        # atoms in proportion to experts, rounded so that the layers add up to num_atoms
+        last_atom = num_atoms * (first_expert + count) // total
+        groups.append(first_atom + torch.arange(count) * (last_atom - first_atom) // count)
+        first_atom, first_expert = last_atom, first_expert + count
+    return torch.cat(groups)
+
+
+def allowed_atoms(base: BaseModel, num_atoms: int, scope: str) -> torch.Tensor:
+    """(n, M) bool: the atoms that each expert may use."""
+    if scope == "global":
+        return torch.ones(base.total_experts, num_atoms, dtype=torch.bool)
+    groups = group_of_experts(base, num_atoms, scope)
+    allowed = torch.zeros(base.total_experts, num_atoms, dtype=torch.bool)
+    start = 0
+    for count in base.num_experts.values():
+        own = groups[start : start + count]
+        allowed[start : start + count, int(own.min()) : int(own.max()) + 1] = True
+        start += count
+    return allowed
+
+
+def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
+    """(M, R, D) float32 atoms with orthogonal rows and entries of RMS 1, where every phi is non-linear."""
+    groups = group_of_experts(config.base, config.num_atoms, config.scope)
+    last_member = {int(group): place for place, group in enumerate(groups)}
+    bank = torch.zeros(config.bank_shape(), device=weights.device)
+    grams: dict[int, torch.Tensor] = {}  # groups that still miss experts: at most one layer's and a carry
+    for _, places, experts in weights.normalised():
+        for place, expert in zip(range(places.start, places.stop), experts, strict=True):
+            group = int(groups[place])
+            gram = expert.mT @ expert
+            grams[group] = grams[group].add_(gram) if group in grams else gram
+            if place == last_member[group]:
+                _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
+                bank[group] = vectors[:, -config.rank :].flip(-1).mT
+    return bank * config.base.hidden_size**0.5
+
+
+def initial_codes(config: GlobeConfig, generator: torch.Generator) -> torch.Tensor:
+    """(n, M) float32: each expert on its own group's atom, and a little of every atom it may use."""
+    allowed = allowed_atoms(config.base, config.num_atoms, config.scope)
+    codes = _CODE_NOISE * torch.randn(allowed.shape, generator=generator)
+    groups = group_of_experts(config.base, config.num_atoms, config.scope)
+    codes[torch.arange(len(groups)), groups] += 1.0
+    return codes * allowed

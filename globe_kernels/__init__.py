@@ -1,0 +1,28 @@
+"""GloBE: run a Mixture-of-Experts model from one global bank of basis matrices."""
+
+import importlib.util
+
+from globe_kernels.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.ops.counters import call_counts
+from globe_kernels.patching import PatchReport, patch, unpatch
+from globe_kernels.version import __version__
+
+if importlib.util.find_spec("transformers") is not None:
+    # registers the quantization method, so that from_pretrained loads an exported directory
+    from globe_kernels import transformers_plugin as _transformers_plugin  # noqa: F401
+
+__all__ = [
+    "BaseModel",
+    "GlobeCheckpoint",
+    "GlobeConfig",
+    "GlobeError",
+    "GlobeMoEFFN",
+    "PatchReport",
+    "RequestError",
+    "__version__",
+    "call_counts",
+    "patch",
+    "unpatch",
+]

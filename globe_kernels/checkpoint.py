@@ -1,0 +1,342 @@
+"""The GloBE checkpoint, format version 1. This module is the only owner of the format.
+
+A directory with
+
+    globe_config.json    GlobeConfig, provenance and the sha256 of each tensor file
+    globe.safetensors    or globe-0000i-of-0000N.safetensors above 4 GiB:
+                         bank.{family}                          (M, R, D)
+                         layers.{l}.{family}_adapter            (E, P, R)
+                         layers.{l}.{family}_code_index         (E, C) int32
+                         layers.{l}.{family}_code_value         (E, C) float32
+    fit_report.json      what the fit measured: errors per layer and family, baselines
+    metrics.jsonl        the metric stream of the fit, one JSON object a line
+
+for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
+index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
+and `exported_bank_key`, and the same configuration as `quantization_config`. Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
+from globe_kernels.files import ShardWriter, sha256, staged_directory
+
+FORMAT_VERSION = 1
+CONFIG_NAME = "globe_config.json"
+REPORT_NAME = "fit_report.json"
+METRICS_NAME = "metrics.jsonl"
+QUANT_METHOD = "globe"
+BANK_NAME = "globe_bank"  # the bank's module, and its keys, at the root of a model
+PHIS = ("identity", "silu", "tanh")
+SCOPES = ("global", "layer")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The dense model that a checkpoint stands for, as far as its experts go."""
+
+    name: str  # id or path, for people
+    model_type: str
+    hidden_size: int  # D
+    intermediate_size: int  # P
+    num_experts: dict[int, int]  # layer id -> E
+
+    @property
+    def total_experts(self) -> int:
+        """n: experts over all layers."""
+        return sum(self.num_experts.values())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense gate and up experts in bf16."""
+        return len(FAMILIES) * self.total_experts * self.intermediate_size * self.hidden_size * 2
+
+
+@dataclass(frozen=True)
+class GlobeConfig:
+    """What a GloBE checkpoint is: its base model and the sizes of its factors."""
+
+    base: BaseModel
+    rank: int  # R
+    num_atoms: int  # M, per family
+    support: int  # C
+    phi: str = "identity"
+    scope: str = "global"
+    palette: int | None = None  # U: most atoms that one layer uses in one family; None is no limit
+    dtype: str = "bfloat16"
+    provenance: dict = field(default_factory=dict)  # seed, fit settings, library versions
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    def bank_shape(self) -> tuple[int, int, int]:
+        return (self.num_atoms, self.rank, self.base.hidden_size)
+
+    def layer_shapes(self, layer: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{name of the tensor within its layer: (shape, dtype)}."""
+        num_experts = self.base.num_experts[layer]
+        code = (num_experts, self.support)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for family in FAMILIES:
+            adapter = (num_experts, self.base.intermediate_size, self.rank)
+            shapes[f"{family}_adapter"] = (adapter, self.torch_dtype)
+            shapes[f"{family}_code_index"] = (code, torch.int32)
+            shapes[f"{family}_code_value"] = (code, torch.float32)
+        return shapes
+
+    def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """{tensor name: (shape, dtype)} of every tensor of the checkpoint."""
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            f"bank.{family}": (self.bank_shape(), self.torch_dtype) for family in FAMILIES
+        }
+        for layer in self.base.num_experts:
+            for name, spec in self.layer_shapes(layer).items():
+                shapes[f"layers.{layer}.{name}"] = spec
+        return shapes
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        total = 0
+        for shape, dtype in self.tensor_shapes().values():
+            total += torch.Size(shape).numel() * dtype.itemsize
+        return total
+
+    @property
+    def fingerprint(self) -> str:
+        """Ties tensor files to this configuration: a mixture of two fits is refused when it is opened."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+    def to_dict(self) -> dict:
+        base = asdict(self.base)
+        base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
+        return {"format_version": FORMAT_VERSION, "families": list(FAMILIES), "base": base, **own}
+
+    @classmethod
+    def from_dict(cls, data: dict, where: str) -> "GlobeConfig":
+        """Parse and check; `where` names the file in the error."""
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise GlobeError(
+                f"{where} has GloBE format version {version!r} and this library reads version {FORMAT_VERSION}; "
+                "update globe_kernels, or fit and export again."
+            )
+        try:
+            base = dict(data["base"])
+            base["num_experts"] = {int(layer): int(count) for layer, count in base["num_experts"].items()}
+            names = {f.name for f in fields(cls)} - {"base"}
+            config = cls(base=BaseModel(**base), **{name: data[name] for name in names})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GlobeError(
+                f"{where} is not a complete GloBE configuration ({type(error).__name__}: {error}); restore the "
+                "file or fit again."
+            ) from error
+        for name, value, allowed in (
+            ("phi", config.phi, PHIS),
+            ("scope", config.scope, SCOPES),
+            ("dtype", config.dtype, tuple(DTYPES)),
+            ("families", tuple(data.get("families", ())), (FAMILIES,)),
+        ):
+            if value not in allowed:
+                raise GlobeError(f"{where} has {name} {value!r}; this library reads {', '.join(map(str, allowed))}.")
+        return config
+
+
+def exported_key(layer: int, name: str) -> str:
+    """Key of a layer's GloBE tensor in an exported Hugging Face directory."""
+    return f"model.layers.{layer}.mlp.experts.{name}"
+
+
+def exported_bank_key(family: str) -> str:
+    return f"{BANK_NAME}.{family}"
+
+
+@dataclass(frozen=True)
+class Code:
+    """Sparse codes of the experts of one layer and family."""
+
+    index: torch.Tensor  # (E, C) int32, global atom ids
+    value: torch.Tensor  # (E, C) float32
+
+
+@dataclass(frozen=True)
+class LayerFactors:
+    """Everything of one layer and family beside the bank."""
+
+    adapter: torch.Tensor  # (E, P, R)
+    code: Code
+
+
+class GlobeCheckpoint:
+    """An opened checkpoint: `config`, and tensors read on demand. Opening checks names, shapes and dtypes."""
+
+    def __init__(self, path: str | Path, *, verify: bool = False):
+        """Open the checkpoint in directory `path`; `verify` also compares the sha256 of every file.
+
+        Raises RequestError when `path` holds no GloBE checkpoint, GlobeError when it is damaged.
+        """
+        self.path = Path(path)
+        config_path = self.path / CONFIG_NAME
+        if not config_path.is_file():
+            raise RequestError(
+                f"{self.path} holds no {CONFIG_NAME}, so it is not a GloBE checkpoint; give the directory that "
+                "`globe fit -o` wrote."
+            )
+        data = _read_json(config_path)
+        self.config = GlobeConfig.from_dict(data, str(config_path))
+        self._files: dict[str, str] = data.get("files", {})
+        self._handles = {name: self._open(name) for name in self._files}
+        self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}
+        self._check_tensors()
+        if verify:
+            self.verify()
+
+    def _open(self, name: str):
+        path = self.path / name
+        if not path.is_file():
+            raise GlobeError(
+                f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again."
+            )
+        try:
+            handle = safe_open(path, framework="pt", device="cpu")
+        except SafetensorError as error:
+            raise GlobeError(
+                f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); copy it again or fit again."
+            ) from error
+        if (handle.metadata() or {}).get("fingerprint") != self.config.fingerprint:
+            raise GlobeError(
+                f"{path} was not written together with {CONFIG_NAME} beside it; restore both from one fit, or fit again."
+            )
+        return handle
+
+    def _check_tensors(self) -> None:
+        for name, (shape, dtype) in self.config.tensor_shapes().items():
+            if name not in self._where:
+                raise GlobeError(f"{self.path} has no tensor {name}; restore its tensor files or fit again.")
+            view = self._where[name].get_slice(name)
+            found = (tuple(view.get_shape()), _TORCH_DTYPES.get(view.get_dtype(), view.get_dtype()))
+            if found != (shape, dtype):
+                raise GlobeError(
+                    f"Tensor {name} in {self.path} is {found[1]} {found[0]} and {CONFIG_NAME} says {dtype} {shape}; "
+                    "the files are of different fits, restore them or fit again."
+                )
+
+    def verify(self) -> None:
+        """Compare the sha256 of every tensor file with the one recorded when it was written."""
+        for name, expected in self._files.items():
+            found = sha256(self.path / name)
+            if found != expected:
+                raise GlobeError(
+                    f"{self.path / name} has sha256 {found[:12]}... and {CONFIG_NAME} records {expected[:12]}...; "
+                    "the file was changed or damaged, copy it again or fit again."
+                )
+
+    def bank(self, family: str) -> torch.Tensor:
+        """(M, R, D)"""
+        return self._where[f"bank.{family}"].get_tensor(f"bank.{family}")
+
+    def layer(self, layer: int, family: str) -> LayerFactors:
+        """Factors of the layer with id `layer`. Raises GlobeError when a code points outside the bank."""
+        adapter, index, value = (
+            self._where[f"layers.{layer}.{family}_{part}"].get_tensor(f"layers.{layer}.{family}_{part}")
+            for part in ("adapter", "code_index", "code_value")
+        )
+        check_codes(index, self.config.num_atoms, f"layers.{layer}.{family}_code_index in {self.path}")
+        return LayerFactors(adapter, Code(index, value))
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the tensor files."""
+        return sum((self.path / name).stat().st_size for name in self._files)
+
+    def report(self) -> dict:
+        """What the fit measured (fit_report.json), or {} when the checkpoint came without it."""
+        path = self.path / REPORT_NAME
+        return _read_json(path) if path.is_file() else {}
+
+
+_TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "I32": torch.int32,
+}
+
+
+def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
+    """Every code index must name an atom: an index outside the bank would be read out of bounds on a GPU."""
+    low, high = int(index.min()), int(index.max())
+    if low < 0 or high >= num_atoms:
+        raise GlobeError(
+            f"{where} has atom ids from {low} to {high} and the bank has {num_atoms} atoms; the file is damaged, "
+            "restore it or fit again."
+        )
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GlobeError(f"{path} is not valid JSON ({error}); restore the file or fit again.") from error
+    if not isinstance(data, dict):
+        raise GlobeError(f"{path} holds a {type(data).__name__} and a JSON object was expected; restore the file.")
+    return data
+
+
+class CheckpointWriter:
+    """Adds the factors of a checkpoint one by one; used through `writing_checkpoint`."""
+
+    def __init__(self, staging: Path, config: GlobeConfig):
+        self._config = config
+        self._staging = staging
+        self._shards = ShardWriter(staging, "globe", {"fingerprint": config.fingerprint})
+        self._missing = config.tensor_shapes()
+
+    def add_bank(self, family: str, bank: torch.Tensor) -> None:
+        self._add(f"bank.{family}", bank)
+
+    def add_layer(self, layer: int, family: str, factors: LayerFactors) -> None:
+        prefix = f"layers.{layer}.{family}"
+        self._add(f"{prefix}_adapter", factors.adapter)
+        self._add(f"{prefix}_code_index", factors.code.index)
+        self._add(f"{prefix}_code_value", factors.code.value)
+
+    def _add(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self._missing.pop(name)
+        found = (tuple(tensor.shape), tensor.dtype)
+        assert found == expected, f"{name} is {found}, the configuration says {expected}"
+        self._shards.add(name, tensor.cpu())
+
+    def finish(self, report: dict, metrics: list[dict]) -> None:
+        assert not self._missing, f"not written: {sorted(self._missing)}"
+        names = sorted(set(self._shards.finish().values()))
+        files = {name: sha256(self._staging / name) for name in names}
+        config = {**self._config.to_dict(), "files": files}
+        lines = "".join(json.dumps(record) + "\n" for record in metrics)
+        (self._staging / METRICS_NAME).write_text(lines, encoding="utf-8")
+        (self._staging / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (self._staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing_checkpoint(path: str | Path, config: GlobeConfig) -> Iterator[CheckpointWriter]:
+    """Write a checkpoint atomically: `path` holds the old one until `finish`, the new one after the block."""
+    target = Path(path)
+    with staged_directory(target, last=CONFIG_NAME) as staging:
+        yield CheckpointWriter(staging, config)
+    current = _read_json(target / CONFIG_NAME)["files"]
+    for old in target.glob("globe*.safetensors"):
+        if old.name not in current:
+            old.unlink()

@@ -1,0 +1,121 @@
+"""Where each Mixture-of-Experts architecture keeps its experts: on disk, in config.json, in the live model.
+
+One registry entry per architecture; nothing else in the code base names one.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from globe_kernels.errors import RequestError
+
+# The two families of matrices that GloBE compresses; each has its own bank, adapters and codes.
+FAMILIES = ("gate", "up")
+
+# Spellings of the number of routed experts, over all architectures and versions of config.json.
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+# The live path in transformers 5: the same for every architecture below.
+_LIVE = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.mlp\.experts$")
+
+
+@dataclass(frozen=True)
+class ExpertKey:
+    """One tensor of routed experts on disk. `expert` is None for a fused (E, ...) tensor."""
+
+    layer: int
+    expert: int | None
+    matrix: str  # "gate", "up", "down" or "gate_up"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture: the names of its expert matrices on disk and its keys in config.json."""
+
+    model_type: str
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    block: str = "mlp"
+    intermediate_key: str = "moe_intermediate_size"
+
+    def parse_key(self, key: str) -> ExpertKey | None:
+        """The routed-expert tensor that `key` names in a checkpoint, or None (router, shared expert, ...)."""
+        match = re.fullmatch(
+            rf"(?:.*\.)?layers\.(\d+)\.(?:mlp|{self.block})\.experts\."
+            rf"(?:(\d+)\.({self.gate}|{self.up}|{self.down})\.weight|(gate_up_proj|down_proj))",
+            key,
+        )
+        if match is None:
+            return None
+        layer, expert, name, fused = match.groups()
+        if fused:
+            return ExpertKey(int(layer), None, "gate_up" if fused == "gate_up_proj" else "down")
+        matrix = {self.gate: "gate", self.up: "up", self.down: "down"}[name]
+        return ExpertKey(int(layer), int(expert), matrix)
+
+    def num_experts(self, config: dict) -> int:
+        for key in _NUM_EXPERTS_KEYS:
+            if config.get(key) is not None:
+                return int(config[key])
+        raise RequestError(
+            f"config.json has none of {', '.join(_NUM_EXPERTS_KEYS)}, so this {self.model_type} model has no "
+            "routed experts; pass the directory of a Mixture-of-Experts model."
+        )
+
+    def intermediate_size(self, config: dict) -> int:
+        return int(config[self.intermediate_key])
+
+    def moe_layers(self, config: dict) -> list[int]:
+        """Ids of the layers that hold routed experts, by the rules of the configuration."""
+        dense = set(config.get("mlp_only_layers") or ())
+        step = config.get("decoder_sparse_step") or 1
+        first = config.get("first_k_dense_replace") or 0
+        frequency = config.get("moe_layer_freq") or 1
+        if isinstance(frequency, list):  # one flag per layer
+            dense |= {layer for layer, flag in enumerate(frequency) if not flag}
+            frequency = 1
+        return [
+            layer
+            for layer in range(int(config["num_hidden_layers"]))
+            if layer >= first and layer not in dense and (layer + 1) % step == 0 and layer % frequency == 0
+        ]
+
+    def live_experts(self, model) -> Iterator[tuple[int, str]]:
+        """(layer id, module path) of every routed-experts module of a live transformers model."""
+        for path, _ in model.named_modules():
+            match = _LIVE.search(path)
+            if match:
+                yield int(match["layer"]), path
+
+
+ARCHITECTURES = {
+    architecture.model_type: architecture
+    for architecture in (
+        Architecture("qwen2_moe"),
+        Architecture("qwen3_moe"),
+        Architecture("olmoe", intermediate_key="intermediate_size"),
+        Architecture(
+            "mixtral",
+            gate="w1",
+            up="w3",
+            down="w2",
+            block="block_sparse_moe",
+            intermediate_key="intermediate_size",
+        ),
+        Architecture("deepseek_v2"),
+        Architecture("deepseek_v3"),
+        Architecture("glm4_moe"),
+    )
+}
+
+
+def architecture_of(model_type: str | None) -> Architecture:
+    """The registry entry of a `model_type`; raises RequestError for a model GloBE cannot take apart."""
+    architecture = ARCHITECTURES.get(model_type or "")
+    if architecture is None:
+        raise RequestError(
+            f"model_type {model_type!r} is not a Mixture-of-Experts architecture that GloBE knows; "
+            f"expected one of {', '.join(sorted(ARCHITECTURES))}."
+        )
+    return architecture

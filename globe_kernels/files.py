@@ -1,0 +1,134 @@
+"""Files that appear whole or not at all: staged directories and sharded safetensors."""
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from globe_kernels.errors import GlobeError, RequestError
+
+MAX_SHARD_BYTES = 4 * 2**30
+_STAGING_PREFIX = ".staging-"
+
+
+@contextmanager
+def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
+    """Write a set of files into `target` so that a failure leaves `target` as it was.
+
+    Yields an empty staging directory on the same file system. On success its files are synced and
+    renamed into `target`, the file named `last` (the one that makes the set valid) after all
+    others. On any failure the staging directory is removed. What a killed process left staged is
+    removed by the next writer.
+    """
+    created = not target.exists()
+    if target.exists() and not target.is_dir():
+        raise RequestError(f"{target} is a file; give the path of a directory to write into.")
+    staging = target / f"{_STAGING_PREFIX}{os.getpid()}"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for stale in target.glob(f"{_STAGING_PREFIX}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        staging.mkdir()
+        yield staging
+        for path in staging.iterdir():
+            _sync(path)
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, target / path.name)
+        _sync(target)
+    except (OSError, SafetensorError) as error:
+        raise _as_user_error(error, target) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if created and target.exists() and not any(target.iterdir()):
+            target.rmdir()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _as_user_error(error: Exception, target: Path) -> Exception:
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+        isinstance(error, SafetensorError) and "os error 28" in str(error)
+    )
+    if full:
+        return GlobeError(
+            f"The disk that holds {target} is full ({_free(target)} bytes free): nothing was written and what was "
+            "there is unchanged; free some space or give another output directory."
+        )
+    if isinstance(error, PermissionError):
+        return RequestError(f"Cannot write to {target}: permission denied; give a directory you may write to.")
+    return error
+
+
+def _free(target: Path) -> int:
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def require_free_space(target: Path, needed: int) -> None:
+    """Refuse before the work, not after it, when `needed` bytes cannot be written to `target`."""
+    free = _free(target)
+    if free < needed:
+        raise GlobeError(
+            f"Writing to {target} needs {needed} bytes and {free} are free; free some space or give another "
+            "output directory."
+        )
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class ShardWriter:
+    """Writes named tensors to `stem.safetensors`, or to `stem-00001-of-0000N.safetensors` above 4 GiB.
+
+    At most one shard of tensors is held in memory.
+    """
+
+    def __init__(self, directory: Path, stem: str, metadata: dict[str, str]):
+        self.directory, self.stem, self.metadata = directory, stem, metadata
+        self.total_bytes = 0
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def _flush(self) -> None:
+        path = self.directory / f"{self.stem}.{len(self._shards)}.partial"
+        save_file(self._pending, path, metadata={"format": "pt", **self.metadata})
+        self._shards.append((path, list(self._pending)))
+        self._pending, self._pending_bytes = {}, 0
+
+    def finish(self) -> dict[str, str]:
+        """Write what is pending and give the shards their final names; returns {tensor name: file name}."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, (path, names) in enumerate(self._shards, start=1):
+            final = f"{self.stem}.safetensors"
+            if count > 1:
+                final = f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
+            path.rename(self.directory / final)
+            weight_map |= dict.fromkeys(names, final)
+        return weight_map

@@ -1,0 +1,1 @@
+"""Operations on tensors, one per file: formula, shapes, reference."""

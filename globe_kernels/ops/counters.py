@@ -1,0 +1,14 @@
+"""How often each op ran: lets a test, or a user, prove which path produced a result."""
+
+from collections import Counter
+
+_calls: Counter[str] = Counter()
+
+
+def count_call(op: str) -> None:
+    _calls[op] += 1
+
+
+def call_counts() -> dict[str, int]:
+    """{name of the op: times it ran in this process}"""
+    return dict(_calls)

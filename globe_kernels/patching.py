@@ -1,0 +1,250 @@
+"""Put GloBE experts into a live transformers model, and take them out again: plan, check, then touch."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from globe_kernels.bank import GlobeBank
+from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.ops.moe_ffn import ACTIVATIONS
+
+STRATEGIES = ("composed",)
+_DENSE_NAME = "_globe_dense_experts"
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch` did.
+
+    `replaced` and `skipped` are module paths; bytes count the experts of the replaced layers (gate,
+    up and down), the bank included where it stays on the device of the model.
+    """
+
+    replaced: tuple[str, ...]
+    skipped: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+
+
+def patch(
+    model: nn.Module,
+    path: str | Path | None = None,
+    *,
+    strategy: str = "composed",
+    keep_dense: bool = False,
+) -> PatchReport:
+    """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
+
+    Without `path`, the checkpoint in the directory that the model was loaded from. `keep_dense` keeps the dense
+    experts for `unpatch`. Everything is read, checked and built before the model is touched:
+    a failed call leaves it as it was. Raises GlobeError with what was found and what to do.
+    """
+    if strategy not in STRATEGIES:
+        raise RequestError(f"strategy {strategy!r} is not known; this version has: {', '.join(STRATEGIES)}.")
+    if is_patched(model):
+        raise RequestError("This model already runs on GloBE experts; call globe_kernels.unpatch(model) first.")
+    checkpoint = GlobeCheckpoint(_checkpoint_path(model) if path is None else path)
+    targets = plan_replacement(model, checkpoint.config)
+    for target in targets:
+        _check_shapes(target, checkpoint.config)
+    _refuse_other_weights(targets[0], checkpoint)
+    bank, modules = _build(targets, checkpoint, activation_of(model))
+
+    before = sum(_module_bytes(target.experts) for target in targets)
+    for target, module in zip(targets, modules, strict=True):
+        model.set_submodule(target.path, module)
+    install_bank(model, bank)
+    if keep_dense:
+        # a plain tuple: the dense experts follow the model neither to a device nor into its state_dict
+        setattr(model, _DENSE_NAME, targets)
+    _set_quantizer(model, checkpoint.config)
+    replaced = tuple(target.path for target in targets)
+    skipped = tuple(path for path, _ in model.named_modules() if path.endswith("experts") and path not in replaced)
+    return PatchReport(replaced, skipped, before, resident_bytes(model))
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put back the dense experts that `patch(..., keep_dense=True)` kept."""
+    if not is_patched(model):
+        raise RequestError("This model does not run on GloBE experts, so there is nothing to undo.")
+    dense = getattr(model, _DENSE_NAME, None)
+    if dense is None:
+        raise RequestError(
+            "The dense experts were not kept; patch with keep_dense=True to be able to undo it, or load the dense "
+            "model again."
+        )
+    anchor = next(model.parameters())
+    for target in dense:
+        model.set_submodule(target.path, target.experts.to(anchor.device, anchor.dtype))
+    delattr(model, BANK_NAME)
+    delattr(model, _DENSE_NAME)
+    _set_quantizer(model, None)
+
+
+def is_patched(model: nn.Module) -> bool:
+    return isinstance(getattr(model, BANK_NAME, None), GlobeBank)
+
+
+def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
+    """{module path: module} of the GloBE experts of a patched model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, GlobeMoEFFN)}
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes that the GloBE experts hold on the device of the model (a bank parked in host memory counts on CPU)."""
+    device = next(model.parameters()).device
+    total = sum(_module_bytes(module) for module in globe_modules(model).values())
+    bank = getattr(model, BANK_NAME)
+    return total + sum(atoms.nbytes for atoms in bank.parameters() if atoms.device == device)
+
+
+def _module_bytes(module: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _checkpoint_path(model: nn.Module) -> Path:
+    name = getattr(getattr(model, "config", None), "name_or_path", "")
+    if name and (Path(name) / CONFIG_NAME).is_file():
+        return Path(name)
+    raise RequestError(
+        f"The model's directory ({name or 'unknown'}) holds no {CONFIG_NAME}; pass the GloBE checkpoint: "
+        'globe_kernels.patch(model, "out/globe").'
+    )
+
+
+@dataclass(frozen=True)
+class Target:
+    """One routed-experts module to replace."""
+
+    layer: int
+    path: str
+    experts: nn.Module
+
+
+def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
+    """The modules that `config` replaces, in the order of the layers.
+
+    Raises RequestError when the checkpoint is of another model.
+    """
+    model_type = getattr(_text_config(model), "model_type", None)
+    if model_type != config.base.model_type:
+        raise RequestError(
+            f"The checkpoint was fitted on a {config.base.model_type} model ({config.base.name}) and this model is "
+            f"{model_type or type(model).__name__}; patch the model it was fitted on."
+        )
+    live = dict(architecture_of(model_type).live_experts(model))
+    if set(live) != set(config.base.num_experts):
+        raise RequestError(
+            f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
+            f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
+        )
+    activation_of(model)
+    return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
+
+
+def _text_config(model: nn.Module):
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def activation_of(model: nn.Module) -> str:
+    """Name of the gate's activation. Raises RequestError for one that GloBE does not have."""
+    name = _text_config(model).hidden_act
+    if name not in ACTIVATIONS:
+        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(ACTIVATIONS)}.")
+    return name
+
+
+def _span(layers) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"
+
+
+def _check_shapes(target: Target, config: GlobeConfig) -> None:
+    num_experts = config.base.num_experts[target.layer]
+    inner, width = config.base.intermediate_size, config.base.hidden_size
+    expected = {"gate_up_proj": (num_experts, 2 * inner, width), "down_proj": (num_experts, width, inner)}
+    for name, shape in expected.items():
+        tensor = getattr(target.experts, name, None)
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
+        if found != shape:
+            raise RequestError(
+                f"{target.path}.{name} is {found} and the checkpoint, fitted on {config.base.name}, expects {shape}; "
+                "patch the model it was fitted on."
+            )
+
+
+def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
+    """A least-squares fit explains some of its own weights; factors of other weights only add error to them.
+
+    One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
+    """
+    weights = target.experts.gate_up_proj.detach()
+    if weights.is_meta:
+        return
+    config = checkpoint.config
+    factors = checkpoint.layer(target.layer, "gate")
+    basis = compose_basis_ref(
+        factors.code.index, factors.code.value, checkpoint.bank("gate"), config.phi, torch.float32
+    )
+    gate = weights[:, : config.base.intermediate_size].float().cpu()
+    error = ((gate - factors.adapter.float() @ basis).square().sum() / gate.square().sum()).item()
+    if not error < 1.0:
+        raise RequestError(
+            f"The checkpoint {checkpoint.path} was fitted on other weights than this model's (relative error "
+            f"{error:.2f} on layer {target.layer}, below 1 expected); patch {config.base.name}, which it was fitted on."
+        )
+
+
+def _build(
+    targets: tuple[Target, ...], checkpoint: GlobeCheckpoint, activation: str
+) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
+    """The bank and the replacements, composed, on the devices and in the dtypes of the experts they replace."""
+    config = checkpoint.config
+    bank = GlobeBank(config, "meta")
+    for family in FAMILIES:
+        atoms = _finite(checkpoint.bank(family), f"bank.{family}", checkpoint)
+        setattr(bank, family, nn.Parameter(atoms.to(targets[0].experts.down_proj.device), requires_grad=False))
+    modules = []
+    for target in targets:
+        down = target.experts.down_proj
+        module = GlobeMoEFFN(config, target.layer, activation, down.dtype, "meta")
+        module.down_proj = down
+        for family in FAMILIES:
+            factors = checkpoint.layer(target.layer, family)
+            adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)
+            adapter = nn.Parameter(adapter.to(down.device, down.dtype), requires_grad=False)
+            setattr(module, f"{family}_adapter", adapter)
+            setattr(module, f"{family}_code_index", factors.code.index.to(down.device))
+            setattr(module, f"{family}_code_value", factors.code.value.to(down.device))
+        module.compose(bank)
+        module.train(target.experts.training)
+        modules.append(module)
+    return bank, modules
+
+
+def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> torch.Tensor:
+    if not torch.isfinite(tensor).all():
+        raise GlobeError(f"{name} in {checkpoint.path} holds NaN or infinity; restore the file or fit again.")
+    return tensor
+
+
+def install_bank(model: nn.Module, bank: GlobeBank) -> None:
+    """Register the bank at the root of the model, in host memory: the composed modules no longer read it."""
+    setattr(model, BANK_NAME, bank)
+    bank.park()
+
+
+def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
+    """Let `save_pretrained` write, or no longer write, a directory that `from_pretrained` loads as GloBE."""
+    if importlib.util.find_spec("transformers") is None:
+        return
+    from globe_kernels import transformers_plugin  # imports this module
+
+    transformers_plugin.set_quantizer(model, config)

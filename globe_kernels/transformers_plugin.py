@@ -1,0 +1,128 @@
+"""The quantizer route: `AutoModelForCausalLM.from_pretrained` of an exported GloBE directory.
+
+Importing this module registers the quantization method "globe". The experts are replaced while the
+model is on the meta device, so dense gate and up experts never exist in memory.
+"""
+
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from globe_kernels.bank import GlobeBank
+from globe_kernels.checkpoint import (
+    BANK_NAME,
+    QUANT_METHOD,
+    GlobeConfig,
+    check_codes,
+    exported_bank_key,
+    exported_key,
+)
+from globe_kernels.errors import GlobeError
+from globe_kernels.families import FAMILIES
+from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.patching import activation_of, globe_modules, install_bank, plan_replacement
+
+
+@register_quantization_config(QUANT_METHOD)
+class GlobeQuantizationConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: the fields of GlobeConfig beside `quant_method`."""
+
+    def __init__(self, **data: Any):
+        data.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.globe = GlobeConfig.from_dict(data, "quantization_config in config.json")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": QUANT_METHOD, **self.globe.to_dict()}
+
+    to_diff_dict = to_dict
+
+
+@register_quantizer(QUANT_METHOD)
+class GlobeHfQuantizer(HfQuantizer):
+    """Swaps the experts before the weights are loaded and composes their bases after."""
+
+    quantization_config: GlobeQuantizationConfig
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        config = self.quantization_config.globe
+        targets = plan_replacement(model, config)
+        if checkpoint_files:
+            _check_exported_files(checkpoint_files, config)
+        activation = activation_of(model)
+        for target in targets:
+            # transformers loads a parameter in the dtype that its meta tensor has: that of the model, as asked for
+            dtype = target.experts.down_proj.dtype
+            model.set_submodule(target.path, GlobeMoEFFN(config, target.layer, activation, dtype, "meta"))
+        setattr(model, BANK_NAME, GlobeBank(config, "meta"))
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        bank = getattr(model, BANK_NAME)
+        for path, module in globe_modules(model).items():
+            for family in FAMILIES:
+                check_codes(module.code(family).index, self.quantization_config.globe.num_atoms, path)
+            module.compose(bank)
+        install_bank(model, bank)
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _check_exported_files(files: list[str], config: GlobeConfig) -> None:
+    """transformers neither stops at a missing tensor nor, under a quantizer, checks shapes: do both here."""
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            found |= {key.removeprefix("model."): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+    expected = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
+    for layer in config.base.num_experts:
+        expected |= {exported_key(layer, name): shape for name, (shape, _) in config.layer_shapes(layer).items()}
+    for key, shape in expected.items():
+        actual = found.get(key.removeprefix("model."))
+        if actual != shape:
+            raise GlobeError(
+                f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
+                "export the checkpoint again."
+            )
+
+
+def set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
+    """Mark a transformers model as running on GloBE, or (None) as dense again."""
+    if config is None:
+        if hasattr(model, "hf_quantizer"):
+            model.hf_quantizer.remove_quantization_config(model)
+        return
+    if not hasattr(model, "config"):
+        return
+    quantization_config = GlobeQuantizationConfig(**config.to_dict())
+    model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
+    model.config.quantization_config = quantization_config
+    model.quantization_method = QUANT_METHOD
+    model.is_quantized = True
+
+
+def _globe_experts_forward(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(
+        "experts_implementation='globe' names experts that globe_kernels replaces, and this module is still dense; "
+        "call globe_kernels.patch(model, path) or load an exported GloBE directory."
+    )
+
+
+# `experts_implementation="globe"` validates only when the name is known; the experts themselves are GlobeMoEFFN.
+ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, _globe_experts_forward)
