@@ -94,7 +94,7 @@ def model_config(vocab_size: int) -> Qwen3MoeConfig:
         num_hidden_layers=6,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=32,  # pyright: ignore[reportCallIssue]
         num_experts=20,
         num_experts_per_tok=4,
         moe_intermediate_size=64,
@@ -126,9 +126,7 @@ def perplexity(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> float:
     total = 0.0
     for batch in rows.split(32):
         logits = model(batch, output_router_logits=False).logits[:, :-1]
-        total += torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"
-        ).item()
+        total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").item()
     model.train()
     return math.exp(total / (rows.shape[0] * (SEQUENCE - 1)))
 
@@ -144,9 +142,7 @@ def train(model: Qwen3MoeForCausalLM, tokens: torch.Tensor, held_out: torch.Tens
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
-        lambda step: min(1.0, (step + 1) / args.warmup)
-        * 0.5
-        * (1 + math.cos(math.pi * min(1.0, step / args.steps))),
+        lambda step: min(1.0, (step + 1) / args.warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / args.steps))),
     )
     generator = torch.Generator().manual_seed(args.seed)
     best, best_state, started = math.inf, {}, time.perf_counter()
@@ -201,7 +197,7 @@ def main() -> None:
     figures = train(model, tokens, held_out, args)
 
     model.config.output_router_logits = False
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    model.bfloat16().save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "heldout.txt").write_text(held_out_text, encoding="utf-8")
     figures |= {

@@ -22,7 +22,7 @@ def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> 
         chol, info = torch.linalg.cholesky_ex(shifted)
         if not info.any():
             return torch.cholesky_solve(cross.mT, chol).mT
-    raise RuntimeError(f"the Gram matrix of a basis stays singular at ridge {factor * ridge:g}")
+    raise RuntimeError(f"the Gram matrix of a basis stays singular at ridge {_LARGER_RIDGE[-1] * ridge:g}")
 
 
 def refit_adapters(weights: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Settings of a fit, and the sizes that follow from them."""
 
-from dataclasses import dataclass, field
+import tomllib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 from globe_kernels.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
@@ -53,6 +55,33 @@ class FitConfig:
             raise RequestError("ratio, rank and atoms are all given; give at most two of them, the third follows.")
         if self.varpro.steps < 0:
             raise RequestError(f"steps is {self.varpro.steps}; expected 0 (the start itself) or more.")
+
+    @classmethod
+    def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":
+        """The settings of a TOML file, with a [varpro] table for the solver, overridden by `options` not None.
+
+        Raises RequestError for a file that cannot be read and for a setting that does not exist.
+        """
+        settings: dict = {}
+        if toml_file is not None:
+            try:
+                settings = tomllib.loads(toml_file.read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise RequestError(f"{toml_file} is not a readable TOML file ({error}).") from error
+        settings |= {name: value for name, value in options.items() if value is not None and name != "steps"}
+        varpro = settings.pop("varpro", {})
+        if options.get("steps") is not None:
+            varpro = {**varpro, "steps": options["steps"]}
+        for given, owner in ((settings, cls), (varpro, VarProConfig)):
+            known = {f.name for f in fields(owner)} - {"varpro"}
+            if unknown := given.keys() - known:
+                raise RequestError(
+                    f"{toml_file} has the unknown setting {min(unknown)!r}; expected {', '.join(sorted(known))}."
+                )
+        try:
+            return cls(**settings, varpro=VarProConfig(**varpro))
+        except TypeError as error:
+            raise RequestError(f"{toml_file} has a setting of the wrong type ({error}).") from error
 
 
 DEFAULT_RATIO = 0.625

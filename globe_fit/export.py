@@ -22,7 +22,7 @@ from globe_kernels.checkpoint import (
 )
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, ExpertKey
-from globe_kernels.files import ShardWriter, require_free_space, staged_directory
+from globe_kernels.files import ShardWriter, require_room, staged_directory
 
 # Weights in any format are not copied into an export, nor is what describes the files of the base.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -150,7 +150,7 @@ def _write_model(
         raise RequestError(f"{out} is the base model itself; give another output directory.")
     if out.exists() and not (out.is_dir() and _may_replace(out)):
         raise RequestError(f"{out} exists and is not an earlier export of GloBE; give a new directory.")
-    require_free_space(out, needed)
+    require_room(out, needed)
     config = json.loads((base.model_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     if quantization is not None:

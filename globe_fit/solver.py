@@ -1,5 +1,6 @@
 """The fit as a whole: sizes, statistics, start, solver, refit on the raw weights, report."""
 
+import json
 import math
 import platform
 import time
@@ -66,9 +67,8 @@ def _provenance(config: FitConfig) -> dict:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
     }
-    # through JSON types, so that a saved and reloaded configuration is equal to this one
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
-    settings["varpro"]["betas"] = list(config.varpro.betas)
+    # through JSON, so that a saved and reloaded configuration is equal to this one
+    settings = json.loads(json.dumps(asdict(config)))
     return {"seed": config.seed, "fit": settings, "versions": versions}
 
 

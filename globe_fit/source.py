@@ -67,7 +67,9 @@ class TensorFiles:
     def _open(self, name: str):
         path = self.model_dir / name
         if not path.is_file():
-            raise GlobeError(f"Shard {name} is missing from {self.model_dir}; {INDEX_NAME} lists it, download it again.")
+            raise GlobeError(
+                f"Shard {name} is missing from {self.model_dir}; {INDEX_NAME} lists it, download it again."
+            )
         try:
             return safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:
@@ -81,7 +83,9 @@ class TensorFiles:
         present = {name: set(handle.keys()) for name, handle in handles.items()}
         for key, name in self.weight_map.items():
             if key not in present[name]:
-                raise GlobeError(f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again.")
+                raise GlobeError(
+                    f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again."
+                )
         return handles
 
     def view(self, key: str):
@@ -116,7 +120,9 @@ class ExpertSource:
         """Raises RequestError for a directory that is not a known MoE model, GlobeError for a damaged one."""
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
-            raise RequestError(f"{self.model_dir} is not a directory; give the local directory of a Hugging Face model.")
+            raise RequestError(
+                f"{self.model_dir} is not a directory; give the local directory of a Hugging Face model."
+            )
         config = read_config(self.model_dir)
         self.architecture = architecture_of(config.get("model_type"))
         num_experts = self.architecture.num_experts(config)

@@ -71,6 +71,7 @@ def solve(
         yield step, error, state
         if step == config.steps:
             return
+        assert codes.grad is not None
         codes.grad.mul_(allowed)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * _schedule(step, config)

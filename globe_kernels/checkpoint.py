@@ -13,7 +13,9 @@ A directory with
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
 index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
-and `exported_bank_key`, and the same configuration as `quantization_config`. Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
+and `exported_bank_key`, and the same configuration as `quantization_config`.
+
+Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
 """
 
 import hashlib
@@ -198,7 +200,7 @@ class GlobeCheckpoint:
         self.config = GlobeConfig.from_dict(data, str(config_path))
         self._files: dict[str, str] = data.get("files", {})
         self._handles = {name: self._open(name) for name in self._files}
-        self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}
+        self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
         if verify:
             self.verify()
@@ -206,9 +208,7 @@ class GlobeCheckpoint:
     def _open(self, name: str):
         path = self.path / name
         if not path.is_file():
-            raise GlobeError(
-                f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again."
-            )
+            raise GlobeError(f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again.")
         try:
             handle = safe_open(path, framework="pt", device="cpu")
         except SafetensorError as error:
@@ -217,7 +217,8 @@ class GlobeCheckpoint:
             ) from error
         if (handle.metadata() or {}).get("fingerprint") != self.config.fingerprint:
             raise GlobeError(
-                f"{path} was not written together with {CONFIG_NAME} beside it; restore both from one fit, or fit again."
+                f"{path} was not written together with the {CONFIG_NAME} beside it; restore both from one fit, or "
+                "fit again."
             )
         return handle
 

@@ -27,9 +27,8 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
     others. On any failure the staging directory is removed. What a killed process left staged is
     removed by the next writer.
     """
+    require_room(target, 0)
     created = not target.exists()
-    if target.exists() and not target.is_dir():
-        raise RequestError(f"{target} is a file; give the path of a directory to write into.")
     staging = target / f"{_STAGING_PREFIX}{os.getpid()}"
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -77,10 +76,14 @@ def _free(target: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_free_space(target: Path, needed: int) -> None:
-    """Refuse before the work, not after it, when `needed` bytes cannot be written to `target`."""
-    free = _free(target)
-    if free < needed:
+def require_room(target: Path, needed: int) -> None:
+    """Refuse before the work, not after it, when `needed` bytes cannot be written into directory `target`."""
+    existing = next(path for path in (target, *target.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise RequestError(f"{existing} is a file; give the path of a directory to write into.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RequestError(f"Cannot write to {existing}: permission denied; give a directory you may write to.")
+    if (free := _free(target)) < needed:
         raise GlobeError(
             f"Writing to {target} needs {needed} bytes and {free} are free; free some space or give another "
             "output directory."

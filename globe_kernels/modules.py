@@ -41,9 +41,7 @@ class GlobeMoEFFN(nn.Module):
             else:
                 # buffers keep their dtype when a model is loaded or cast: codes stay int32 and float32
                 self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
-        down = torch.empty(
-            self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype, device=device
-        )
+        down = torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype, device=device)
         self.down_proj = nn.Parameter(down, requires_grad=False)
         for family in FAMILIES:
             self.register_buffer(f"{family}_basis", None, persistent=False)
@@ -81,5 +79,5 @@ class GlobeMoEFFN(nn.Module):
         return moe_ffn(hidden_states, top_k_index, top_k_weights, weights, self.activation)
 
     def extra_repr(self) -> str:
-        experts, width, inner = self.num_experts, self.hidden_dim, self.intermediate_dim
-        return f"experts={experts}, hidden={width}, intermediate={inner}, rank={self.gate_adapter.shape[2]}, phi={self.phi}"
+        num_experts, inner, rank = self.gate_adapter.shape
+        return f"experts={num_experts}, hidden={self.hidden_dim}, intermediate={inner}, rank={rank}, phi={self.phi}"

@@ -3,6 +3,7 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,7 +126,7 @@ class Target:
 
     layer: int
     path: str
-    experts: nn.Module
+    experts: Any  # nn.Module with gate_up_proj (E, 2P, D) and down_proj (E, D, P)
 
 
 def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
@@ -149,8 +150,8 @@ def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...
     return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
 
 
-def _text_config(model: nn.Module):
-    config = getattr(model, "config", None)
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

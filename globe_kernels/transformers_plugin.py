@@ -6,12 +6,10 @@ model is on the meta device, so dense gate and up experts never exist in memory.
 
 from typing import Any
 
-import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.bank import GlobeBank
@@ -35,7 +33,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **data: Any):
         data.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method: Any = QUANT_METHOD
         self.globe = GlobeConfig.from_dict(data, "quantization_config in config.json")
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,10 +46,12 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 class GlobeHfQuantizer(HfQuantizer):
     """Swaps the experts before the weights are loaded and composes their bases after."""
 
-    quantization_config: GlobeQuantizationConfig
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.globe = quantization_config.globe
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        config = self.quantization_config.globe
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
+        config = self.globe
         targets = plan_replacement(model, config)
         if checkpoint_files:
             _check_exported_files(checkpoint_files, config)
@@ -63,20 +63,20 @@ class GlobeHfQuantizer(HfQuantizer):
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         return model
 
-    def _process_model_after_weight_loading(self, model, **kwargs):
+    def _process_model_after_weight_loading(self, model: Any, **kwargs):
         bank = getattr(model, BANK_NAME)
         for path, module in globe_modules(model).items():
             for family in FAMILIES:
-                check_codes(module.code(family).index, self.quantization_config.globe.num_atoms, path)
+                check_codes(module.code(family).index, self.globe.num_atoms, path)
             module.compose(bank)
         install_bank(model, bank)
         return model
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return False
 
     @property
@@ -89,7 +89,8 @@ def _check_exported_files(files: list[str], config: GlobeConfig) -> None:
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            found |= {key.removeprefix("model."): tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}
+            keys = list(handle.keys())
+            found |= {key.removeprefix("model."): tuple(handle.get_slice(key).get_shape()) for key in keys}
     expected = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
     for layer in config.base.num_experts:
         expected |= {exported_key(layer, name): shape for name, (shape, _) in config.layer_shapes(layer).items()}
@@ -102,7 +103,7 @@ def _check_exported_files(files: list[str], config: GlobeConfig) -> None:
             )
 
 
-def set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
+def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
     """Mark a transformers model as running on GloBE, or (None) as dense again."""
     if config is None:
         if hasattr(model, "hf_quantizer"):
@@ -117,7 +118,7 @@ def set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
     model.is_quantized = True
 
 
-def _globe_experts_forward(experts: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+def _globe_experts_forward(*_: Any) -> None:
     raise RuntimeError(
         "experts_implementation='globe' names experts that globe_kernels replaces, and this module is still dense; "
         "call globe_kernels.patch(model, path) or load an exported GloBE directory."

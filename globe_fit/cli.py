@@ -1,0 +1,270 @@
+"""The `globe` command: fit, export, eval, inspect, demo."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from globe_fit.config import FitConfig, resolve_sizes
+from globe_fit.console import megabytes, print_table, progress
+from globe_fit.demo import run_demo
+from globe_fit.evaluate import Quality, evaluate, load_model, token_windows
+from globe_fit.export import export_dense, export_globe, save_fit
+from globe_fit.inspection import inspect_checkpoint
+from globe_fit.solver import fit
+from globe_fit.source import ExpertSource
+from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
+from globe_kernels.errors import RequestError
+from globe_kernels.families import FAMILIES
+from globe_kernels.files import require_room
+from globe_kernels.patching import patch
+
+app = typer.Typer(
+    help="GloBE: one global bank of basis matrices for the experts of a Mixture-of-Experts model.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+
+
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError(f"device is {name} and torch sees no CUDA device; use --device cpu.")
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise RequestError(f"device {name!r} is not known to torch; use cpu or cuda.") from error
+
+
+def _print_json(figures: dict) -> None:
+    print(json.dumps(figures, indent=2))
+
+
+@app.command("fit")
+def fit_command(
+    model_dir: Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the GloBE checkpoint.")],
+    ratio: Annotated[float | None, typer.Option(help="GloBE bytes / dense gate and up bytes (0.625).")] = None,
+    rank: Annotated[int | None, typer.Option(help="Inner dimension r.")] = None,
+    atoms: Annotated[int | None, typer.Option(help="Atoms of each family's bank.")] = None,
+    support: Annotated[int | None, typer.Option(help="Atoms that each expert mixes (12).")] = None,
+    phi: Annotated[str | None, typer.Option(help="identity, silu or tanh.")] = None,
+    scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Passes over the experts (500).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fit a GloBE checkpoint to the gate and up experts of a model."""
+    options = {
+        "ratio": ratio,
+        "rank": rank,
+        "atoms": atoms,
+        "support": support,
+        "phi": phi,
+        "scope": scope,
+        "seed": seed,
+        "device": _device(device),
+        "steps": steps,
+    }
+    settings = FitConfig.from_options(config, options)
+    source = ExpertSource(model_dir)
+    sizes = resolve_sizes(source.base, settings)
+    require_room(out, sizes.tensor_bytes)
+    passes = settings.varpro.steps + 1
+    with progress(as_json) as stage:
+        stage.begin("fit", passes * len(FAMILIES))
+        result = fit(
+            source,
+            settings,
+            on_step=lambda record: stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"])),
+        )
+    save_fit(result, source, out)
+    checkpoint = GlobeCheckpoint(out)
+    figures = {
+        **result.report,
+        "rank": sizes.rank,
+        "atoms": sizes.num_atoms,
+        "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
+    }
+    if as_json:
+        _print_json(figures)
+        return
+    families = figures["families"]
+    rows = [
+        [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
+        for name, key in (
+            ("GloBE", "relative_error"),
+            (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
+            (f"lower bound of rank {sizes.rank}", "rank_bound"),
+        )
+    ]
+    print_table("Relative squared error", ["", *FAMILIES], rows)
+    dense, disk = source.base.dense_bytes, checkpoint.bytes_on_disk
+    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f}) in {out}")
+    print(result.status.advice)
+
+
+@app.command("export")
+def export_command(
+    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint.")],
+    base: Annotated[Path, typer.Option(help="The dense model that it was fitted on.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the Hugging Face model.")],
+    dense: Annotated[bool, typer.Option("--dense", help="Write the reconstructed dense model.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; unchanged by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model that from_pretrained loads: as GloBE, or with --dense for engines that do not know it."""
+    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    if dtype is not None and short.get(dtype, dtype) not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(short)}.")
+    cast = None if dtype is None else DTYPES[short.get(dtype, dtype)]
+    checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
+    write = export_dense if dense else export_globe
+    with progress(as_json) as stage:
+        stage.begin("export", 1)
+        write(checkpoint, source, out, dtype=cast, on_tensor=lambda done, total: stage.advance(done / total))
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if as_json:
+        _print_json({"out": str(out), "format": "dense" if dense else "globe", "bytes": size})
+    else:
+        print(f"{megabytes(size)} of weights in {out}")
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to evaluate on.")],
+    base: Annotated[Path | None, typer.Option(help="The dense model to compare with.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Perplexity and throughput of a model; with --base beside the dense one, with KL and top-1 agreement."""
+    target = _device(device)
+    is_checkpoint = (model / CONFIG_NAME).is_file()
+    if is_checkpoint and base is None:
+        raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
+    windows = token_windows(base or model, text)
+    models = {}
+    if base is not None:
+        models["dense"] = load_model(base, target)
+    if is_checkpoint:
+        assert base is not None
+        models["globe"] = load_model(base, target)
+        patch(models["globe"], model)
+    else:
+        models["globe" if base is not None else "model"] = load_model(model, target)
+    with progress(as_json) as stage:
+        stage.begin("eval", 1)
+        quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
+    if as_json:
+        _print_json({name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()})
+    else:
+        _print_quality(f"{text.name}, {windows.numel()} tokens", quality)
+
+
+def _print_quality(title: str, quality: dict[str, Quality]) -> None:
+    rows = [
+        [name, f"{value.perplexity:.3f}", f"{value.kl:.5f}", f"{100 * value.top1:.2f} %", f"{value.tokens_per_s:.0f}"]
+        for name, value in quality.items()
+    ]
+    print_table(title, ["", "perplexity", "KL to first row", "top-1 as first row", "tokens/s"], rows)
+
+
+@app.command("inspect")
+def inspect_command(
+    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare the sha256 of every file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What is in a GloBE checkpoint: sizes, errors, use of the atoms."""
+    figures = inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify))
+    if as_json:
+        _print_json(figures)
+        return
+    inner, width = figures["shape"]
+    print(
+        f"{figures['base']} ({figures['model_type']}): {figures['experts']} experts of {inner} x {width} in "
+        f"{figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
+        f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}"
+    )
+    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
+    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
+    families = figures["families"]
+    spread = ("support", "atom_use")
+    rows = [
+        [name.replace("_", " "), *(_cell(families[family][name], name in spread) for family in FAMILIES)]
+        for name in ("relative_error", "svd_equal_bytes", "rank_bound", *spread, "dead_atoms", "largest_palette")
+    ]
+    layers = families["gate"]["relative_error_by_layer"]
+    rows += [
+        [f"error of layer {layer}", *(_cell(families[f]["relative_error_by_layer"][layer]) for f in FAMILIES)]
+        for layer in layers
+    ]
+    rows += [
+        [f"95 % rank, layer {layer}", *(str(families[f]["effective_rank_95"][layer]) for f in FAMILIES)]
+        for layer in families["gate"]["effective_rank_95"]
+    ]
+    print_table("Families", ["", *FAMILIES], rows)
+
+
+def _cell(value, spread: bool = False) -> str:
+    if spread:
+        return f"{value['min']} / {value['median']} / {value['max']}"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the checkpoint and the export here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole way on the model that ships with the project, in about a minute on two CPU cores."""
+    with progress(as_json) as stage:
+        figures = run_demo(out, stage)
+    if as_json:
+        _print_json(figures)
+        return
+    _print_demo(figures)
+
+
+def _print_demo(figures: dict) -> None:
+    error, baseline = figures["relative_error"], figures["baseline"]
+    perplexity, kl, top1 = figures["perplexity"], figures["kl"], figures["top1"]
+    sizes, speed = figures["bytes"], figures["tokens_per_s"]
+    rows = [
+        *(
+            [f"relative error, {family}", "0", f"{error[family]:.4f}", f"{baseline['svd'][family]:.4f}"]
+            for family in FAMILIES
+        ),
+        *(
+            [f"  lower bound of the rank, {family}", "", f"{baseline['rank_bound'][family]:.4f}", ""]
+            for family in FAMILIES
+        ),
+        ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", "globe", "svd"))],
+        ["KL(dense || compressed)", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
+        ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
+        ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
+        ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
+        ["gate and up at peak", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
+        ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
+    ]
+    print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
+    if sizes["resident"] > sizes["dense_experts"]:
+        print(
+            "Resident: the strategy `composed` holds every composed basis beside the adapters. At this rank that is "
+            "more than the dense experts; the saving is on disk."
+        )
+    texts = figures["continuation"]
+    for name in ("dense", "globe", "svd"):
+        print(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")

@@ -1,0 +1,58 @@
+"""What a command shows a person: progress on stderr, tables on stdout."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from globe_fit.demo import Stage
+
+_PLAIN_LINES = 10  # progress lines per stage where there is no terminal
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Stage]:
+    """Progress bars on a terminal, a few plain lines elsewhere, nothing when `quiet`."""
+    if quiet:
+        yield Stage(begin=lambda name, total: None, advance=lambda done: None)
+    elif sys.stderr.isatty():
+        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+
+            def begin(name: str, total: int) -> None:
+                bars.add_task(name, total=total)
+
+            yield Stage(begin, advance=lambda done: bars.update(bars.task_ids[-1], completed=done))
+    else:
+        lines = _PlainLines()
+        yield Stage(begin=lines.begin, advance=lines.advance)
+
+
+class _PlainLines:
+    def __init__(self) -> None:
+        self.name, self.total, self.shown = "", 1.0, 0
+
+    def begin(self, name: str, total: float) -> None:
+        self.name, self.total, self.shown = name, total, 0
+
+    def advance(self, done: float) -> None:
+        tenths = int(_PLAIN_LINES * done / self.total)
+        if tenths > self.shown:
+            self.shown = tenths
+            print(f"{self.name}: {100 * tenths // _PLAIN_LINES} %", file=sys.stderr, flush=True)
+
+
+def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e6:.2f} MB"

@@ -1,0 +1,129 @@
+"""The whole way of a user on the model that ships with the project: fit, export, load, measure."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from globe_fit.baselines import truncated_svd
+from globe_fit.config import FitConfig, VarProConfig
+from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, token_windows
+from globe_fit.export import export_globe, save_fit
+from globe_fit.solver import fit
+from globe_fit.source import ExpertSource
+from globe_kernels.checkpoint import BANK_NAME, GlobeCheckpoint
+from globe_kernels.errors import RequestError
+from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.ops.counters import call_counts
+from globe_kernels.patching import globe_modules
+
+DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
+PROMPT = "Return a new list containing"
+NEW_TOKENS = 40
+
+
+def shipped_model() -> Path:
+    """Directory of the trained model that ships with the project, installed or in a checkout."""
+    here = Path(__file__).resolve().parent
+    for path in (here / "tiny_moe", here.parent / "examples" / "tiny_moe"):
+        if (path / "config.json").is_file():
+            return path
+    raise RequestError("The model that ships with GloBE is not installed; install again from the source tree.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Receives progress: `begin` opens a stage with its number of steps, `advance` tells how many are done."""
+
+    begin: Callable[[str, int], None]
+    advance: Callable[[float], None]
+
+
+def run_demo(out: Path | None, stage: Stage) -> dict:
+    """Fit the shipped model, export, reload and measure; returns the figures under stable keys.
+
+    `out` keeps the checkpoint (`out/globe`) and the exported model (`out/globe-hf`); None discards them.
+    """
+    if out is not None:
+        return _run(out, stage)
+    with tempfile.TemporaryDirectory(prefix="globe-demo-") as directory:
+        return _run(Path(directory), stage)
+
+
+def _run(out: Path, stage: Stage) -> dict:
+    model_dir = shipped_model()
+    source = ExpertSource(model_dir)
+    steps = DEMO_CONFIG.varpro.steps + 1
+    stage.begin("fit", steps * len(FAMILIES))
+    result = fit(
+        source,
+        DEMO_CONFIG,
+        on_step=lambda record: stage.advance(record["step"] + 1 + steps * FAMILIES.index(record["family"])),
+    )
+    save_fit(result, source, out / "globe")
+    checkpoint = GlobeCheckpoint(out / "globe", verify=True)
+    stage.begin("export", len(source.files.weight_map))
+    if (out / "globe-hf").exists():
+        shutil.rmtree(out / "globe-hf")
+    export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, _: stage.advance(done))
+
+    dense = load_model(model_dir)
+    compressed = load_model(out / "globe-hf")
+    svd_rank = result.report["families"]["gate"]["svd_equal_bytes_rank"]
+    models = {"dense": dense, "globe": compressed, "svd": _svd_model(model_dir, source, svd_rank)}
+    windows = token_windows(model_dir, model_dir / "heldout.txt")
+    stage.begin("measure", 1)
+    quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
+    if not call_counts().get("moe_ffn_ref"):
+        raise AssertionError("the GloBE experts never ran")
+    texts = {name: continue_text(models[name], model_dir, PROMPT, NEW_TOKENS) for name in ("dense", "globe", "svd")}
+    return _figures(result.report, quality, checkpoint, compressed, texts)
+
+
+def _svd_model(model_dir: Path, source: ExpertSource, rank: int) -> nn.Module:
+    """The dense model with every gate and up matrix replaced by its truncated SVD, factors rounded to bf16."""
+    model = load_model(model_dir)
+    live = dict(architecture_of(source.base.model_type).live_experts(model))
+    inner = source.base.intermediate_size
+    for layer in source.layers:
+        experts: Any = model.get_submodule(live[layer.layer])
+        target = experts.gate_up_proj
+        for family, rows in zip(FAMILIES, (slice(0, inner), slice(inner, None)), strict=True):
+            left, right = truncated_svd(source.read(layer, family), rank)
+            target.data[:, rows] = left.bfloat16().float().bmm(right.bfloat16().float()).to(target.dtype)
+    return model
+
+
+def _figures(
+    report: dict, quality: dict[str, Quality], checkpoint: GlobeCheckpoint, model: nn.Module, texts: dict[str, str]
+) -> dict:
+    families = report["families"]
+    resident = sum(tensor.nbytes for tensor in getattr(model, BANK_NAME).parameters())
+    for module in globe_modules(model).values():
+        tensors = dict([*module.named_parameters(), *module.named_buffers()])
+        resident += sum(tensor.nbytes for name, tensor in tensors.items() if name != "down_proj")
+    config = checkpoint.config
+    # composing one expert gathers its atoms in fp32, on top of everything that stays
+    transient = config.support * config.rank * config.base.hidden_size * 4
+    return {
+        "relative_error": {family: families[family]["relative_error"] for family in FAMILIES},
+        "baseline": {
+            "svd": {family: families[family]["svd_equal_bytes"] for family in FAMILIES},
+            "rank_bound": {family: families[family]["rank_bound"] for family in FAMILIES},
+        },
+        "perplexity": {name: quality[name].perplexity for name in quality},
+        "kl": {name: quality[name].kl for name in ("globe", "svd")},
+        "top1": {name: quality[name].top1 for name in ("globe", "svd")},
+        "bytes": {
+            "dense_experts": config.base.dense_bytes,
+            "globe_on_disk": checkpoint.bytes_on_disk,
+            "resident": resident,
+            "peak": resident + transient,
+        },
+        "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
+        "continuation": {"prompt": PROMPT, **texts},
+    }

@@ -1,0 +1,128 @@
+"""What compression does to a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from globe_kernels.errors import GlobeError, RequestError
+
+WINDOW = 256
+_BATCH = 16
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+OnBatch = Callable[[int, int], None]  # batches done, batches in all
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model on one text. `kl` (nats per token) and `top1` compare with the reference model."""
+
+    perplexity: float
+    kl: float
+    top1: float  # share of positions where both models prefer the same next token
+    tokens_per_s: float
+
+
+def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> nn.Module:
+    """A causal language model from a local directory, dense or exported by GloBE, in evaluation mode."""
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path} holds no config.json; give the local directory of a Hugging Face model.")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except GlobeError:
+        raise
+    except (OSError, ValueError) as error:
+        raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
+    return model.to(device).eval()
+
+
+def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
+    """(N, WINDOW) int64: the text in the tokenizer of `model_dir`, cut into windows without overlap.
+
+    Raises RequestError when the text is missing, or too short for one window.
+    """
+    text_file = Path(text_file)
+    if not text_file.is_file():
+        raise RequestError(f"{text_file} is not a file; give a text file to evaluate on.")
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{text_file} is not UTF-8 text ({error}); convert it first.") from error
+    tokenizer = load_tokenizer(model_dir)
+    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(tokens) < WINDOW:
+        raise RequestError(f"{text_file} has {len(tokens)} tokens; give a text of at least {WINDOW}.")
+    return tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+def load_tokenizer(model_dir: str | Path):
+    """The tokenizer of a model directory. Raises RequestError when it has none."""
+    # without its files transformers makes up a tokenizer with an empty vocabulary
+    if not any((Path(model_dir) / name).is_file() for name in _TOKENIZER_FILES):
+        raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the model's tokenizer.")
+    try:
+        return AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{model_dir} has no tokenizer that transformers can load ({error}).") from error
+
+
+@torch.inference_mode()
+def evaluate(
+    models: Mapping[str, nn.Module], windows: torch.Tensor, *, on_batch: OnBatch | None = None
+) -> dict[str, Quality]:
+    """Every model on the same windows; the first model is the reference of `kl` and `top1`.
+
+    The models take turns batch by batch, so that throughput is measured side by side; the first batch of
+    each warms up and is not timed where there is more than one.
+    """
+    batches = windows.split(_BATCH)
+    totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0, "seconds": 0.0, "timed": 0.0} for name in models}
+    count = windows.shape[0] * (windows.shape[1] - 1)
+    for number, batch in enumerate(batches):
+        reference: torch.Tensor | None = None
+        for name, model in models.items():
+            device = next(model.parameters()).device
+            began = time.perf_counter()
+            logits = model(batch.to(device)).logits
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            total = totals[name]
+            if number > 0 or len(batches) == 1:
+                total["seconds"] += time.perf_counter() - began
+                total["timed"] += batch.numel()
+            log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1).flatten(0, 1)
+            target = batch[:, 1:].flatten().to(device)
+            reference = log_probs if reference is None else reference.to(device)
+            total["nll"] -= log_probs.gather(1, target[:, None]).sum().item()
+            total["kl"] += (reference.exp() * (reference - log_probs)).sum().item()
+            total["top1"] += (reference.argmax(-1) == log_probs.argmax(-1)).sum().item()
+        if on_batch is not None:
+            on_batch(number + 1, len(batches))
+    return {
+        name: Quality(
+            perplexity=math.exp(min(total["nll"] / count, 700.0)),
+            kl=total["kl"] / count,
+            top1=total["top1"] / count,
+            tokens_per_s=total["timed"] / total["seconds"],
+        )
+        for name, total in totals.items()
+    }
+
+
+@torch.inference_mode()
+def continue_text(model: Any, model_dir: str | Path, prompt: str, max_new_tokens: int) -> str:
+    """The greedy continuation of `prompt`."""
+    tokenizer = load_tokenizer(model_dir)
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    inputs.pop("token_type_ids", None)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
