@@ -54,6 +54,10 @@ class Architecture:
         matrix = {self.gate: "gate", self.up: "up", self.down: "down"}[name]
         return ExpertKey(int(layer), int(expert), matrix)
 
+    def live_key(self, key: str) -> str:
+        """`key` as the live base model names it: transformers renames blocks and the prefix when it saves."""
+        return key.replace(f".{self.block}.experts.", ".mlp.experts.").removeprefix("model.")
+
     def num_experts(self, config: dict) -> int:
         for key in _NUM_EXPERTS_KEYS:
             if config.get(key) is not None:

@@ -22,7 +22,7 @@ from globe_kernels.checkpoint import (
     exported_key,
 )
 from globe_kernels.errors import GlobeError
-from globe_kernels.families import FAMILIES
+from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.patching import activation_of, globe_modules, install_bank, plan_replacement
 
@@ -86,16 +86,17 @@ class GlobeHfQuantizer(HfQuantizer):
 
 def _check_exported_files(files: list[str], config: GlobeConfig) -> None:
     """transformers neither stops at a missing tensor nor, under a quantizer, checks shapes: do both here."""
+    live_key = architecture_of(config.base.model_type).live_key
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
-            found |= {key.removeprefix("model."): tuple(handle.get_slice(key).get_shape()) for key in keys}
+            found |= {live_key(key): tuple(handle.get_slice(key).get_shape()) for key in keys}
     expected = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
     for layer in config.base.num_experts:
         expected |= {exported_key(layer, name): shape for name, (shape, _) in config.layer_shapes(layer).items()}
     for key, shape in expected.items():
-        actual = found.get(key.removeprefix("model."))
+        actual = found.get(live_key(key))
         if actual != shape:
             raise GlobeError(
                 f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "

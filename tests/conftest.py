@@ -1,0 +1,68 @@
+"""Models and checkpoints that many tests read; none of them writes to these."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, save_fit  # noqa: E402
+from globe_kernels import GlobeCheckpoint  # noqa: E402
+from globe_kernels.testing import tiny_model  # noqa: E402
+
+TINY_FIT = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=6, warmup_steps=2))
+
+
+def pytest_configure() -> None:
+    # one thread per process: with pytest-xdist the processes are the parallelism
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def save_tiny(tmp_path_factory):
+    """Writes a tiny random model to disk, in 100 kB shards, once per (architecture, layout)."""
+    written: dict[tuple[str, bool], Path] = {}
+
+    def save(model_type: str, fused: bool = False) -> Path:
+        if (model_type, fused) not in written:
+            path = tmp_path_factory.mktemp(f"{model_type}-{'fused' if fused else 'per-expert'}")
+            model = tiny_model(model_type)
+            model.save_pretrained(path, max_shard_size="100KB", save_original_format=not fused)
+            written[model_type, fused] = path
+        return written[model_type, fused]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def fit_tiny(save_tiny, tmp_path_factory):
+    """(directory of the GloBE checkpoint, FitResult) of a tiny model, fitted for a few steps, once."""
+    fitted: dict = {}
+
+    def run(model_type: str = "qwen3_moe"):
+        if model_type not in fitted:
+            path = tmp_path_factory.mktemp(f"{model_type}-globe")
+            source = ExpertSource(save_tiny(model_type))
+            result = fit(source, TINY_FIT)
+            save_fit(result, source, path)
+            fitted[model_type] = (path, result)
+        return fitted[model_type]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def export_tiny(save_tiny, fit_tiny, tmp_path_factory):
+    """Directory of the exported Hugging Face model of a tiny fit, once per architecture."""
+    exported: dict[str, Path] = {}
+
+    def run(model_type: str = "qwen3_moe") -> Path:
+        if model_type not in exported:
+            out = tmp_path_factory.mktemp(f"{model_type}-hf")
+            export_globe(GlobeCheckpoint(fit_tiny(model_type)[0]), ExpertSource(save_tiny(model_type)), out)
+            exported[model_type] = out
+        return exported[model_type]
+
+    return run
