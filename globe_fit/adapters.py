@@ -13,8 +13,8 @@ def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> 
     """
     gram = basis @ basis.mT
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    # a basis of zeros has no scale of its own; any positive ridge gives it a zero adapter
-    level = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(basis.dtype).tiny)
+    level = diagonal.mean(-1, keepdim=True)
+    level = torch.where(level == 0, 1.0, level)  # a basis of zeros has no scale of its own
     cross = weights @ basis.mT
     for factor in _LARGER_RIDGE:
         shifted = gram.clone()

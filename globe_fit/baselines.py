@@ -23,8 +23,9 @@ def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
 def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
     """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936)."""
     lost = [0.0] * len(ranks)
-    for _, _, experts in weights.raw():
-        spectrum = torch.linalg.eigvalsh((experts @ experts.mT).double()).clamp_min(0)  # ascending
+    for block in weights.raw():
+        spectrum = torch.linalg.eigvalsh((block.weights @ block.weights.mT).double()).clamp_min(0)  # ascending
         for place, rank in enumerate(ranks):
             lost[place] += spectrum[:, : spectrum.shape[1] - rank].sum().item()
+        del block  # before the next one is read
     return [value / weights.statistics.total_energy for value in lost]

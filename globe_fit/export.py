@@ -161,7 +161,7 @@ def _write_model(
         for path in base.model_dir.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _REWRITTEN:
                 shutil.copyfile(path, staging / path.name)
-        shards = ShardWriter(staging, "model", {})
+        shards = ShardWriter(staging, "model", {"format": "pt"})
         for done, (key, tensor) in enumerate(tensors, start=1):
             shards.add(key, tensor)
             if on_tensor is not None:

@@ -9,7 +9,7 @@ one scale per family; errors that are reported are always those of the stored fa
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,16 +22,30 @@ class Statistics:
 
     mean: float
     scale: float
-    energy: tuple[float, ...]  # sum of squares of the raw weights, per layer
+    energy: dict[int, float]  # layer id -> sum of squares of the raw weights
 
     @property
     def total_energy(self) -> float:
-        return sum(self.energy)
+        return sum(self.energy.values())
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some experts of one layer, as the passes over the weights visit them."""
+
+    layer: ExpertLayer
+    experts: range  # within the layer
+    places: slice  # among all n experts
+    weights: torch.Tensor  # (len(experts), P, D) float32
+
+
+# Bounds what a pass holds: the weights of a block and a few temporaries of its size, whatever the model.
+_BLOCK_BYTES = 2**28
 
 
 @dataclass(frozen=True)
 class FamilyWeights:
-    """The experts of one family, streamed a layer at a time onto `device`."""
+    """The experts of one family, streamed onto `device` in blocks of at most one layer."""
 
     source: ExpertSource
     family: str
@@ -41,31 +55,46 @@ class FamilyWeights:
     @classmethod
     def measure(cls, source: ExpertSource, family: str, device: str) -> "FamilyWeights":
         """One pass over the weights for their statistics. Raises GlobeError when one is NaN or infinite."""
-        total, count, energy = 0.0, 0, []
-        for layer in source.layers:
-            weights = source.read(layer, family)
-            source.require_finite(layer, family, weights)
-            wide = weights.double()
-            total += wide.sum().item()
-            energy.append(wide.square().sum().item())
-            count += weights.numel()
-            del weights, wide  # before the next layer is read
+        total, energy, count = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0), 0
+        for block in _blocks(source, family):
+            source.require_finite(block.layer, family, block.experts, block.weights)
+            # per expert: sums in fp64 without a copy of the block in fp64
+            for expert in block.weights:
+                total += expert.sum(dtype=torch.float64).item()
+                energy[block.layer.layer] += expert.double().square().sum().item()
+                count += expert.numel()
+            del block, expert  # before the next block is read
         mean = total / count
-        scale = max(sum(energy) / count - mean**2, 0.0) ** 0.5
-        return cls(source, family, device, Statistics(mean, scale or 1.0, tuple(energy)))
+        scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
+        return cls(source, family, device, Statistics(mean, scale or 1.0, energy))
 
-    def raw(self) -> Iterator[tuple[ExpertLayer, slice, torch.Tensor]]:
-        """(layer, places of its experts among all n, weights (E, P, D) float32) of each layer in turn."""
-        for layer, places in self.source.blocks:
-            yield layer, places, self.source.read(layer, self.family).to(self.device)
+    def raw(self) -> Iterator[Block]:
+        """All experts as they are stored."""
+        # map, not a loop: a loop variable would keep a block alive while the next one is read
+        return map(self._to_device, _blocks(self.source, self.family))
 
-    def normalised(self) -> Iterator[tuple[ExpertLayer, slice, torch.Tensor]]:
-        """As `raw`, with mean 0 and standard deviation 1 over the family."""
-        for layer, places, weights in self.raw():
-            yield layer, places, weights.sub_(self.statistics.mean).div_(self.statistics.scale)
+    def normalised(self) -> Iterator[Block]:
+        """All experts with mean 0 and standard deviation 1 over the family."""
+        return map(self._normalise, self.raw())
+
+    def _to_device(self, block: Block) -> Block:
+        return replace(block, weights=block.weights.to(self.device))
+
+    def _normalise(self, block: Block) -> Block:
+        block.weights.sub_(self.statistics.mean).div_(self.statistics.scale)
+        return block
 
     @property
     def normalised_energy(self) -> float:
         """Sum of squares of the normalised weights: one per weight, by definition of the scale."""
         base = self.source.base
         return float(base.total_experts * base.intermediate_size * base.hidden_size)
+
+
+def _blocks(source: ExpertSource, family: str) -> Iterator[Block]:
+    size = max(1, _BLOCK_BYTES // (source.base.intermediate_size * source.base.hidden_size * 4))
+    for layer, places in source.blocks:
+        for first in range(0, layer.num_experts, size):
+            experts = range(first, min(first + size, layer.num_experts))
+            own = slice(places.start + experts.start, places.start + experts.stop)
+            yield Block(layer, experts, own, source.read(layer, family, experts))

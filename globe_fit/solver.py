@@ -40,7 +40,7 @@ def fit(
 
     `start` replaces the grouped-SVD start of a family. `on_step` is called after every step with a record of
     globe_fit.metrics. Deterministic: one seed gives one result on one machine. Memory: bank, codes, their
-    Adam state, the best state, the adapters and one layer of weights of one family.
+    Adam state, the best state, the adapters and one block of experts of one family.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     sizes = resolve_sizes(source.base, config)
@@ -117,31 +117,29 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
     bank = best.bank.to(dtype)
     adapter = torch.empty(base.total_experts, base.intermediate_size, sizes.rank, dtype=dtype)
     factors = FamilyFactors(bank.cpu(), code, adapter, sizes.phi)
-    layer_errors, lost, residual_sum = {}, 0.0, 0.0
-    for position, (layer, places, experts) in enumerate(weights.raw()):
+    lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
+    for block in weights.raw():
         # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
-        basis = compose(factors.at(places), factors.bank, sizes.phi, dtype).to(device)
-        stored = refit_adapters(experts, basis).to(dtype)
-        adapter[places] = stored.cpu()
-        residual = (experts - stored.float() @ basis.float()).double()
-        layer_lost = residual.square().sum().item()
-        layer_errors[str(layer.layer)] = layer_lost / weights.statistics.energy[position]
-        lost += layer_lost
-        residual_sum += residual.sum().item()
-        del experts, basis, stored, residual  # before the next layer is read
+        basis = compose(factors.at(block.places), factors.bank, sizes.phi, dtype).to(device)
+        stored = refit_adapters(block.weights, basis).to(dtype)
+        adapter[block.places] = stored.cpu()
+        residual = block.weights - stored.float() @ basis.float()
+        lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
+        residual_sum += residual.sum(dtype=torch.float64).item()
+        del block, basis, stored, residual  # before the next block is read
     count = base.total_experts * base.intermediate_size * base.hidden_size
-    mean = weights.statistics.mean
+    statistics = weights.statistics
     svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
     svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
     return factors, {
-        "relative_error": lost / weights.statistics.total_energy,
-        "relative_error_by_layer": layer_errors,
+        "relative_error": sum(lost.values()) / statistics.total_energy,
+        "relative_error_by_layer": {str(layer): lost[layer] / statistics.energy[layer] for layer in lost},
         "svd_equal_bytes": svd,
         "svd_equal_bytes_rank": svd_rank,
         "rank_bound": bound,
-        "mean": mean,
-        "scale": weights.statistics.scale,
-        "mean_energy_left": (residual_sum / count / mean) ** 2 if mean else 0.0,
+        "mean": statistics.mean,
+        "scale": statistics.scale,
+        "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
     }
 
 

@@ -218,34 +218,34 @@ class ExpertSource:
             )
         return next(iter(shapes))
 
-    def read(self, layer: ExpertLayer, family: str) -> torch.Tensor:
-        """(E, P, D) float32, the experts of one layer and family."""
-        inner, width = self.base.intermediate_size, self.base.hidden_size
-        out = torch.empty(layer.num_experts, inner, width)
-        for expert, matrix in enumerate(self._matrices(layer, family)):
-            out[expert] = matrix
+    def read(self, layer: ExpertLayer, family: str, experts: range | None = None) -> torch.Tensor:
+        """(E, P, D) float32: the given experts of one layer and family, by default all."""
+        experts = range(layer.num_experts) if experts is None else experts
+        out = torch.empty(len(experts), self.base.intermediate_size, self.base.hidden_size)
+        for place, matrix in enumerate(self._matrices(layer, family, experts)):
+            out[place] = matrix
         return out
 
-    def require_finite(self, layer: ExpertLayer, family: str, weights: torch.Tensor) -> None:
+    def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
         """Raises GlobeError naming the expert when one of `weights`, as `read` returned them, is NaN or infinite."""
         # one reduction: a NaN or an infinity anywhere makes the sum of magnitudes non-finite
         if torch.isfinite(weights.abs().sum()):
             return
-        expert = int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])
+        expert = experts[int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])]
         keys = layer.keys.get(family) or layer.keys["gate_up"]
         raise GlobeError(
             f"Expert {expert} of layer {layer.layer} has NaN or infinity in its {family} matrix "
             f"({keys[min(expert, len(keys) - 1)]} in {self.model_dir}); repair or download the checkpoint again."
         )
 
-    def _matrices(self, layer: ExpertLayer, family: str) -> Iterator[torch.Tensor]:
+    def _matrices(self, layer: ExpertLayer, family: str, experts: range) -> Iterator[torch.Tensor]:
         if family in layer.keys:
-            for key in layer.keys[family]:
-                yield self.files.read(key)
+            for expert in experts:
+                yield self.files.read(layer.keys[family][expert])
             return
         view = self.files.view(layer.keys["gate_up"][0])
         start = 0 if family == "gate" else self.base.intermediate_size
-        for expert in range(layer.num_experts):
+        for expert in experts:
             yield view[expert, start : start + self.base.intermediate_size]
 
     @cached_property

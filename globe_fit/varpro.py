@@ -5,8 +5,8 @@
 At the minimising A_i the gradient of f in the basis is that of the residual with A_i held constant (envelope
 theorem; Golub and Pereyra, 1973), so no gradient runs through the least-squares solve. There is no
 adapter state, and f does not depend on the coordinates that an expert chooses for its basis.
-Every step is one pass over the layers; what is resident is the bank, the codes, their Adam state
-and one layer of weights.
+Every step is one pass over the experts in blocks; what is resident is the bank, the codes, their Adam
+state and one block of weights.
 """
 
 import math
@@ -81,16 +81,16 @@ def solve(
 
 
 def _backward(weights: FamilyWeights, state: BankState, ridge: float) -> float:
-    """Accumulate the gradients of the relative error, layer by layer; returns it."""
+    """Accumulate the gradients of the relative error, block by block; returns it."""
     total = 0.0
-    for _, places, experts in weights.normalised():
-        basis = state.basis(places)
+    for block in weights.normalised():
+        basis = state.basis(block.places)
         with torch.no_grad():
-            adapters = solve_adapters(experts, basis, ridge)
-        loss = (experts - adapters @ basis).square().sum() / weights.normalised_energy
+            adapters = solve_adapters(block.weights, basis, ridge)
+        loss = (block.weights - adapters @ basis).square().sum() / weights.normalised_energy
         loss.backward()
         total += loss.item()
-        del experts, basis, adapters, loss  # before the next layer is read
+        del block, basis, adapters, loss  # before the next block is read
     return total
 
 

@@ -48,14 +48,15 @@ def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
     last_member = {int(group): place for place, group in enumerate(groups)}
     bank = torch.zeros(config.bank_shape(), device=weights.device)
     grams: dict[int, torch.Tensor] = {}  # groups that still miss experts: at most one layer's and a carry
-    for _, places, experts in weights.normalised():
-        for place, expert in zip(range(places.start, places.stop), experts, strict=True):
+    for block in weights.normalised():
+        for place, expert in zip(range(block.places.start, block.places.stop), block.weights, strict=True):
             group = int(groups[place])
             gram = expert.mT @ expert
             grams[group] = grams[group].add_(gram) if group in grams else gram
             if place == last_member[group]:
                 _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
                 bank[group] = vectors[:, -config.rank :].flip(-1).mT
+        del block, expert  # before the next block is read
     return bank * config.base.hidden_size**0.5
 
 

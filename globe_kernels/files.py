@@ -98,7 +98,8 @@ def sha256(path: Path) -> str:
 class ShardWriter:
     """Writes named tensors to `stem.safetensors`, or to `stem-00001-of-0000N.safetensors` above 4 GiB.
 
-    At most one shard of tensors is held in memory.
+    At most one shard of tensors is held in memory. One entry of metadata keeps the bytes reproducible:
+    safetensors writes several in random order.
     """
 
     def __init__(self, directory: Path, stem: str, metadata: dict[str, str]):
@@ -118,7 +119,7 @@ class ShardWriter:
 
     def _flush(self) -> None:
         path = self.directory / f"{self.stem}.{len(self._shards)}.partial"
-        save_file(self._pending, path, metadata={"format": "pt", **self.metadata})
+        save_file(self._pending, path, metadata=self.metadata)
         self._shards.append((path, list(self._pending)))
         self._pending, self._pending_bytes = {}, 0
 

@@ -1,0 +1,123 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from globe_fit.config import FitConfig, VarProConfig, globe_bytes, resolve_sizes
+from globe_kernels.checkpoint import BaseModel
+from globe_kernels.errors import RequestError
+
+
+def base(inner: int = 768, width: int = 2048, layers: int = 48, experts: int = 128) -> BaseModel:
+    return BaseModel("planned", "qwen3_moe", width, inner, dict.fromkeys(range(layers), experts))
+
+
+def test_qwen3_30b_gets_full_rank_and_a_quarter_of_an_atom_per_expert():
+    sizes = resolve_sizes(base(), FitConfig(ratio=0.625))
+    assert sizes.rank == 768
+    assert 6144 // 4 - 1 <= sizes.num_atoms <= 6144 // 4  # the codes take the bytes of less than one atom
+    assert sizes.tensor_bytes <= 0.625 * sizes.base.dense_bytes
+
+
+def test_experts_wider_than_the_hidden_size_get_a_rank_that_fits():
+    mixtral = base(inner=14336, width=4096, layers=32, experts=8)
+    sizes = resolve_sizes(mixtral, FitConfig(ratio=0.625))
+    assert 1 <= sizes.rank < 4096 and sizes.support <= sizes.num_atoms <= 256
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    ratio=st.floats(0.05, 1.4),
+    inner=st.sampled_from([16, 48, 64, 96]),
+    layers=st.integers(1, 6),
+    support=st.integers(1, 12),
+    rank=st.one_of(st.none(), st.integers(1, 16)),
+)
+def test_a_ratio_is_met_as_closely_as_one_atom_allows_or_refused(ratio, inner, layers, support, rank):
+    model = base(inner, 64, layers, experts=8)
+    try:
+        sizes = resolve_sizes(model, FitConfig(ratio=ratio, support=support, rank=rank))
+    except RequestError:
+        return
+    budget = ratio * model.dense_bytes
+    assert sizes.tensor_bytes == globe_bytes(model, sizes.rank, sizes.num_atoms, support)
+    assert sizes.tensor_bytes <= budget
+    assert support <= sizes.num_atoms <= model.total_experts
+    if sizes.num_atoms < model.total_experts:
+        assert globe_bytes(model, sizes.rank, sizes.num_atoms + 1, support) > budget
+
+
+def test_rank_follows_from_atoms():
+    sizes = resolve_sizes(base(), FitConfig(ratio=0.5, atoms=1024))
+    assert sizes.num_atoms == 1024
+    assert globe_bytes(sizes.base, sizes.rank + 1, 1024, 12) > 0.5 * sizes.base.dense_bytes >= sizes.tensor_bytes
+
+
+def test_rank_and_atoms_need_no_ratio():
+    sizes = resolve_sizes(base(), FitConfig(rank=384, atoms=100))
+    assert (sizes.rank, sizes.num_atoms) == (384, 100)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (FitConfig(ratio=0.0001), r"ratio 0.0001 cannot be reached .* from 0\.\d+ to 1\.\d+"),
+        (FitConfig(ratio=5), "ratio 5 cannot be reached"),
+        (FitConfig(ratio=0.2, rank=768), r"support 12, rank 768; give a ratio from 0\.37"),
+        (FitConfig(rank=769), "rank is 769 and the experts of planned are 768 x 2048; give a rank of at most 768"),
+        (FitConfig(atoms=6145), "atoms is 6145 and planned has 6144 experts"),
+        (FitConfig(atoms=8, rank=4), "support is 12 and the bank has 8 atoms"),
+        (FitConfig(support=6145), "support is 6145 and planned has 6144 experts"),
+        (FitConfig(rank=768, atoms=96, scope="layer"), "leave a layer with 2 of its own and support is 12"),
+    ],
+    ids=str,
+)
+def test_sizes_that_cannot_be_had(config, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        resolve_sizes(base(), config)
+
+
+def test_the_printed_range_can_be_reached():
+    with pytest.raises(RequestError) as caught:
+        resolve_sizes(base(), FitConfig(ratio=99))
+    low, high = str(caught.value).rstrip(".").split("from ")[1].split(" to ")
+    for ratio in (float(low), float(high)):
+        resolve_sizes(base(), FitConfig(ratio=ratio))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"phi": "relu"}, "phi is 'relu'; expected one of identity, silu, tanh"),
+        ({"scope": "all"}, "scope is 'all'"),
+        ({"support": 0}, "support is 0; expected a whole number of at least 1"),
+        ({"ratio": 0.5, "rank": 3, "atoms": 4}, "give at most two of them"),
+        ({"varpro": VarProConfig(steps=-1)}, "steps is -1"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_never_right(settings, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        FitConfig(**settings)
+
+
+def test_options_override_the_file(tmp_path):
+    file = tmp_path / "fit.toml"
+    file.write_text("ratio = 0.5\nsupport = 6\n[varpro]\nlr = 0.7\nsteps = 9\n")
+    config = FitConfig.from_options(file, {"support": 8, "seed": None, "steps": 3})
+    assert config == FitConfig(ratio=0.5, support=8, varpro=VarProConfig(lr=0.7, steps=3))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("ratoi = 1", "unknown setting 'ratoi'; expected atoms, device"),
+        ("[varpro]\nlearning_rate = 1", "unknown setting 'learning_rate'"),
+        ("ratio =", "not a readable TOML file"),
+        ('support = "many"', "wrong type"),
+    ],
+)
+def test_a_file_with_a_mistake(tmp_path, text, sentence):
+    file = tmp_path / "fit.toml"
+    file.write_text(text)
+    with pytest.raises(RequestError, match=sentence):
+        FitConfig.from_options(file, {})

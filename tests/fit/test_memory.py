@@ -1,0 +1,93 @@
+"""A fit holds at most one block of dense weights, a layer or less, whatever the size of the model."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import weakref
+from pathlib import Path
+
+import pytest
+
+from globe_fit import ExpertSource, fit, objective
+from globe_kernels.testing import tiny_model
+from tests.conftest import TINY_FIT
+
+
+@pytest.mark.parametrize("blocks_per_layer", [1, 4])
+def test_never_two_blocks_of_weights_alive(save_tiny, monkeypatch, blocks_per_layer):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    monkeypatch.setattr(objective, "_BLOCK_BYTES", 8 // blocks_per_layer * 48 * 64 * 4)
+    alive: set[int] = set()
+    most, reads = 0, 0
+    original = source.read
+
+    def read(layer, family, experts):
+        nonlocal most, reads
+        most = max(most, len(alive))  # what is still held when the next block is about to be read
+        reads += 1
+        weights = original(layer, family, experts)
+        alive.add(reads)
+        weakref.finalize(weights, alive.discard, reads)
+        return weights
+
+    monkeypatch.setattr(source, "read", read)
+    fit(source, TINY_FIT)
+    assert reads == 2 * blocks_per_layer * len(source.layers) * (TINY_FIT.varpro.steps + 5)
+    assert most == 0
+
+
+def measure_growth(model_dir: Path, block_bytes: int) -> int:
+    """Anonymous memory of a fit at its highest, in a process of its own, less what it had before."""
+    script = f"""
+        import threading, time
+        import torch
+        torch.set_num_threads(1)
+        from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, objective
+
+        def anonymous():
+            with open("/proc/self/status") as status:
+                return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
+
+        def run(directory, steps):
+            fit(ExpertSource(directory), FitConfig(rank=16, atoms=6, support=2, varpro=VarProConfig(steps=steps)))
+
+        def watch():
+            global highest
+            while not stop:
+                highest = max(highest, anonymous())
+                time.sleep(0.0005)
+
+        objective._BLOCK_BYTES = {block_bytes}
+        run({str(model_dir / "warm-up")!r}, 1)  # libraries and their buffers
+        before, highest, stop = anonymous(), 0, False
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        run({str(model_dir / "model")!r}, 3)
+        stop = True
+        watcher.join()
+        print(highest - before)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        # freed blocks go back at once, so that resident means alive
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+    )
+    return int(done.stdout)
+
+
+def test_resident_memory_stays_below_one_layer(tmp_path):
+    """A 3-layer model in 5 MB shards, in blocks of an eighth of a layer."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 512}
+    tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
+    tiny_model("qwen3_moe", num_experts=32, **sizes).save_pretrained(tmp_path / "model", max_shard_size="5MB")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 10
+    layer = 32 * 512 * 512 * 4  # of one family, fp32
+    factors = 2 * (6 * 16 * 512 * 4 * 5 + 96 * 512 * 16 * 2)  # bank, its gradient, Adam state, best; adapters
+    grown = measure_growth(tmp_path, layer // 8)
+    print(f"grown by {grown} bytes; one layer of one family is {layer}, factors {factors}")
+    assert factors < grown < layer + factors

@@ -1,0 +1,184 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from globe_fit.source import ExpertSource
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import ARCHITECTURES
+from globe_kernels.testing import tiny_model
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_reads_what_the_live_model_holds(save_tiny, model_type, fused):
+    path = save_tiny(model_type, fused)
+    source = ExpertSource(path)
+    model = tiny_model(model_type)
+    live = dict(ARCHITECTURES[model_type].live_experts(model))
+    assert len(source.files.names) > 1, "the checkpoint should be sharded"
+    assert [layer.layer for layer in source.layers] == sorted(live)
+    assert ("gate_up" in source.layers[0].keys) == fused
+    assert source.base.intermediate_size == 48 and source.base.hidden_size == 64
+    for layer in source.layers:
+        experts = model.get_submodule(live[layer.layer])
+        gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+        assert torch.equal(source.read(layer, "gate"), gate)
+        assert torch.equal(source.read(layer, "up"), up)
+    assert source.blocks[-1][1].stop == source.base.total_experts
+
+
+@pytest.fixture
+def model_dir(save_tiny, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(save_tiny("qwen3_moe"), tmp_path / "model"))
+
+
+def shard_of(model_dir: Path, key: str) -> Path:
+    index = json.loads((model_dir / "model.safetensors.index.json").read_text())
+    return model_dir / index["weight_map"][key]
+
+
+def change_tensor(model_dir: Path, key: str, change) -> None:
+    path = shard_of(model_dir, key)
+    tensors = load_file(path)
+    tensors[key] = change(tensors[key])
+    save_file(tensors, path, {"format": "pt"})
+
+
+def drop_keys(model_dir: Path, dropped) -> None:
+    index_path = model_dir / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    index["weight_map"] = {key: name for key, name in index["weight_map"].items() if not dropped(key)}
+    index_path.write_text(json.dumps(index))
+
+
+def change_config(model_dir: Path, **changes) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    config |= changes
+    (model_dir / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+KEY = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def test_names_the_expert_with_a_nan(model_dir):
+    change_tensor(model_dir, KEY, lambda tensor: tensor.index_fill(0, torch.tensor([5]), float("nan")))
+    source = ExpertSource(model_dir)
+    layer = source.layers[1]
+    experts = range(2, 8)
+    source.require_finite(layer, "gate", experts, source.read(layer, "gate", experts))
+    with pytest.raises(GlobeError, match=r"Expert 3 of layer 1 has NaN or infinity in its up matrix .*experts\.3\.up"):
+        source.require_finite(layer, "up", experts, source.read(layer, "up", experts))
+
+
+def test_a_missing_shard(model_dir):
+    shard = shard_of(model_dir, KEY)
+    shard.unlink()
+    with pytest.raises(GlobeError, match=f"Shard {shard.name} is missing"):
+        ExpertSource(model_dir)
+
+
+def test_a_truncated_shard(model_dir):
+    shard = shard_of(model_dir, KEY)
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(GlobeError, match=f"{shard.name} is truncated or damaged"):
+        ExpertSource(model_dir)
+
+
+def test_a_shard_that_lacks_a_listed_tensor(model_dir):
+    shard = shard_of(model_dir, KEY)
+    tensors = load_file(shard)
+    del tensors[KEY]
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(GlobeError, match=f"{shard.name} in .* lacks {KEY}"):
+        ExpertSource(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("dropped", "sentence"),
+    [
+        (lambda key: ".experts.7.gate_proj" in key and "layers.2." in key, "lacks the gate matrix of expert 7"),
+        (lambda key: "layers.2.mlp.experts" in key, r"experts in layers \[0, 1\] and config.json says \[0, 1, 2\]"),
+        (lambda key: ".experts." in key, "has no routed experts among its"),
+        (lambda key: ".up_proj" in key, "lacks gate or up experts"),
+    ],
+    ids=["one expert", "a layer", "all", "a family"],
+)
+def test_an_incomplete_checkpoint(model_dir, dropped, sentence):
+    drop_keys(model_dir, dropped)
+    with pytest.raises(GlobeError, match=sentence):
+        ExpertSource(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows"),
+        ({"model_type": None}, "model_type None is not"),
+        ({"num_experts": None, "num_local_experts": None}, "config.json has none of num_experts"),
+        ({"num_experts": 9, "num_local_experts": 9}, r"lacks the \w+ matrix of expert 8"),
+        ({"num_experts": 6, "num_local_experts": 6}, "has expert 7 and config.json says 6"),
+        ({"moe_intermediate_size": 32}, "experts of .* are 48 x 64 and config.json says 32 x 64"),
+        ({"mlp_only_layers": [0]}, r"experts in layers \[0, 1, 2\] and config.json says \[1, 2\]"),
+    ],
+    ids=str,
+)
+def test_a_configuration_of_another_model(model_dir, changes, sentence):
+    change_config(model_dir, **changes)
+    with pytest.raises(GlobeError, match=sentence):
+        ExpertSource(model_dir)
+
+
+@pytest.mark.parametrize("spelling", ["num_experts", "num_local_experts", "n_routed_experts"])
+def test_spellings_of_the_number_of_experts(model_dir, spelling):
+    names = dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"))
+    change_config(model_dir, **{**names, spelling: 8})
+    assert ExpertSource(model_dir).base.num_experts == {0: 8, 1: 8, 2: 8}
+
+
+def test_experts_of_different_shapes(model_dir):
+    change_tensor(model_dir, KEY, lambda tensor: tensor[:40].contiguous())
+    with pytest.raises(RequestError, match=r"differ in shape: .* is \(48, 64\) and .*3.up_proj.weight is \(40, 64\)"):
+        ExpertSource(model_dir)
+
+
+def test_a_dtype_that_it_does_not_read(model_dir):
+    change_tensor(model_dir, KEY, lambda tensor: tensor.to(torch.float8_e4m3fn))
+    with pytest.raises(RequestError, match="is stored as F8_E4M3"):
+        ExpertSource(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("files", "sentence"),
+    [
+        ({}, "holds no config.json"),
+        ({"config.json": "{"}, "not valid JSON"),
+        ({"config.json": '{"model_type": "qwen3_moe", "num_experts": 4, "num_hidden_layers": 1}'}, "holds neither"),
+    ],
+    ids=["empty", "broken config", "no weights"],
+)
+def test_a_directory_that_is_not_a_model(tmp_path, files, sentence):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(GlobeError, match=sentence):
+        ExpertSource(tmp_path)
+
+
+def test_a_path_that_is_not_a_directory(tmp_path):
+    with pytest.raises(RequestError, match="is not a directory"):
+        ExpertSource(tmp_path / "nothing")
+
+
+def test_layers_past_the_last_are_left_alone(model_dir):
+    """DeepSeek-V3 stores a prediction head as one more layer, with experts."""
+    shard = model_dir / "extra.safetensors"
+    save_file({"model.layers.3.mlp.experts.0.gate_proj.weight": torch.zeros(48, 64)}, shard, {"format": "pt"})
+    index_path = model_dir / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    index["weight_map"]["model.layers.3.mlp.experts.0.gate_proj.weight"] = shard.name
+    index_path.write_text(json.dumps(index))
+    assert [layer.layer for layer in ExpertSource(model_dir).layers] == [0, 1, 2]

@@ -1,0 +1,118 @@
+import math
+
+import pytest
+import torch
+
+from globe_fit.config import VarProConfig
+from globe_fit.objective import FamilyWeights
+from globe_fit.varpro import BankState, _backward, solve
+from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes
+from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.testing import assert_close
+
+
+def start_of(source, atoms: int = 4, rank: int = 3, phi: str = "identity", scope: str = "global") -> BankState:
+    config = GlobeConfig(source.base, rank=rank, num_atoms=atoms, support=2, phi=phi, scope=scope)
+    weights = FamilyWeights.measure(source, "gate", "cpu")
+    return BankState(grouped_svd(weights, config), initial_codes(config, torch.Generator().manual_seed(0)), phi)
+
+
+def run(source, start: BankState, support: int = 2, scope: str = "global", **settings):
+    """(errors, last state) of a whole run."""
+    weights = FamilyWeights.measure(source, "gate", "cpu")
+    errors, last = [], start
+    for _, error, state in solve(weights, start, support, scope, VarProConfig(**settings)):
+        errors.append(error)
+        last = state.copy()
+    return errors, last
+
+
+@pytest.mark.parametrize("phi", ["identity", "silu", "tanh"])
+def test_the_gradient_is_that_of_the_eliminated_objective(noise, phi):
+    """Against central differences of min_A ||W - A Bhat||^2 in fp64, where nothing is held constant."""
+    weights = FamilyWeights.measure(noise, "gate", "cpu")
+    start = start_of(noise, phi=phi)
+    state = BankState(start.bank.requires_grad_(), start.codes.requires_grad_(), phi)
+    error = _backward(weights, state, ridge=1e-7)
+    experts = torch.cat([block.weights for block in weights.normalised()]).double()
+
+    def eliminated(bank: torch.Tensor, codes: torch.Tensor) -> float:
+        basis = BankState(bank, codes, phi).basis(slice(None))
+        projected = experts @ torch.linalg.pinv(basis) @ basis
+        return ((experts - projected).square().sum() / experts.square().sum()).item()
+
+    bank, codes = state.bank.detach().double(), state.codes.detach().double()
+    assert abs(error - eliminated(bank, codes)) < 1e-5
+    generator = torch.Generator().manual_seed(5)
+    for place, gradient in enumerate((state.bank.grad, state.codes.grad)):
+        direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
+        step = 1e-5
+        ends = []
+        for sign in (1, -1):
+            moved = [bank, codes]
+            moved[place] = moved[place] + sign * step * direction
+            ends.append(eliminated(*moved))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert math.isclose((gradient.double() * direction).sum().item(), slope, rel_tol=2e-3, abs_tol=1e-7)
+
+
+def test_zero_steps_return_the_start_with_its_support(noise):
+    start = start_of(noise)
+    errors, state = run(noise, start, steps=0)
+    assert len(errors) == 1
+    assert torch.equal(state.bank, start.bank)
+    kept = state.codes != 0
+    assert torch.equal(state.codes[kept], start.codes[kept])
+
+
+def test_a_planted_bank_is_a_fixed_point(planted):
+    errors, state = run(planted.source, BankState(planted.bank, planted.codes, "identity"), steps=10, lr=1e-3)
+    assert max(errors) < 1e-3  # what is left is the mean, which lies outside the planted row spaces
+    assert torch.equal(state.codes != 0, planted.codes != 0)
+
+
+def test_finds_a_planted_structure_better_than_any_start(planted):
+    start = start_of(planted.source, atoms=5, rank=6)
+    errors, _ = run(planted.source, start, steps=150, warmup_steps=10)
+    assert errors[-1] < 0.4 * errors[0]
+
+
+@pytest.mark.parametrize("phi", ["identity", "silu", "tanh"])
+def test_lowers_the_error(noise, phi):
+    errors, state = run(noise, start_of(noise, phi=phi), steps=60, warmup_steps=5)
+    assert errors[-1] < 0.8 * errors[0]
+    assert int((state.codes != 0).sum(1).max()) <= 2
+
+
+def test_one_seed_twice_is_bitwise_equal(noise):
+    first, second = (run(noise, start_of(noise), steps=20)[1] for _ in range(2))
+    assert torch.equal(first.bank, second.bank) and torch.equal(first.codes, second.codes)
+
+
+def test_permuting_the_experts_of_a_layer_permutes_the_codes(noise):
+    order = torch.tensor([3, 0, 5, 1, 4, 2, 6, 7, 8, 9])
+    start = start_of(noise)
+    errors, state = run(noise, start, steps=15)
+    noise.weights[0] = noise.weights[0][order[:6]]
+    moved = BankState(start.bank, start.codes[order], "identity")
+    permuted_errors, permuted = run(noise, moved, steps=15)
+    assert permuted_errors == pytest.approx(errors, rel=1e-4)
+    assert_close(permuted.codes, state.codes[order], rms=1e-2, peak=2e-2)
+
+
+def test_scope_layer_keeps_every_code_inside_its_layer(noise):
+    start = start_of(noise, atoms=5, scope="layer")
+    _, state = run(noise, start, scope="layer", steps=20)
+    assert not (state.codes[~allowed_atoms(noise.base, 5, "layer")] != 0).any()
+
+
+def test_the_support_is_fixed_once(noise):
+    weights = FamilyWeights.measure(noise, "gate", "cpu")
+    supports = [
+        state.codes.detach() != 0
+        for _, _, state in solve(weights, start_of(noise), 2, "global", VarProConfig(steps=20, support_at=0.5))
+    ]
+    assert int(supports[9].sum(1).min()) == 4, "dense before the support is fixed"
+    for support in supports[10:]:
+        assert torch.equal(support, supports[10])
+    assert int(supports[10].sum(1).max()) == 2
