@@ -2,38 +2,41 @@
 
 import sys
 
-INTERRUPTED = 130
+_USAGE = 2
+_INTERRUPTED = 130
 
 
 def main() -> None:
     """Exit code 0: done; 1: failed under way; 2: cannot be done as asked; 130: interrupted."""
-    # the import is inside: it takes seconds, and Ctrl-C during it must not print a traceback
+    code, message = _run()
+    if message:
+        print(f"globe: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run() -> tuple[int, str]:
     try:
+        # the imports take seconds, and Ctrl-C during them must not print a traceback either
         from transformers.utils import logging
 
         from globe_fit.cli import app
         from globe_kernels.errors import GlobeError
-
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        return _INTERRUPTED, "interrupted."
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False) or 0
     except GlobeError as error:
-        print(f"globe: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("globe: interrupted; nothing was written.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return error.exit_code, str(error)
     except Exception as error:
-        # typer's own usage errors, from whichever click it carries; anything else is a bug and keeps its traceback
-        message = getattr(error, "format_message", None)
-        if message is None:
+        # typer's own usage errors, of whichever click it carries; anything else is a bug and keeps its traceback
+        describe = getattr(error, "format_message", None)
+        if describe is None:
             raise
-        print(f"globe: {message()} See globe --help.", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(code or 0)
+        return _USAGE, f"{describe().rstrip('.')}; see globe --help."
+    # typer turns Ctrl-C into this code
+    return code, "interrupted; nothing was written." if code == _INTERRUPTED else ""
 
 
 if __name__ == "__main__":

@@ -166,7 +166,10 @@ def eval_command(
         stage.begin("eval", 1)
         quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
     if as_json:
-        _print_json({name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()})
+        figures = {name: asdict(value) for name, value in quality.items()}
+        if base is None:  # nothing to compare with
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+        _print_json(figures | {"tokens": windows.numel()})
     else:
         _print_quality(f"{text.name}, {windows.numel()} tokens", quality)
 

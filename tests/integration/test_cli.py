@@ -1,0 +1,234 @@
+"""The command line: what it prints, its exit codes, and one sentence for every mistake."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from globe_fit.__main__ import main
+from globe_kernels.checkpoint import CONFIG_NAME
+
+
+@pytest.fixture
+def globe(monkeypatch, capsys):
+    """Runs `globe ARGS` in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["globe", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return stopped.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def model_dir(save_tiny, tmp_path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(save_tiny("qwen3_moe"), tmp_path / "model"))
+
+
+@pytest.fixture
+def with_tokenizer(model_dir) -> Path:
+    vocabulary = {chr(97 + letter): letter for letter in range(26)} | {" ": 26, "?": 27}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(model_dir)
+    (model_dir / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    return model_dir
+
+
+QUICK = ("--ratio", "0.8", "--support", "4", "--steps", "3", "--device", "cpu")
+
+
+def test_the_whole_way(globe, with_tokenizer, tmp_path):
+    out, hf, dense = tmp_path / "globe", tmp_path / "hf", tmp_path / "dense"
+    code, stdout, stderr = globe("fit", with_tokenizer, "-o", out, *QUICK)
+    assert code == 0 and "SVD, equal bytes" in stdout and "fit: 100 %" in stderr
+    code, stdout, stderr = globe("fit", with_tokenizer, "-o", out, *QUICK, "--json")
+    fitted = json.loads(stdout)
+    assert code == 0 and stderr == ""
+    assert 0 < fitted["families"]["up"]["relative_error"] < 0.5
+    assert fitted["bytes"]["globe_on_disk"] == (out / "globe.safetensors").stat().st_size
+
+    assert globe("export", out, "--base", with_tokenizer, "-o", hf)[0] == 0
+    code, stdout, _ = globe(
+        "export", out, "--base", with_tokenizer, "-o", dense, "--dense", "--dtype", "bf16", "--json"
+    )
+    assert code == 0 and json.loads(stdout)["format"] == "dense"
+
+    text = with_tokenizer / "text.txt"
+    figures = {}
+    for name, target in {"checkpoint": out, "export": hf, "dense export": dense}.items():
+        code, stdout, _ = globe("eval", target, "--base", with_tokenizer, "--text", text, "--device", "cpu", "--json")
+        assert code == 0
+        figures[name] = json.loads(stdout)
+        assert figures[name]["dense"]["kl"] == 0 and figures[name]["dense"]["top1"] == 1
+    assert figures["export"]["globe"]["kl"] == pytest.approx(figures["checkpoint"]["globe"]["kl"], rel=1e-3)
+    assert figures["checkpoint"]["globe"]["kl"] > 1e-7
+    assert figures["checkpoint"]["globe"]["perplexity"] > 1
+    code, stdout, _ = globe("eval", hf, "--text", text, "--json")
+    assert set(json.loads(stdout)["model"]) == {"perplexity", "tokens_per_s"}
+    assert "perplexity" in globe("eval", hf, "--text", text)[1]
+
+    code, stdout, _ = globe("inspect", out, "--verify", "--json")
+    inspected = json.loads(stdout)
+    assert inspected["families"]["gate"]["relative_error"] == fitted["families"]["gate"]["relative_error"]
+    assert inspected["families"]["gate"]["support"] == {"min": 4, "median": 4, "max": 4}
+    code, stdout, _ = globe("inspect", out)
+    assert code == 0 and "dead atoms" in stdout and "error of layer 2" in stdout
+
+
+def test_settings_from_a_file(globe, model_dir, tmp_path):
+    (tmp_path / "fit.toml").write_text("ratio = 0.7\nsupport = 3\n[varpro]\nsteps = 1\n")
+    code, stdout, _ = globe(
+        "fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--support", "2", "--json"
+    )
+    assert code == 0
+    config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
+    assert config["support"] == 2 and config["provenance"]["fit"]["ratio"] == 0.7
+
+
+def damage(model_dir: Path, how: str) -> None:
+    shard = sorted(model_dir.glob("*.safetensors"))[2]
+    if how == "not a MoE":
+        (model_dir / "config.json").write_text('{"model_type": "llama"}')
+    elif how == "a missing shard":
+        shard.unlink()
+    elif how == "a truncated shard":
+        shard.write_bytes(shard.read_bytes()[:-64])
+    elif how == "NaN in an expert":
+        path, key = next(
+            (path, key)
+            for path in sorted(model_dir.glob("*.safetensors"))
+            for key in load_file(path)
+            if "experts" in key and "gate_proj" in key
+        )
+        tensors = load_file(path)
+        tensors[key][3, 5] = float("nan")
+        save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "sentence"),
+    [
+        (
+            "not a MoE",
+            2,
+            "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of",
+        ),
+        ("a missing shard", 1, "is missing from"),
+        ("a truncated shard", 1, "is truncated or damaged"),
+        ("NaN in an expert", 1, "has NaN or infinity in its gate matrix"),
+    ],
+)
+def test_a_model_that_cannot_be_fitted(globe, model_dir, tmp_path, how, code, sentence):
+    damage(model_dir, how)
+    assert_refused(globe("fit", model_dir, "-o", tmp_path / "out", *QUICK), code, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--ratio", "0.01"), "ratio 0.01 cannot be reached"),
+        (("--ratio", "7"), "give a ratio from 0."),
+        (("--atoms", "8"), "support is 12 and the bank has 8 atoms"),
+        (("--rank", "49"), "rank is 49 and the experts of model are 48 x 64; give a rank of at most 48"),
+        (("--phi", "relu"), "phi is 'relu'; expected one of identity, silu, tanh"),
+        (("--scope", "half"), "scope is 'half'"),
+        (("--device", "tpu9"), "device 'tpu9' is not known to torch"),
+        (("--config", "nothing.toml"), "nothing.toml is not a readable TOML file"),
+        (("--bogus",), "No such option"),
+        (("--support", "x"), "Invalid value for '--support'"),
+    ],
+    ids=str,
+)
+def test_a_request_that_cannot_be_met(globe, model_dir, tmp_path, options, sentence):
+    assert_refused(globe("fit", model_dir, "-o", tmp_path / "out", *options), 2, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+def assert_refused(result: tuple[int, str, str], code: int, sentence: str) -> None:
+    found, stdout, stderr = result
+    lines = [line for line in stderr.splitlines() if not line.startswith("fit: ")]
+    assert (found, stdout) == (code, "")
+    assert len(lines) == 1 and lines[0].startswith("globe: "), stderr
+    assert sentence in lines[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(globe, model_dir, tmp_path):
+    result = globe("fit", model_dir, "-o", tmp_path / "out", "--device", "cuda")
+    assert_refused(result, 2, "torch sees no CUDA device; use --device cpu")
+
+
+def test_a_checkpoint_of_another_model(globe, fit_tiny, save_tiny, with_tokenizer, tmp_path):
+    other = save_tiny("olmoe")
+    result = globe("export", fit_tiny()[0], "--base", other, "-o", tmp_path / "hf")
+    assert_refused(result, 2, "model_type qwen3_moe and")
+    result = globe("eval", fit_tiny("olmoe")[0], "--base", with_tokenizer, "--text", with_tokenizer / "text.txt")
+    assert_refused(result, 2, "fitted on a olmoe model")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, tmp_path, monkeypatch):
+    assert globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        result = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--seed", "1")
+    assert_refused(result, 1, "is full")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
+    globe, fit_tiny, model_dir, with_tokenizer, save_tiny, tmp_path
+):
+    text = with_tokenizer / "text.txt"
+    assert_refused(globe("eval", fit_tiny()[0], "--text", text), 2, "give --base MODEL_DIR")
+    assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "no.txt"), 2, "is not a file")
+    (tmp_path / "short.txt").write_text("abc")
+    assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "short.txt"), 2, "has 3 tokens")
+    assert_refused(globe("eval", save_tiny("qwen3_moe"), "--text", text), 2, "add the model's tokenizer")
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8" * 300)
+    assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "latin.txt"), 2, "is not UTF-8")
+
+
+def test_inspect_of_something_else(globe, tmp_path):
+    assert_refused(globe("inspect", tmp_path), 2, "holds no globe_config.json")
+
+
+def test_no_command_is_a_usage_error(globe):
+    assert globe()[0] == 2
+
+
+def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("globe_fit.cli.fit", interrupt)
+    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
+    assert code == 130 and "interrupted; nothing was written" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for command in ("fit", "export", "eval", "inspect", "demo"):
+        assert command in done.stdout

@@ -1,0 +1,158 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+import globe_kernels
+from globe_fit import ExpertSource, export_dense, export_globe
+from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError, files
+from globe_kernels.families import ARCHITECTURES
+from globe_kernels.testing import assert_close, tiny_model
+from tests.integration.test_patching import TOKENS, logits
+
+
+def load(path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_export_load_save_load(model_type, export_tiny, fit_tiny, tmp_path):
+    patched = tiny_model(model_type)
+    globe_kernels.patch(patched, fit_tiny(model_type)[0])
+    expected = logits(patched)
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        export_tiny(model_type), dtype=torch.float32, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert any(isinstance(module, GlobeMoEFFN) for module in model.modules())
+    assert not any("gate_up" in name for name, _ in model.named_parameters())
+    assert torch.equal(logits(model.eval()), expected)
+
+    for name, source in {"loaded": model, "patched": patched}.items():
+        source.save_pretrained(tmp_path / name)
+        assert torch.equal(logits(load(tmp_path / name)), expected)
+
+
+def test_the_bank_is_stored_once(export_tiny, fit_tiny):
+    keys = load_file(export_tiny() / "model.safetensors")
+    banks = [name for name in keys if "bank" in name]
+    assert sorted(banks) == ["globe_bank.gate", "globe_bank.up"]
+    assert keys["globe_bank.up"].shape == fit_tiny()[1].config.bank_shape()
+    assert keys["model.layers.0.mlp.experts.gate_code_value"].dtype == torch.float32
+
+
+def test_loads_in_bf16_with_fp32_codes(export_tiny):
+    model = load(export_tiny(), torch.bfloat16)
+    module = next(module for module in model.modules() if isinstance(module, GlobeMoEFFN))
+    assert module.gate_basis.dtype == module.down_proj.dtype == torch.bfloat16
+    assert module.gate_code_value.dtype == torch.float32
+    assert_close(logits(model), logits(load(export_tiny())), rms=5e-2, peak=1e-1)
+
+
+def test_the_base_model_without_a_head(export_tiny):
+    body = AutoModel.from_pretrained(export_tiny(), dtype=torch.float32).eval()
+    with torch.no_grad():
+        hidden = body(TOKENS).last_hidden_state
+        expected = load(export_tiny()).model(TOKENS).last_hidden_state
+    assert torch.equal(hidden, expected)
+
+
+def test_generates(export_tiny):
+    model = load(export_tiny())
+    out = model.generate(TOKENS[:, :8], max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        expected = model(out[:, :-1]).logits[0, 7:].argmax(-1)
+    assert torch.equal(out[0, 8:], expected)
+
+
+def test_everything_else_of_the_base_is_copied(save_tiny, export_tiny):
+    base = ExpertSource(save_tiny("qwen3_moe"))
+    exported = load_file(export_tiny() / "model.safetensors")
+    kept = [key for key in base.files.weight_map if ".experts." not in key or "down_proj" in key]
+    assert len(kept) > 20
+    for key in kept:
+        assert torch.equal(exported[key], base.files.read(key))
+    assert (export_tiny() / "generation_config.json").is_file()
+    assert "import globe_kernels" in (export_tiny() / "README.md").read_text()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+def test_dense_export_in_the_layout_of_the_base(fused, save_tiny, fit_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_SHARD_BYTES", 200_000)
+    base = ExpertSource(save_tiny("qwen3_moe", fused))
+    export_dense(GlobeCheckpoint(fit_tiny()[0]), base, tmp_path / "dense")
+    exported = ExpertSource(tmp_path / "dense")
+    assert exported.files.weight_map.keys() == base.files.weight_map.keys()
+    assert len(exported.files.names) > 3
+    patched = tiny_model("qwen3_moe")
+    globe_kernels.patch(patched, fit_tiny()[0])
+    model = load(tmp_path / "dense")
+    assert not any(isinstance(module, GlobeMoEFFN) for module in model.modules())
+    assert (logits(model) - logits(patched)).abs().max() <= 1e-4
+
+
+def test_a_sharded_export_and_another_dtype(save_tiny, fit_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_SHARD_BYTES", 100_000)
+    base, checkpoint = ExpertSource(save_tiny("qwen3_moe")), GlobeCheckpoint(fit_tiny()[0])
+    export_globe(checkpoint, base, tmp_path / "hf", dtype=torch.bfloat16)
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.bfloat16
+    # a second, unsharded export into the same directory leaves nothing of the first
+    monkeypatch.undo()
+    export_globe(checkpoint, base, tmp_path / "hf")
+    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
+    assert load(tmp_path / "hf") is not None
+
+
+@pytest.fixture
+def exported(export_tiny, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(export_tiny(), tmp_path / "hf")
+
+
+def rewrite(path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t: t.pop("model.layers.1.mlp.experts.up_adapter"), "layers.1.mlp.experts.up_adapter is missing"),
+        (lambda t: t.pop("globe_bank.gate"), "globe_bank.gate is missing"),
+        (lambda t: t.update({"globe_bank.gate": t["globe_bank.gate"][:3].clone()}), r"globe_bank.gate is \(3, "),
+        (lambda t: t["model.layers.0.mlp.experts.gate_code_index"].fill_(99), "atom ids from 99 to 99"),
+    ],
+    ids=["a missing adapter", "a missing bank", "another shape", "a code outside the bank"],
+)
+def test_a_damaged_export_is_refused(exported, change, sentence):
+    rewrite(exported, change)
+    with pytest.raises(GlobeError, match=sentence):
+        load(exported)
+
+
+def test_a_newer_format_is_refused(exported):
+    config = json.loads((exported / "config.json").read_text())
+    config["quantization_config"]["format_version"] = 9
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GlobeError, match="format version 9"):
+        load(exported)
+
+
+def test_export_refuses_another_base_and_a_directory_that_is_not_its_own(save_tiny, fit_tiny, tmp_path):
+    checkpoint, base = GlobeCheckpoint(fit_tiny()[0]), ExpertSource(save_tiny("qwen3_moe"))
+    with pytest.raises(RequestError, match="with model_type qwen3_moe and .* has olmoe"):
+        export_globe(checkpoint, ExpertSource(save_tiny("olmoe")), tmp_path / "hf")
+    with pytest.raises(RequestError, match="is the base model itself"):
+        export_dense(checkpoint, base, base.model_dir)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(RequestError, match="is not an earlier export"):
+        export_globe(checkpoint, base, tmp_path / "notes")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]

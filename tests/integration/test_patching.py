@@ -1,0 +1,199 @@
+import copy
+import shutil
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import globe_kernels
+from globe_fit import ExpertSource
+from globe_fit.factors import reconstruct
+from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, patching
+from globe_kernels.families import ARCHITECTURES
+from globe_kernels.testing import assert_close, relative_errors, tiny_model
+
+TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def dense_reconstruction(model_type: str, path):
+    """The tiny model with the weights that the checkpoint stands for, in dense experts."""
+    model, checkpoint = tiny_model(model_type), GlobeCheckpoint(path)
+    for layer, experts_path in ARCHITECTURES[model_type].live_experts(model):
+        both = [
+            reconstruct(checkpoint.layer(layer, family), checkpoint.bank(family), checkpoint.config.phi)
+            for family in ("gate", "up")
+        ]
+        model.get_submodule(experts_path).gate_up_proj.data = torch.cat(both, dim=1)
+    return model
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, fit_tiny, save_tiny):
+    path, _ = fit_tiny(model_type)
+    model = tiny_model(model_type)
+    original = logits(model)
+    calls = globe_kernels.call_counts().get("moe_ffn_ref", 0)
+    report = globe_kernels.patch(model, path)
+    patched, expected = logits(model), logits(dense_reconstruction(model_type, path))
+    layers = ExpertSource(save_tiny(model_type)).layers
+    assert len(report.replaced) == len(layers) > 0
+    assert globe_kernels.call_counts()["moe_ffn_ref"] == calls + len(layers), "the GloBE path did not run"
+    assert (patched - expected).abs().max() <= 1e-4
+    assert (patched - original).abs().max() > 1e-2, "the experts do not matter in this model: the test shows nothing"
+    assert all("shared" in path for path in report.skipped)
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, fit_tiny):
+    """Both against fp32: a bf16 router may choose another expert in either, so the limit is relative to dense."""
+    path, _ = fit_tiny(model_type)
+    dense = dense_reconstruction(model_type, path)
+    expected = logits(dense)
+    model = tiny_model(model_type)
+    globe_kernels.patch(model, path)
+    rms, _ = relative_errors(logits(model.bfloat16()), expected)
+    dense_rms, _ = relative_errors(logits(dense.bfloat16()), expected)
+    assert rms <= 2 * dense_rms
+    assert dense_rms < 0.1
+
+
+def test_patch_and_cast_in_either_order(fit_tiny):
+    path, _ = fit_tiny()
+    first, second = tiny_model("qwen3_moe").bfloat16(), tiny_model("qwen3_moe")
+    globe_kernels.patch(first, path)
+    globe_kernels.patch(second, path)
+    second.bfloat16()
+    assert_close(logits(first), logits(second), rms=2e-2, peak=5e-2)
+
+
+def test_bytes_in_the_report_are_those_of_the_tensors(fit_tiny):
+    path, result = fit_tiny()
+    model = tiny_model("qwen3_moe")
+    experts = [model.get_submodule(path) for _, path in ARCHITECTURES["qwen3_moe"].live_experts(model)]
+    before = sum(tensor.nbytes for module in experts for tensor in module.parameters())
+    report = globe_kernels.patch(model, path)
+    assert report.bytes_before == before
+    base, n = result.config.base, result.config.base.total_experts
+    adapters = 2 * n * base.intermediate_size * result.config.rank * 4
+    composed = 2 * n * result.config.rank * base.hidden_size * 4
+    down = n * base.hidden_size * base.intermediate_size * 4
+    codes = 2 * n * result.config.support * 8
+    bank = 2 * result.config.num_atoms * result.config.rank * base.hidden_size * 2
+    assert report.bytes_after == adapters + composed + down + codes + bank
+
+
+def test_unpatch_restores_the_dense_model_bitwise(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    keys, original = list(model.state_dict()), logits(model)
+    globe_kernels.patch(model, fit_tiny()[0], keep_dense=True)
+    assert not any("gate_up" in key for key in model.state_dict()), "dense experts stay out of the state_dict"
+    globe_kernels.unpatch(model)
+    assert list(model.state_dict()) == keys
+    assert torch.equal(logits(model), original)
+    assert not hasattr(model.config, "quantization_config")
+    with pytest.raises(RequestError, match="nothing to undo"):
+        globe_kernels.unpatch(model)
+
+
+def test_unpatch_needs_the_dense_experts(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    globe_kernels.patch(model, fit_tiny()[0])
+    with pytest.raises(RequestError, match="keep_dense=True"):
+        globe_kernels.unpatch(model)
+    with pytest.raises(RequestError, match="already runs on GloBE"):
+        globe_kernels.patch(model, fit_tiny()[0])
+
+
+def test_a_deep_copy_runs_on_its_own(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    globe_kernels.patch(model, fit_tiny()[0])
+    expected, twin = logits(model), copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    assert torch.equal(logits(twin), expected)
+
+
+def test_without_a_path_the_model_names_its_directory(save_tiny, fit_tiny, tmp_path):
+    directory = tmp_path / "both"
+    shutil.copytree(save_tiny("qwen3_moe"), directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    with pytest.raises(RequestError, match="holds no globe_config.json; pass the GloBE checkpoint"):
+        globe_kernels.patch(model)
+    for file in fit_tiny()[0].iterdir():
+        shutil.copy(file, directory)
+    assert len(globe_kernels.patch(model).replaced) == 3
+
+
+def wrong_models():
+    return {
+        "architecture": (lambda: tiny_model("olmoe"), "fitted on a qwen3_moe model .* and this model is olmoe"),
+        "layers": (
+            lambda: tiny_model("qwen3_moe", num_hidden_layers=2),
+            r"MoE layers 0, 1, 2 .* has the MoE layers 0, 1",
+        ),
+        "experts": (lambda: tiny_model("qwen3_moe", num_experts=4), r"gate_up_proj is \(4, 96, 64\) .* \(8, 96, 64\)"),
+        "hidden size": (lambda: tiny_model("qwen3_moe", hidden_size=32), r"is \(8, 96, 32\)"),
+        "weights": (
+            lambda: tiny_model("qwen3_moe", seed=1),
+            r"fitted on other weights .*relative error 1\.\d+ on layer 0",
+        ),
+        "activation": (lambda: tiny_model("qwen3_moe", hidden_act="tanh"), "the activation 'tanh'; GloBE has silu"),
+        "no transformers model": (lambda: torch.nn.Linear(2, 2), "this model is Linear"),
+    }
+
+
+@pytest.mark.parametrize("case", list(wrong_models()))
+def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_touched(case, fit_tiny):
+    make, sentence = wrong_models()[case]
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modules = [type(module) for module in model.modules()]
+    with pytest.raises(RequestError, match=sentence):
+        globe_kernels.patch(model, fit_tiny()[0])
+    assert [type(module) for module in model.modules()] == modules
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_failure_while_building_touches_nothing(fit_tiny, monkeypatch):
+    model = tiny_model("qwen3_moe")
+    original = logits(model)
+    built = 0
+
+    def fail_late(self, bank):
+        nonlocal built
+        built += 1
+        if built == 3:
+            raise MemoryError
+
+    monkeypatch.setattr(GlobeMoEFFN, "compose", fail_late)
+    with pytest.raises(MemoryError):
+        globe_kernels.patch(model, fit_tiny()[0])
+    assert not patching.is_patched(model)
+    assert torch.equal(logits(model), original)
+
+
+def test_an_unknown_strategy_is_refused(fit_tiny):
+    with pytest.raises(RequestError, match="strategy 'fast' is not known; this version has: composed"):
+        globe_kernels.patch(tiny_model("qwen3_moe"), fit_tiny()[0], strategy="fast")
+
+
+def test_a_nan_in_the_factors_is_refused(fit_tiny, tmp_path, monkeypatch):
+    original = GlobeCheckpoint.bank
+    monkeypatch.setattr(GlobeCheckpoint, "bank", lambda self, family: original(self, family) * float("nan"))
+    with pytest.raises(globe_kernels.GlobeError):
+        globe_kernels.patch(tiny_model("qwen3_moe"), fit_tiny()[0])
+
+
+def test_dense_experts_cannot_run_under_the_name_globe():
+    model = tiny_model("qwen3_moe")
+    config = AutoConfig.for_model("qwen3_moe")
+    config._experts_implementation = "globe"
+    model.set_experts_implementation("globe")
+    with pytest.raises(RuntimeError, match="this module is still dense"):
+        logits(model)

@@ -1,0 +1,74 @@
+"""The main job on the model that ships with the project."""
+
+import json
+import sys
+
+import pytest
+
+from globe_fit.__main__ import main
+from globe_fit.demo import shipped_model
+from globe_fit.source import ExpertSource
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    patch = pytest.MonkeyPatch()
+    written: list[str] = []
+    with patch.context() as patched:
+        patched.setattr(sys, "argv", ["globe", "demo", "--json", "-o", str(out)])
+        patched.setattr("builtins.print", lambda *words, **_: written.append(" ".join(map(str, words))))
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    assert stopped.value.code == 0
+    assert (out / "globe" / "globe.safetensors").is_file() and (out / "globe-hf" / "config.json").is_file()
+    (text,) = written
+    return json.loads(text)
+
+
+def test_the_shipped_model_is_a_real_mixture_of_experts():
+    base = ExpertSource(shipped_model()).base
+    assert len(base.num_experts) >= 4 and min(base.num_experts.values()) >= 16
+    assert base.intermediate_size < base.hidden_size
+    assert sum(path.stat().st_size for path in shipped_model().iterdir() if path.is_file()) <= 12e6
+
+
+def test_the_shipped_model_learned_its_language(figures):
+    training = json.loads((shipped_model() / "training.json").read_text())
+    assert figures["perplexity"]["dense"] < 0.1 * training["unigram_perplexity"]
+    assert figures["perplexity"]["dense"] == pytest.approx(training["best_float32_perplexity"], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["gate", "up"])
+def test_error_is_at_most_half_of_the_equal_byte_svd(figures, family):
+    error, svd = figures["relative_error"][family], figures["baseline"]["svd"][family]
+    assert 0 < error <= 0.5 * svd
+
+
+def test_the_compressed_model_stays_closer_to_the_dense_one_than_svd_does(figures):
+    assert 0 < figures["kl"]["globe"] < figures["kl"]["svd"]
+    assert figures["top1"]["globe"] > figures["top1"]["svd"]
+    assert figures["perplexity"]["globe"] < 1.05 * figures["perplexity"]["dense"]
+
+
+def test_bytes(figures):
+    sizes = figures["bytes"]
+    assert sizes["dense_experts"] == ExpertSource(shipped_model()).base.dense_bytes
+    assert 0.6 < sizes["globe_on_disk"] / sizes["dense_experts"] < 0.64
+    assert sizes["globe_on_disk"] < sizes["resident"] < sizes["peak"]
+
+
+def test_every_figure_has_its_key(figures):
+    expected = {
+        "relative_error": {"gate", "up"},
+        "perplexity": {"dense", "globe", "svd"},
+        "kl": {"globe", "svd"},
+        "top1": {"globe", "svd"},
+        "bytes": {"dense_experts", "globe_on_disk", "resident", "peak"},
+        "tokens_per_s": {"dense", "globe"},
+    }
+    for name, keys in expected.items():
+        assert set(figures[name]) == keys
+    assert min(figures["tokens_per_s"].values()) > 0
+    assert {"dense", "globe", "svd", "prompt"} == set(figures["continuation"])
+    assert all(figures["continuation"].values())
