@@ -20,11 +20,11 @@ class VarProConfig:
     """Settings of the variable-projection solver (globe_fit.varpro)."""
 
     steps: int = 500
-    lr: float = 0.3  # of the bank, in units of its RMS
+    lr: float = 1.0  # of the bank, in units of its RMS
     code_lr_scale: float = 0.3
     warmup_steps: int = 20
     final_lr_scale: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.8, 0.95)
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
     support_at: float = 0.15  # share of the steps after which the support is fixed
 

@@ -15,21 +15,16 @@ class FamilyFactors:
     bank: torch.Tensor  # (M, R, D)
     code: Code  # (n, C)
     adapter: torch.Tensor  # (n, P, R)
-    phi: str
 
     def at(self, places: slice) -> LayerFactors:
         """The factors of the experts at `places`."""
         return LayerFactors(self.adapter[places], Code(self.code.index[places], self.code.value[places]))
 
 
-def compose(layer: LayerFactors, bank: torch.Tensor, phi: str, dtype: torch.dtype) -> torch.Tensor:
-    """(E, R, D) in `dtype`: the composed bases of the experts of one layer."""
-    return compose_basis_ref(layer.code.index, layer.code.value, bank, phi, dtype)
-
-
 def reconstruct(layer: LayerFactors, bank: torch.Tensor, phi: str) -> torch.Tensor:
     """(E, P, D) float32: the dense weights that the factors stand for, without rounding in between."""
-    return layer.adapter.float() @ compose(layer, bank, phi, torch.float32)
+    basis = compose_basis_ref(layer.code.index, layer.code.value, bank, phi, torch.float32)
+    return layer.adapter.float() @ basis
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,11 @@ class FamilyWeights:
         total, energy, count = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0), 0
         for block in _blocks(source, family):
             source.require_finite(block.layer, family, block.experts, block.weights)
-            # per expert: sums in fp64 without a copy of the block in fp64
-            for expert in block.weights:
-                total += expert.sum(dtype=torch.float64).item()
-                energy[block.layer.layer] += expert.double().square().sum().item()
-                count += expert.numel()
-            del block, expert  # before the next block is read
+            total += block.weights.sum(dtype=torch.float64).item()
+            # per expert: an fp64 copy of one, not of the block
+            energy[block.layer.layer] += sum(expert.double().square().sum().item() for expert in block.weights)
+            count += block.weights.numel()
+            del block  # before the next block is read
         mean = total / count
         scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
         return cls(source, family, device, Statistics(mean, scale or 1.0, energy))

@@ -14,7 +14,7 @@ from globe_fit.adapters import refit_adapters
 from globe_fit.baselines import equal_byte_rank, svd_errors
 from globe_fit.codes import pack_codes
 from globe_fit.config import FitConfig, resolve_sizes
-from globe_fit.factors import FamilyFactors, FitResult, FitStatus, compose
+from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.metrics import check_names
 from globe_fit.objective import FamilyWeights
 from globe_fit.source import ExpertSource
@@ -22,6 +22,7 @@ from globe_fit.varpro import BankState, solve
 from globe_fit.warm_start import grouped_svd, initial_codes
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES
+from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.version import __version__
 
 _LOG_EVERY = 10
@@ -111,22 +112,19 @@ def _optimise(
 def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:
     """Round to the stored dtype, refit the adapters on the raw weights, measure what is stored."""
     base, dtype = sizes.base, sizes.torch_dtype
-    device = weights.device
-    packed = pack_codes(best.codes, sizes.support)
-    code = Code(packed.index.cpu(), packed.value.cpu())
-    bank = best.bank.to(dtype)
+    bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
     adapter = torch.empty(base.total_experts, base.intermediate_size, sizes.rank, dtype=dtype)
-    factors = FamilyFactors(bank.cpu(), code, adapter, sizes.phi)
     lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
     for block in weights.raw():
         # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
-        basis = compose(factors.at(block.places), factors.bank, sizes.phi, dtype).to(device)
+        basis = compose_basis_ref(code.index[block.places], code.value[block.places], bank, sizes.phi, dtype)
         stored = refit_adapters(block.weights, basis).to(dtype)
         adapter[block.places] = stored.cpu()
         residual = block.weights - stored.float() @ basis.float()
         lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
         residual_sum += residual.sum(dtype=torch.float64).item()
         del block, basis, stored, residual  # before the next block is read
+    factors = FamilyFactors(bank.cpu(), Code(code.index.cpu(), code.value.cpu()), adapter)
     count = base.total_experts * base.intermediate_size * base.hidden_size
     statistics = weights.statistics
     svd_rank = equal_byte_rank(base, sizes.tensor_bytes)

@@ -49,14 +49,14 @@ def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
     bank = torch.zeros(config.bank_shape(), device=weights.device)
     grams: dict[int, torch.Tensor] = {}  # groups that still miss experts: at most one layer's and a carry
     for block in weights.normalised():
-        for place, expert in zip(range(block.places.start, block.places.stop), block.weights, strict=True):
+        for offset, place in enumerate(range(block.places.start, block.places.stop)):
             group = int(groups[place])
-            gram = expert.mT @ expert
+            gram = block.weights[offset].mT @ block.weights[offset]
             grams[group] = grams[group].add_(gram) if group in grams else gram
             if place == last_member[group]:
                 _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
                 bank[group] = vectors[:, -config.rank :].flip(-1).mT
-        del block, expert  # before the next block is read
+        del block  # before the next block is read
     return bank * config.base.hidden_size**0.5
 
 
