@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from globe_fit.demo import Stage
@@ -19,7 +19,7 @@ def progress(quiet: bool) -> Iterator[Stage]:
     if quiet:
         yield Stage(begin=lambda name, total: None, advance=lambda done: None)
     elif sys.stderr.isatty():
-        columns = (TextColumn("{task.description:8}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bars:
 
             def begin(name: str, total: int) -> None:

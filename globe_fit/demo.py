@@ -66,10 +66,10 @@ def _run(out: Path, stage: Stage) -> dict:
     )
     save_fit(result, source, out / "globe")
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
-    stage.begin("export", len(source.files.weight_map))
+    stage.begin("export", 1)
     if (out / "globe-hf").exists():
         shutil.rmtree(out / "globe-hf")
-    export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, _: stage.advance(done))
+    export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: stage.advance(done / total))
 
     dense = load_model(model_dir)
     compressed = load_model(out / "globe-hf")

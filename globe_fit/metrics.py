@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
+    """One row of the table."""
+
     unit: str
     better: str  # "lower", "higher" or "" for a fact
     meaning: str

@@ -57,9 +57,9 @@ class GlobeHfQuantizer(HfQuantizer):
             _check_exported_files(checkpoint_files, config)
         activation = activation_of(model)
         for target in targets:
-            # transformers loads a parameter in the dtype that its meta tensor has: that of the model, as asked for
-            dtype = target.experts.down_proj.dtype
-            model.set_submodule(target.path, GlobeMoEFFN(config, target.layer, activation, dtype, "meta"))
+            # the meta tensors have the dtype that the model was asked for
+            self.dtype = target.experts.down_proj.dtype
+            model.set_submodule(target.path, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         return model
 
@@ -68,6 +68,8 @@ class GlobeHfQuantizer(HfQuantizer):
         for path, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.globe.num_atoms, path)
+            # transformers 5.17 leaves what its converters merge (down_proj) in the dtype of the file
+            module.to(self.dtype)
             module.compose(bank)
         install_bank(model, bank)
         return model
