@@ -7,8 +7,7 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES
 from globe_kernels.functional import moe_ffn
-from globe_kernels.ops.compose_basis import compose_basis_ref
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.compose_basis import compose_basis
 
 
 class GlobeMoEFFN(nn.Module):
@@ -16,14 +15,13 @@ class GlobeMoEFFN(nn.Module):
 
     Parameters and buffers (E experts, P intermediate size, R rank, C support, D hidden size):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
-    float32, `down_proj` (E, D, P); and, once `compose` ran, `{gate,up}_basis` (E, R, D), which
+    float32, `down_proj` (E, D, P); and, once `compose` ran, `basis` (E, 2R, D), gate rows first, which
     `state_dict` leaves out: it is made from the codes and the bank.
     """
 
     gate_adapter: nn.Parameter
     up_adapter: nn.Parameter
-    gate_basis: torch.Tensor | None
-    up_basis: torch.Tensor | None
+    basis: torch.Tensor | None
 
     def __init__(self, config: GlobeConfig, layer: int, activation: str, dtype: torch.dtype, device=None):
         """An empty module for layer id `layer` of the model that `config` describes."""
@@ -43,8 +41,7 @@ class GlobeMoEFFN(nn.Module):
                 self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
         down = torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype, device=device)
         self.down_proj = nn.Parameter(down, requires_grad=False)
-        for family in FAMILIES:
-            self.register_buffer(f"{family}_basis", None, persistent=False)
+        self.register_buffer("basis", None, persistent=False)
 
     def code(self, family: str) -> Code:
         return Code(getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value"))
@@ -52,13 +49,14 @@ class GlobeMoEFFN(nn.Module):
     @torch.no_grad()
     def compose(self, bank: GlobeBank) -> None:
         """Compose the basis of every expert from the bank, in the dtype and on the device of the adapters."""
+        adapter, composed = self.gate_adapter, []
         for family in FAMILIES:
-            adapter = getattr(self, f"{family}_adapter")
             atoms, code = bank.atoms(family), self.code(family)
-            basis = compose_basis_ref(
-                code.index.to(atoms.device), code.value.to(atoms.device), atoms, self.phi, out_dtype=adapter.dtype
+            basis = compose_basis(
+                code.index.to(atoms.device), code.value.to(atoms.device), atoms, self.phi, adapter.dtype
             )
-            setattr(self, f"{family}_basis", basis.to(adapter.device))
+            composed.append(basis.to(adapter.device))
+        self.basis = torch.cat(composed, dim=1)
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
@@ -73,10 +71,18 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
-        if self.gate_basis is None or self.up_basis is None:
+        if self.basis is None:
             raise RuntimeError("GlobeMoEFFN has no composed bases yet; call compose(bank) after loading its weights.")
-        weights = ExpertWeights(self.gate_basis, self.gate_adapter, self.up_basis, self.up_adapter, self.down_proj)
-        return moe_ffn(hidden_states, top_k_index, top_k_weights, weights, self.activation)
+        return moe_ffn(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.basis,
+            self.gate_adapter,
+            self.up_adapter,
+            self.down_proj,
+            self.activation,
+        )
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

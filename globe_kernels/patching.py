@@ -13,8 +13,8 @@ from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, Gl
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.ops.activations import ACTIVATIONS
 from globe_kernels.ops.compose_basis import compose_basis_ref
-from globe_kernels.ops.moe_ffn import ACTIVATIONS
 
 STRATEGIES = ("composed",)
 _DENSE_NAME = "_globe_dense_experts"

@@ -1,5 +1,6 @@
 """Which token goes to which expert, sorted by expert: computed once per layer and passed whole."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -7,25 +8,44 @@ import torch
 
 @dataclass(frozen=True)
 class RoutingPlan:
-    """The routed rows of one layer, grouped by expert.
+    """The routed rows of one layer, grouped by expert, and the tiles in which kernels visit them.
 
     A routed row is one (token, choice) pair; row `t * K + k` is choice k of token t, S = T * K rows.
 
-        top_k_index = [[2, 0], [0, 9]] with E = 3 (id 9 is a sentinel: no expert)
-        order  = [1, 2, 0, 3]   rows by expert, stable; sentinel rows last
-        starts = [0, 2, 2, 3]   rows of expert e are order[starts[e]:starts[e + 1]]
+        top_k_index = [[2, 0], [0, 9]] with E = 3 (id 9 is a sentinel: no expert), block_m = 1
+        order       = [1, 2, 0, .]       rows by expert, stable; what follows starts[E] means nothing
+        starts      = [0, 2, 2, 3]       rows of expert e are order[starts[e]:starts[e + 1]]
+        tile_expert = [0, 0, 2, -1, ...] a tile is block_m rows of one expert, the last of each may be ragged
+        tile_first  = [0, 1, 2, 0, ...]  place in `order` of its first row
+
+    The number of tiles is bounded on the host, so that no kernel waits for the device: tiles past the last are -1.
     """
 
-    order: torch.Tensor  # (S,) int64
-    starts: torch.Tensor  # (E + 1,) int64
+    order: torch.Tensor  # (S,) int32
+    starts: torch.Tensor  # (E + 1,) int32
+    tile_expert: torch.Tensor  # (max_tiles(S, E, block_m),) int32
+    tile_first: torch.Tensor  # likewise
+    block_m: int
     num_choices: int  # K
 
+    @property
+    def num_rows(self) -> int:
+        """S"""
+        return self.order.shape[0]
 
-def build_routing_plan_ref(top_k_index: torch.Tensor, num_experts: int) -> RoutingPlan:
-    """Group the rows of `top_k_index` (T, K) by expert; ids outside 0..E-1 belong to no expert."""
-    ids = top_k_index.flatten()
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
-    order = torch.argsort(ids, stable=True)
-    counts = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]
-    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    return RoutingPlan(order, starts, top_k_index.shape[1])
+    @property
+    def num_tiles(self) -> int:
+        """Tiles to launch, used or not."""
+        return self.tile_expert.shape[0]
+
+    def rows_by_expert(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its places in `order`) of every expert that has rows; waits for the device."""
+        starts = self.starts.tolist()
+        for expert, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+            if start < stop:
+                yield expert, slice(start, stop)
+
+
+def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
+    """The most tiles that any routing needs: every full tile, and a ragged one for each expert that can have rows."""
+    return num_rows // block_m + min(num_rows, num_experts)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before globe_kernels is imported
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, save_fit  # noqa: E402
 from globe_kernels import GlobeCheckpoint  # noqa: E402

@@ -10,7 +10,10 @@ from globe_fit import ExpertSource
 from globe_fit.factors import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, patching
 from globe_kernels.families import ARCHITECTURES
+from globe_kernels.ops import moe_ffn as ops_moe_ffn
+from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close, relative_errors, tiny_model
+from tests.kernels.cases import needs_kernels
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
 
@@ -60,6 +63,26 @@ def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, fi
     dense_rms, _ = relative_errors(logits(dense.bfloat16()), expected)
     assert rms <= 2 * dense_rms
     assert dense_rms < 0.1
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run there")
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_the_kernels_run_a_whole_model(model_type, fit_tiny, monkeypatch):
+    """In the interpreter, fp32: the same logits as the reference path."""
+    path, _ = fit_tiny(model_type)
+    model = tiny_model(model_type)
+    globe_kernels.patch(model, path)
+    tokens = TOKENS[:, :40]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        monkeypatch.setattr(ops_moe_ffn, "use_triton", lambda tensor: True)
+        small = GemmConfig(16, 32, 32, group_m=2, num_warps=4, num_stages=2)
+        monkeypatch.setattr(ops_moe_ffn, "choose", lambda *_: small)
+        calls = globe_kernels.call_counts().get("moe_ffn", 0)
+        logits = model(tokens).logits
+    assert globe_kernels.call_counts()["moe_ffn"] > calls
+    assert (logits - expected).abs().max() <= 1e-4
 
 
 def test_patch_and_cast_in_either_order(fit_tiny):

@@ -54,7 +54,7 @@ def test_state_dict_holds_factors_and_not_what_is_composed_from_them(module):
 def test_casting_keeps_the_codes(module):
     before = module.code("gate").value.clone()
     module.half()
-    assert module.gate_adapter.dtype == module.gate_basis.dtype == torch.float16
+    assert module.gate_adapter.dtype == module.basis.dtype == torch.float16
     assert module.code("gate").index.dtype == torch.int32
     assert torch.equal(module.code("gate").value, before)
     assert module(INPUTS[0].half(), *INPUTS[1:]).dtype == torch.float16

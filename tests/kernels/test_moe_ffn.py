@@ -1,103 +1,197 @@
+"""The whole FFN and its three stages: references against token-by-token fp64, kernels against the references."""
+
+from dataclasses import astuple, dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.moe_ffn import launch_moe_ffn
+from globe_kernels.ops.moe_ffn import moe_ffn as moe_ffn_op
+from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
+from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels
 
-E, P, D, R = 5, 12, 20, 7
+P, D, R = 12, 20, 7
+# at about twice what torch itself errs in the same dtype
+LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+TILES = {
+    "tiles smaller than the matrices": GemmConfig(16, 16, 16, group_m=2, num_warps=4, num_stages=2),
+    "tiles larger than the matrices": GemmConfig(32, 32, 64, group_m=1, num_warps=4, num_stages=2),
+}
 
 
-def weights(dtype: torch.dtype = torch.float32) -> ExpertWeights:
+@dataclass
+class Weights:
+    basis: torch.Tensor
+    gate_adapter: torch.Tensor
+    up_adapter: torch.Tensor
+    down_proj: torch.Tensor
+
+
+def weights(dtype: torch.dtype = torch.float32, inner: int = P, width: int = D, rank: int = R) -> Weights:
     generator = torch.Generator().manual_seed(1)
 
-    def draw(*shape):
-        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(dtype)
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE, dtype)
 
-    return ExpertWeights(draw(E, R, D), draw(E, P, R), draw(E, R, D), draw(E, P, R), draw(E, D, P))
+    return Weights(draw(E, 2 * rank, width), draw(E, inner, rank), draw(E, inner, rank), draw(E, width, inner))
 
 
-def by_token(hidden, index, scale, w: ExpertWeights, act=F.silu) -> torch.Tensor:
+def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
+    index = ROUTINGS[routing]
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(index.shape[0], width, generator=generator)
+    scale = torch.rand(index.shape, generator=generator)
+    return hidden.to(DEVICE, dtype), index.to(DEVICE), scale.to(DEVICE)
+
+
+def by_token(hidden, index, scale, w: Weights, act=F.silu) -> torch.Tensor:
     """Independent of the op: token by token, in fp64, from dense matrices."""
-    gate = w.gate_adapter.double() @ w.gate_basis.double()
-    up = w.up_adapter.double() @ w.up_basis.double()
-    out = torch.zeros(hidden.shape, dtype=torch.float64)
+    rank = w.gate_adapter.shape[2]
+    gate = w.gate_adapter.double() @ w.basis[:, :rank].double()
+    up = w.up_adapter.double() @ w.basis[:, rank:].double()
+    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for token, x in enumerate(hidden.double()):
         for choice, expert in enumerate(index[token].tolist()):
             if 0 <= expert < E:
-                y = w.down[expert].double() @ (act(gate[expert] @ x) * (up[expert] @ x))
+                y = w.down_proj[expert].double() @ (act(gate[expert] @ x) * (up[expert] @ x))
                 out[token] += scale[token, choice].double() * y
     return out
 
 
-ROUTINGS = {
-    "ragged, expert 3 empty": torch.tensor([[0, 1], [4, 0], [1, 2], [0, 2], [2, 4], [4, 1], [0, 4]]),
-    "one token": torch.tensor([[3, 1]]),
-    "all on one expert": torch.full((6, 1), 2),
-    "K = E": torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(2)) for _ in range(4)]),
-    "sentinels, a token with nothing else": torch.tensor([[0, E], [E, E + 3], [E, 1], [-1, 2]]),
-    "full tiles": torch.arange(128).view(64, 2) % E,
+@pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_parity_with_dense_experts(routing, dtype):
+    case, w = inputs(routing, dtype), weights(dtype)
+    out = moe_ffn(*case, *astuple(w), "silu")
+    assert out.dtype == dtype
+    assert_close(out, by_token(*case, w), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_parity_of_the_kernels(routing, tiles, dtype):
+    case, w = inputs(routing, dtype), weights(dtype)
+    out = launch_moe_ffn(*case, *astuple(w), "silu", TILES[tiles])
+    assert out.dtype == dtype
+    assert_close(out, by_token(*case, w), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("inner", "width", "rank"),
+    [(32, 48, 16), (16, 64, 32), (33, 47, 17), (1, 2, 1)],
+    ids=["multiples of 16", "a rank of the intermediate size and more", "primes", "nothing to multiply"],
+)
+def test_parity_of_the_kernels_over_sizes(inner, width, rank):
+    case = inputs("ragged tails, expert 3 empty", width=width)
+    w = weights(inner=inner, width=width, rank=rank)
+    out = launch_moe_ffn(*case, *astuple(w), "silu", TILES["tiles smaller than the matrices"])
+    assert_close(out, by_token(*case, w), rms=2e-6, peak=4e-6)
+
+
+GATED = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
 }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2), (torch.float16, 2e-3)], ids=str
-)
-@pytest.mark.parametrize("routing", list(ROUTINGS))
-def test_parity_with_dense_experts(routing, dtype, limit):
-    index = ROUTINGS[routing]
-    generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(index.shape[0], D, generator=generator).to(dtype)
-    scale = torch.rand(index.shape, generator=generator)
-    out = moe_ffn(hidden, index, scale, weights(dtype), "silu")
-    assert out.dtype == dtype
-    assert_close(out, by_token(hidden, index, scale, weights(dtype)), rms=limit, peak=2 * limit)
+@pytest.mark.parametrize("activation", list(GATED))
+def test_activations(activation):
+    case, w = inputs("ragged tails, expert 3 empty"), weights()
+    out = moe_ffn(*case, *astuple(w), activation)
+    assert_close(out, by_token(*case, w, GATED[activation]), rms=2e-6, peak=4e-6)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_pytorch_tanh", "relu"])
-def test_other_activations(activation):
-    act = {"gelu": F.gelu, "relu": F.relu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}[activation]
-    index = ROUTINGS["ragged, expert 3 empty"]
-    hidden, scale = torch.randn(7, D), torch.rand(7, 2)
-    out = moe_ffn(hidden, index, scale, weights(), activation)
-    assert_close(out, by_token(hidden, index, scale, weights(), act), rms=1e-5, peak=1e-5)
+@needs_kernels
+@pytest.mark.parametrize("activation", list(GATED))
+def test_activations_of_the_kernels(activation):
+    case, w = inputs("ragged tails, expert 3 empty"), weights()
+    out = launch_moe_ffn(*case, *astuple(w), activation, TILES["tiles larger than the matrices"])
+    assert_close(out, by_token(*case, w, GATED[activation]), rms=2e-6, peak=4e-6)
 
 
-def test_no_tokens():
-    out = moe_ffn(torch.randn(0, D), torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2), weights(), "silu")
-    assert out.shape == (0, D)
+@needs_kernels
+def test_the_kernels_are_deterministic():
+    case, w = inputs("full tiles, many blocks"), weights()
+    first, second = (launch_moe_ffn(*case, *astuple(w), "silu", next(iter(TILES.values()))) for _ in range(2))
+    assert torch.equal(first, second)
 
 
-def test_strides_and_index_dtype_do_not_matter():
-    index, hidden, scale = torch.tensor([[0, 1], [3, 2], [4, 4]]), torch.randn(3, D), torch.rand(3, 2)
-    expected = moe_ffn(hidden, index, scale, weights(), "silu")
-    strided = moe_ffn(
-        hidden.T.contiguous().T, index.int().T.contiguous().T, scale.repeat(1, 2)[:, :2], weights(), "silu"
-    )
-    assert torch.equal(strided, expected)
+RUNNERS = [
+    pytest.param(lambda *case: moe_ffn(*case, "silu"), id="reference"),
+    pytest.param(
+        lambda *case: launch_moe_ffn(*case, "silu", next(iter(TILES.values()))), id="kernels", marks=needs_kernels
+    ),
+]
 
 
-def test_a_sentinel_adds_nothing_whatever_its_weight():
-    index = torch.tensor([[1, E], [0, 2]])
-    hidden, scale = torch.randn(2, D), torch.tensor([[0.5, float("nan")], [0.3, 0.7]])
-    out = moe_ffn(hidden, index, scale, weights(), "silu")
-    assert torch.isfinite(out).all()
-    assert_close(out, by_token(hidden, index, scale, weights()), rms=1e-5, peak=1e-5)
+@pytest.mark.parametrize("run", RUNNERS)
+def test_no_tokens(run):
+    hidden = torch.randn(0, D, device=DEVICE)
+    empty = torch.zeros(0, 2, device=DEVICE)
+    assert run(hidden, empty.long(), empty, *astuple(weights())).shape == (0, D)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_a_sentinel_adds_nothing_whatever_its_weight(run):
+    index = torch.tensor([[1, E], [0, 2]], device=DEVICE)
+    hidden = torch.randn(2, D, device=DEVICE)
+    scale = torch.tensor([[0.5, float("nan")], [0.3, 0.7]], device=DEVICE)
+    out = run(hidden, index, scale, *astuple(weights()))
+    assert_close(out, by_token(hidden, index, scale, weights()), rms=2e-6, peak=4e-6)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_large_values_saturate_as_they_do_in_torch(run):
+    hidden, index, scale = inputs("ragged tails, expert 3 empty")
+    out = run(1e6 * hidden, index, scale, *astuple(weights()))
+    assert_close(out, by_token(1e6 * hidden, index, scale, weights()), rms=1e-5, peak=1e-5)
 
 
 def test_large_values_stay_finite_in_bf16():
-    hidden = torch.full((2, D), 1e4, dtype=torch.bfloat16)
-    out = moe_ffn(hidden, torch.tensor([[0, 1], [2, 3]]), torch.rand(2, 2), weights(torch.bfloat16), "silu")
+    hidden = torch.full((2, D), 1e4, dtype=torch.bfloat16, device=DEVICE)
+    index, scale = torch.tensor([[0, 1], [2, 3]], device=DEVICE), torch.rand(2, 2, device=DEVICE)
+    out = moe_ffn(hidden, index, scale, *astuple(weights(torch.bfloat16)), "silu")
     assert torch.isfinite(out).all()
     assert out.abs().max() > 0
 
 
+def test_strides_and_index_dtype_do_not_matter():
+    hidden, index, scale = inputs("ragged tails, expert 3 empty")
+    expected = moe_ffn(hidden, index, scale, *astuple(weights()), "silu")
+    strided = moe_ffn(
+        hidden.T.contiguous().T,
+        index.int().T.contiguous().T,
+        scale.repeat(1, 2)[:, :2],
+        *(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in astuple(weights())),
+        "silu",
+    )
+    assert_close(strided, expected, rms=1e-6, peak=2e-6)
+
+
+def test_opcheck():
+    torch.library.opcheck(moe_ffn_op, (*inputs("one token"), *astuple(weights()), "silu"))
+
+
+def test_compiles_into_one_graph():
+    case, w = inputs("ragged tails, expert 3 empty"), weights()
+    compiled = torch.compile(moe_ffn, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*case, *astuple(w), "silu"), moe_ffn(*case, *astuple(w), "silu"))
+
+
 def test_counts_its_calls():
-    before = call_counts().get("moe_ffn_ref", 0)
-    moe_ffn(torch.randn(1, D), torch.tensor([[0]]), torch.rand(1, 1), weights(), "silu")
-    assert call_counts()["moe_ffn_ref"] == before + 1
+    name = "moe_ffn" if DEVICE == "cuda" else "moe_ffn_ref"
+    before = call_counts().get(name, 0)
+    moe_ffn(*inputs("one token"), *astuple(weights()), "silu")
+    assert call_counts()[name] == before + 1
 
 
 @pytest.mark.parametrize(
@@ -112,4 +206,4 @@ def test_counts_its_calls():
 )
 def test_refuses_what_does_not_fit(hidden, index, scale, sentence):
     with pytest.raises(ValueError, match=sentence):
-        moe_ffn(hidden, index, scale, weights(), "silu")
+        moe_ffn(hidden, index, scale, *astuple(weights()), "silu")

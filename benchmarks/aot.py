@@ -1,0 +1,195 @@
+"""Compile every shipped kernel configuration ahead of time, without a GPU, and hold it to its limits.
+
+    python benchmarks/aot.py [--target 80 --target 90] [--json]
+
+For each kernel, configuration and target: registers, spills, shared memory, and the number of HGMMA (wgmma)
+instructions. Exit code 1 when a kernel spills, needs more shared memory than the card has, or, as a grouped GEMM with
+row tiles of 64 or more on sm_90, was not lowered to wgmma.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from globe_kernels.ops import compose_basis, down, gate_up, low_rank_in, routing_plan
+from globe_kernels.ops.tuning import CONFIGS, SHARED_LIMITS, GemmConfig, fit_to
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INT = ("order_ptr", "starts_ptr", "tile_expert_ptr", "tile_first_ptr", "totals_ptr", "block_counts_ptr", "places_ptr")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with the values of its constexprs."""
+
+    kernel: Any
+    config: str
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    needs_wgmma: bool = False
+
+    def signature(self) -> dict[str, str]:
+        """Types by name: code indices and plans are int32, ids int64, weights of codes and rows fp32, the rest bf16."""
+        types = {}
+        for name in self.kernel.arg_names:
+            if name in self.constexprs:
+                types[name] = "constexpr"
+            elif not name.endswith("_ptr"):
+                types[name] = "i32"
+            elif name in _INT:
+                types[name] = "*i32"
+            elif name == "index_ptr":
+                types[name] = "*i32" if "PHI" in self.constexprs else "*i64"
+            elif name in ("value_ptr", "row_weight_ptr"):
+                types[name] = "*fp32"
+            else:
+                types[name] = "*bf16"
+        return types
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the compiler made of one case."""
+
+    kernel: str
+    config: str
+    target: str
+    triton: str
+    registers: int
+    spills: int  # bytes of stack per thread
+    shared_bytes: int
+    shared_limit: int
+    hgmma: int
+    needs_hgmma: bool
+
+    def problem(self) -> str:
+        """What breaks a limit, or nothing."""
+        if self.spills:
+            return f"{self.spills} bytes of spills"
+        if self.shared_bytes > self.shared_limit:
+            return f"{self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}"
+        if self.needs_hgmma and not self.hgmma:
+            return "no wgmma"
+        return ""
+
+
+def _gemm_cases(config: GemmConfig) -> Iterator[Case]:
+    launch = config.launch()
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    wgmma = config.block_m >= 64
+
+    def label(block_n: int, even: bool) -> str:
+        tile = f"{config.block_m}x{block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+        return tile if even else f"{tile}, ragged K"
+
+    for even in (True, False):
+        shape = {"BLOCK_M": config.block_m, "EVEN_K": even, **launch}
+        yield Case(low_rank_in._low_rank_in_kernel, label(config.block_n, even), shape, options, wgmma)
+        yield Case(down._down_kernel, label(config.block_n, even), shape, options, wgmma)
+        narrow = gate_up.block_n(config)
+        for activation in ("silu", "gelu"):
+            gated = {"GATHER": False, "ACTIVATION": activation, **shape, "BLOCK_N": narrow}
+            yield Case(gate_up._gate_up_kernel, f"{label(narrow, even)}, {activation}", gated, options, wgmma)
+        dense = {"GATHER": True, "ACTIVATION": "silu", **shape, "BLOCK_N": narrow}
+        yield Case(gate_up._gate_up_kernel, f"{label(narrow, even)}, dense twin", dense, options, wgmma)
+
+
+def cases(shared_limit: int) -> Iterator[Case]:
+    """Every kernel in every configuration that a card with `shared_limit` gets."""
+    for _, config in CONFIGS:
+        yield from _gemm_cases(fit_to(config, 2, shared_limit))
+    for phi in ("identity", "silu", "tanh"):
+        constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
+        yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
+    yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": 4})
+    for experts in (8, 128, 256, 512):
+        padded = {"E_PAD": experts, "BLOCK": routing_plan._BLOCK}
+        tiles = {"BLOCK_M": 16, "TILE_BLOCK": routing_plan._TILE_BLOCK}
+        label = f"{experts} experts"
+        wide = {"num_warps": routing_plan.warps(experts)}
+        yield Case(routing_plan._plan_in_one_block_kernel, label, {**padded, **tiles}, wide)
+        yield Case(routing_plan._count_kernel, label, padded, {"num_warps": 4})
+        yield Case(routing_plan._tiles_kernel, label, {"E_PAD": experts, **tiles}, wide)
+    yield Case(routing_plan._scatter_kernel, "", {"BLOCK": routing_plan._BLOCK}, {"num_warps": 4})
+    yield Case(routing_plan._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
+
+
+def compile_case(case: Case, capability: int) -> Row:
+    """Compile one case for sm_`capability` and read the machine code."""
+    signature = case.signature()
+    names = list(signature)
+    # torch allocates on 512 bytes; hidden, intermediate size and rank are multiples of 16 (others run, but slower)
+    aligned = {
+        (number,): [["tt.divisibility", 16]]
+        for number, name in enumerate(names)
+        if name.endswith("_ptr") or name in ("depth", "num_columns", "row_stride", "num_values", "width")
+    }
+    source = ASTSource(case.kernel, signature, case.constexprs, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        machine_code = _tool("cuobjdump", "--dump-sass", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return Row(
+        kernel=case.kernel.fn.__name__.strip("_"),
+        config=case.config,
+        target=f"sm_{capability}",
+        triton=triton.__version__,
+        registers=registers,
+        spills=stack,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=SHARED_LIMITS[divmod(capability, 10)],
+        hgmma=machine_code.count("HGMMA"),
+        needs_hgmma=case.needs_wgmma and capability == 90,
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", type=int, action="append", help="compute capability, 80 and 90 by default")
+    parser.add_argument("--json", action="store_true", help="a list of objects on stdout, nothing else")
+    args = parser.parse_args()
+    rows = []
+    for capability in args.target or (80, 90):
+        if divmod(capability, 10) not in SHARED_LIMITS:
+            known = ", ".join(f"{major}{minor}" for major, minor in SHARED_LIMITS)
+            parser.error(f"target {capability} is not known; expected one of {known}.")
+        rows += [compile_case(case, capability) for case in cases(SHARED_LIMITS[divmod(capability, 10)])]
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=2))
+    else:
+        print(f"{'kernel':26}{'configuration':38}{'target':8}{'regs':>6}{'spills':>8}{'shared':>9}{'HGMMA':>7}")
+        for row in rows:
+            print(
+                f"{row.kernel:26}{row.config:38}{row.target:8}{row.registers:6}{row.spills:8}{row.shared_bytes:9}"
+                f"{row.hgmma:7}  {row.problem()}"
+            )
+        print(f"{len(rows)} kernels compiled with Triton {triton.__version__}")
+    problems = [row for row in rows if row.problem()]
+    for row in problems:
+        print(f"aot: {row.kernel} {row.config} on {row.target}: {row.problem()}", file=sys.stderr)
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

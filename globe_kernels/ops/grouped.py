@@ -1,0 +1,43 @@
+"""What the grouped GEMMs share: which rows and columns a program owns, and the accumulation over K.
+
+A grouped GEMM multiplies the rows of each expert with that expert's matrix. Rows are in the order of a RoutingPlan
+(sorted by expert, tiles of BLOCK_M rows that never span two experts); programs past the last tile exit.
+"""
+
+from globe_kernels.ops.triton_import import tl, triton
+
+
+@triton.jit
+def program_tile(num_tiles, num_columns, GROUP_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(row tile, column tile) of this program: GROUP_M row tiles share a column tile in turn, for L2."""
+    pid = tl.program_id(0)
+    column_tiles = tl.cdiv(num_columns, BLOCK_N)
+    in_group = GROUP_M * column_tiles
+    first = (pid // in_group) * GROUP_M
+    size = tl.minimum(num_tiles - first, GROUP_M)
+    return first + (pid % in_group) % size, (pid % in_group) // size
+
+
+@triton.jit
+def accumulate(
+    acc,  # (BLOCK_M, BLOCK_N) float32
+    rows_ptr,  # (BLOCK_M, 1) pointers to the first value of each row
+    row_mask,  # (BLOCK_M, 1)
+    weight_ptr,  # (1, BLOCK_N) pointers to the first value of each output's weights
+    column_mask,  # (1, BLOCK_N)
+    depth,  # K
+    EVEN_K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + rows @ weights^T over K, in fp32; fp32 inputs are multiplied in full precision."""
+    k = tl.arange(0, BLOCK_K)
+    for start in range(0, depth, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(rows_ptr + (start + k)[None, :], mask=row_mask, other=0.0)
+            b = tl.load(weight_ptr + (start + k)[:, None], mask=column_mask, other=0.0)
+        else:
+            inside = start + k < depth
+            a = tl.load(rows_ptr + (start + k)[None, :], mask=row_mask & inside[None, :], other=0.0)
+            b = tl.load(weight_ptr + (start + k)[:, None], mask=column_mask & inside[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc

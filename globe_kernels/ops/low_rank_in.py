@@ -1,0 +1,91 @@
+"""S1: project the routed rows of each expert into its rank, gate and up in one launch.
+
+    h[s] = basis[e(s)] x[t(s)]       s in the order of the plan, e(s) its expert, t(s) its token
+
+Shapes: T tokens, S = T * K routed rows, E experts, N = 2R (gate rows first, then up), D hidden size.
+Rows past the last routed one (sentinels) are not written.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from globe_kernels.ops.grouped import accumulate, program_tile
+from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.routing import RoutingPlan
+
+
+@triton.jit
+def _low_rank_in_kernel(
+    x_ptr,  # (T, D)
+    basis_ptr,  # (E, N, D)
+    out_ptr,  # (S, N)
+    order_ptr,  # (S,) int32
+    starts_ptr,  # (E + 1,) int32
+    tile_expert_ptr,  # (num_tiles,) int32, -1 past the last tile
+    tile_first_ptr,  # (num_tiles,) int32
+    num_tiles,
+    num_columns,  # N
+    depth,  # D
+    num_choices,  # K
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Grid: (num_tiles * cdiv(N, BLOCK_N),). One program owns BLOCK_M rows of one expert and BLOCK_N columns."""
+    tile, column_tile = program_tile(num_tiles, num_columns, GROUP_M, BLOCK_N)
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    if expert < 0:
+        return
+    rows = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
+    row_mask = rows < tl.load(starts_ptr + expert + 1)
+    token = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < num_columns
+    acc = accumulate(
+        tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
+        x_ptr + token.to(tl.int64)[:, None] * depth,
+        row_mask[:, None],
+        basis_ptr + (expert * num_columns + columns)[None, :] * depth,
+        column_mask[None, :],
+        depth,
+        EVEN_K,
+        BLOCK_K,
+    )
+    out = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+
+
+def low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config: GemmConfig) -> torch.Tensor:
+    """(S, N) in the dtype of `x`, from x (T, D) and basis (E, N, D), both contiguous."""
+    depth, columns = x.shape[1], basis.shape[1]
+    out = x.new_empty(plan.num_rows, columns)
+    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
+    _low_rank_in_kernel[grid](
+        x,
+        basis,
+        out,
+        plan.order,
+        plan.starts,
+        plan.tile_expert,
+        plan.tile_first,
+        plan.num_tiles,
+        columns,
+        depth,
+        plan.num_choices,
+        EVEN_K=depth % config.block_k == 0,
+        BLOCK_M=plan.block_m,
+        **config.launch(),
+    )
+    return out
+
+
+def low_rank_in_ref(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor) -> torch.Tensor:
+    """As `low_rank_in`; rows that belong to no expert are zero."""
+    out = x.new_zeros(plan.num_rows, basis.shape[1])
+    for expert, rows in plan.rows_by_expert():
+        token = plan.order[rows] // plan.num_choices
+        out[rows] = F.linear(x[token], basis[expert])
+    return out

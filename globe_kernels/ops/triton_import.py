@@ -1,0 +1,44 @@
+"""Triton, or a stand-in that lets the files with kernels be imported where there is none."""
+
+from typing import Any
+
+import torch
+
+
+class _Missing:
+    """Takes the place of `triton` and `triton.language`: every attribute and every call is another stand-in."""
+
+    def __getattr__(self, name: str) -> "_Missing":
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Missing":
+        return self
+
+
+triton: Any
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = _Missing()
+    HAS_TRITON = False
+
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` runs its kernel: on a GPU always, on a CPU never.
+
+    Raises RuntimeError on a GPU without Triton, so that nobody runs the slow reference there unawares.
+    """
+    if tensor.device.type != "cuda":
+        return False
+    if not HAS_TRITON:
+        raise RuntimeError(
+            "The model is on a GPU and Triton is not installed; run pip install triton, or move the model to the CPU "
+            "to run the torch reference."
+        )
+    return True

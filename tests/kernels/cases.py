@@ -1,0 +1,23 @@
+"""Where kernels run in these tests, and the routings that they must survive."""
+
+import pytest
+import torch
+
+from globe_kernels.ops.triton_import import HAS_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# On a CPU the kernels run in Triton's interpreter (tests/conftest.py turns it on), in fp32 and fp16: its bf16
+# arithmetic works on the bits as integers.
+needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+E = 5
+ROUTINGS = {
+    "ragged tails, expert 3 empty": torch.tensor([[0, 1], [4, 0], [1, 2], [0, 2], [2, 4], [4, 1], [0, 4]]),
+    "one token": torch.tensor([[3, 1]]),
+    "all on one expert": torch.full((21, 1), 2),
+    "K = E": torch.stack([torch.randperm(E, generator=torch.Generator().manual_seed(2)) for _ in range(4)]),
+    "sentinels, a token with nothing else": torch.tensor([[0, E], [E, E + 3], [E, 1], [-1, 2]]),
+    "full tiles, many blocks": torch.arange(160).view(80, 2) % E,
+}
