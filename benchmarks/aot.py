@@ -145,7 +145,7 @@ def compile_case(case: Case, capability: int) -> Row:
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         machine_code = _tool("cuobjdump", "--dump-sass", file.name)
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
     return Row(
         kernel=case.kernel.fn.__name__.strip("_"),
         config=case.config,

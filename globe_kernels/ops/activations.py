@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """The activations of gated experts, for torch and inside kernels, under the names of transformers."""
 
 from collections.abc import Callable

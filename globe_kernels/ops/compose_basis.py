@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Compose the basis of every expert of one layer from the bank.
 
     basis[e] = phi(sum_c code_value[e, c] * bank[code_index[e, c]])

@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """S3: the down projection, weighted by the router and summed over the choices of each token.
 
     out[t] = sum_k top_k_weights[t, k] * (down[e] y[s])      s the routed row of token t and choice k

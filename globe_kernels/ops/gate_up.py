@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """S2: from the rank back to the intermediate size, gate and up at once, with the gated activation.
 
     y[s] = act(adapter_gate[e(s)] h_gate[s]) * (adapter_up[e(s)] h_up[s])

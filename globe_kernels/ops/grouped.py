@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """What the grouped GEMMs share: which rows and columns a program owns, and the accumulation over K.
 
 A grouped GEMM multiplies the rows of each expert with that expert's matrix. Rows are in the order of a RoutingPlan

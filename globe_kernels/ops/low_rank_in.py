@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """S1: project the routed rows of each expert into its rank, gate and up in one launch.
 
     h[s] = basis[e(s)] x[t(s)]       s in the order of the plan, e(s) its expert, t(s) its token

@@ -43,10 +43,10 @@ def moe_ffn(
     inputs = (hidden, top_k_index, top_k_weights, basis, gate_adapter, up_adapter, down_proj)
     if not use_triton(hidden):
         count_call("moe_ffn_ref")
-        return moe_ffn_ref(*inputs, activation)
+        return moe_ffn_ref(*inputs, activation=activation)
     count_call("moe_ffn")
     config = choose(top_k_index.numel(), basis.shape[0], hidden.element_size(), shared_limit(hidden.device))
-    return launch_moe_ffn(*(tensor.contiguous() for tensor in inputs), activation, config)
+    return launch_moe_ffn(*(tensor.contiguous() for tensor in inputs), activation=activation, config=config)
 
 
 @moe_ffn.register_fake

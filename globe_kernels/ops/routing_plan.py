@@ -1,3 +1,4 @@
+# pyright: reportInvalidTypeForm=false
 """Build the RoutingPlan of one layer: a stable counting sort of the routed rows by expert, and its tiles.
 
     order  = rows sorted by expert, in the order of rows within one

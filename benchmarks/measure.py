@@ -1,0 +1,83 @@
+"""Timing of functions side by side, and the ceilings of the machine they run on."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of any card
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one function."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+
+
+def time_side_by_side(
+    functions: dict[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
+) -> dict[str, Timing]:
+    """Every function `repeats` times, taking turns, so that a drift of the machine meets all of them.
+
+    On a GPU the L2 cache is overwritten before each call and time is that of device events.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    for number in range(warmup + repeats):
+        for name, function in functions.items():
+            took = _time_once(function, flush)
+            if number >= warmup:
+                samples[name].append(took)
+    return {name: _summarise(values) for name, values in samples.items()}
+
+
+def _time_once(function: Callable[[], object], flush: torch.Tensor | None) -> float:
+    if flush is None:
+        began = time.perf_counter()
+        function()
+        return 1e6 * (time.perf_counter() - began)
+    flush.zero_()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * start.elapsed_time(stop)
+
+
+def _summarise(values: list[float]) -> Timing:
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the machine reaches at its best, measured in the same run."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+
+def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
+    """A large copy (bytes read and written) and a large square matrix product."""
+    on_gpu = device == "cuda"
+    count = 2**29 if on_gpu else 2**25
+    source = torch.randn(count // 4, device=device).view(torch.uint8)
+    target = torch.empty_like(source)
+    side = 8192 if on_gpu else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    times = time_side_by_side({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, repeats=10)
+    return Ceilings(
+        2 * source.numel() / times["copy"].p20_us / 1e3,
+        2 * side**3 / times["matmul"].p20_us / 1e6,
+    )
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"

@@ -1,0 +1,156 @@
+"""The implementations of one MoE layer that stand against each other, on the same weights and inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from shapes import LayerShape
+
+from globe_kernels.functional import moe_ffn
+from globe_kernels.ops.down import down
+from globe_kernels.ops.gate_up import _gate_up_kernel, block_n
+from globe_kernels.ops.routing_plan import routing_plan
+from globe_kernels.ops.triton_import import triton
+from globe_kernels.ops.tuning import GemmConfig, choose, shared_limit
+
+
+@dataclass
+class Layer:
+    """Factors of random experts and the dense matrices that they stand for, in one dtype on one device."""
+
+    shape: LayerShape
+    basis: torch.Tensor  # (E, 2R, D)
+    gate_adapter: torch.Tensor  # (E, P, R)
+    up_adapter: torch.Tensor  # (E, P, R)
+    gate_up: torch.Tensor  # (E, 2P, D)
+    down: torch.Tensor  # (E, D, P)
+
+
+def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str) -> Layer:
+    """Random factors with outputs of order one; never zeros, which some hardware multiplies faster."""
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return (torch.randn(*sizes, device=device) / sizes[-1] ** 0.5).to(dtype)
+
+    basis = draw(shape.experts, 2 * rank, shape.hidden)
+    gate_adapter = draw(shape.experts, shape.intermediate, rank)
+    up_adapter = draw(shape.experts, shape.intermediate, rank)
+    gate_up = torch.cat([gate_adapter @ basis[:, :rank], up_adapter @ basis[:, rank:]], dim=1)
+    return Layer(shape, basis, gate_adapter, up_adapter, gate_up, draw(shape.experts, shape.hidden, shape.intermediate))
+
+
+@dataclass
+class Inputs:
+    """One batch of tokens with its routing."""
+
+    hidden: torch.Tensor  # (T, D)
+    index: torch.Tensor  # (T, K)
+    weights: torch.Tensor  # (T, K)
+
+    @property
+    def active_experts(self) -> int:
+        return int(self.index.unique().numel())
+
+
+def random_inputs(shape: LayerShape, tokens: int, dtype: torch.dtype, device: str) -> Inputs:
+    """Uniform routing of distinct experts, weights that sum to one."""
+    scores = torch.randn(tokens, shape.experts, device=device)
+    weights, index = scores.softmax(-1).topk(shape.choices)
+    hidden = torch.randn(tokens, shape.hidden, device=device).to(dtype)
+    return Inputs(hidden, index, (weights / weights.sum(-1, keepdim=True)).to(dtype))
+
+
+Provider = Callable[[Inputs], torch.Tensor]
+
+
+def globe(layer: Layer) -> Provider:
+    """GloBE, strategy `composed`."""
+    return lambda i: moe_ffn(
+        i.hidden, i.index, i.weights, layer.basis, layer.gate_adapter, layer.up_adapter, layer.down, "silu"
+    )
+
+
+def dense_twin(layer: Layer) -> Provider:
+    """GloBE's own kernels on dense weights: isolates what the low rank gives from what the kernels give."""
+    inner, width, count = layer.shape.intermediate, layer.shape.hidden, layer.shape.experts
+    gate, up = layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous()
+
+    def run(i: Inputs) -> torch.Tensor:
+        config: GemmConfig = choose(i.index.numel(), count, i.hidden.element_size(), shared_limit(i.hidden.device))
+        plan = routing_plan(i.index, count, config.block_m)
+        y = i.hidden.new_empty(plan.num_rows, inner)
+        launch = {**config.launch(), "BLOCK_N": block_n(config)}
+        _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, launch["BLOCK_N"]),)](
+            i.hidden,
+            i.hidden,
+            gate,
+            up,
+            y,
+            plan.order,
+            plan.starts,
+            plan.tile_expert,
+            plan.tile_first,
+            plan.num_tiles,
+            inner,
+            width,
+            width,
+            plan.num_choices,
+            GATHER=True,
+            ACTIVATION="silu",
+            EVEN_K=width % config.block_k == 0,
+            BLOCK_M=plan.block_m,
+            **launch,
+        )
+        return down(y, plan, layer.down, i.index, i.weights, config)
+
+    return run
+
+
+def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
+    """The experts module of transformers (Qwen3-MoE) on dense weights."""
+
+    def build(layer: Layer) -> Provider:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        config = Qwen3MoeConfig(
+            hidden_size=layer.shape.hidden,
+            moe_intermediate_size=layer.shape.intermediate,
+            num_experts=layer.shape.experts,
+            num_experts_per_tok=layer.shape.choices,
+        )
+        config._experts_implementation = implementation
+        with torch.device("meta"):
+            experts = Qwen3MoeExperts(config)
+        experts.gate_up_proj = torch.nn.Parameter(layer.gate_up, requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(layer.down, requires_grad=False)
+        return lambda i: experts(i.hidden, i.index, i.weights)
+
+    return build
+
+
+def reference(layer: Layer, i: Inputs) -> torch.Tensor:
+    """fp64, expert by expert, from the factors."""
+    rank = layer.gate_adapter.shape[2]
+    out = torch.zeros(i.hidden.shape, dtype=torch.float64, device=i.hidden.device)
+    for expert in i.index.unique().tolist():
+        token, choice = torch.where(i.index == expert)
+        x = i.hidden[token].double()
+        gate = F.linear(F.linear(x, layer.basis[expert, :rank].double()), layer.gate_adapter[expert].double())
+        up = F.linear(F.linear(x, layer.basis[expert, rank:].double()), layer.up_adapter[expert].double())
+        y = F.linear(F.silu(gate) * up, layer.down[expert].double())
+        out.index_add_(0, token, y * i.weights[token, choice, None].double())
+    return out
+
+
+PROVIDERS = {
+    "globe": SimpleNamespace(build=globe, low_rank=True, cpu=True),
+    "dense_twin": SimpleNamespace(build=dense_twin, low_rank=False, cpu=False),
+    "hf_eager": SimpleNamespace(build=transformers_experts("eager"), low_rank=False, cpu=True),
+    "hf_grouped_mm": SimpleNamespace(build=transformers_experts("grouped_mm"), low_rank=False, cpu=True),
+    "hf_batched_mm": SimpleNamespace(build=transformers_experts("batched_mm"), low_rank=False, cpu=True),
+}
+# gathers the weights of every routed row: more than this many rows would not fit
+BATCHED_ROWS = 512

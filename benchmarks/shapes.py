@@ -1,0 +1,43 @@
+"""Layer shapes of real models."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The routed experts of one layer."""
+
+    hidden: int  # D
+    intermediate: int  # P
+    experts: int  # E
+    choices: int  # K
+
+    @property
+    def break_even_rank(self) -> int:
+        """Below this rank two thin matrices have fewer values than the dense one."""
+        return self.intermediate * self.hidden // (self.intermediate + self.hidden)
+
+    def gate_up_values(self, rank: int | None) -> int:
+        """Values of gate and up of one expert: dense, or adapter and composed basis of `rank`."""
+        if rank is None:
+            return 2 * self.intermediate * self.hidden
+        return 2 * rank * (self.intermediate + self.hidden)
+
+    def flops(self, tokens: int, rank: int | None) -> float:
+        """Floating point operations of all experts for `tokens` tokens."""
+        return 2.0 * tokens * self.choices * (self.gate_up_values(rank) + self.hidden * self.intermediate)
+
+    def weight_bytes(self, active: int, rank: int | None, item_size: int) -> int:
+        """Bytes of the weights of `active` experts, each read once."""
+        return active * (self.gate_up_values(rank) + self.hidden * self.intermediate) * item_size
+
+
+MODELS = {
+    "qwen3-30b-a3b": LayerShape(2048, 768, 128, 8),
+    "qwen3-235b-a22b": LayerShape(4096, 1536, 128, 8),
+    "mixtral-8x7b": LayerShape(4096, 14336, 8, 2),
+    "deepseek-v2-lite": LayerShape(2048, 1408, 64, 6),
+    "olmoe": LayerShape(2048, 1024, 64, 8),
+    # for a CPU: the proportions of Qwen3-30B-A3B, a fraction of its experts
+    "qwen3-small": LayerShape(1024, 384, 16, 4),
+}
