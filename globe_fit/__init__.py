@@ -1,10 +1,14 @@
 """Fit a GloBE checkpoint to the experts of a Hugging Face Mixture-of-Experts model."""
 
-from globe_fit.config import FitConfig, VarProConfig
-from globe_fit.export import export_dense, export_globe, save_fit
-from globe_fit.factors import FitResult
-from globe_fit.solver import fit
-from globe_fit.source import ExpertSource
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from globe_fit.config import FitConfig, VarProConfig
+    from globe_fit.export import export_dense, export_globe, save_fit
+    from globe_fit.factors import FitResult
+    from globe_fit.solver import fit
+    from globe_fit.source import ExpertSource
 
 __all__ = [
     "ExpertSource",
@@ -16,3 +20,21 @@ __all__ = [
     "fit",
     "save_fit",
 ]
+
+_HOME = {
+    "ExpertSource": "source",
+    "FitConfig": "config",
+    "FitResult": "factors",
+    "VarProConfig": "config",
+    "export_dense": "export",
+    "export_globe": "export",
+    "fit": "solver",
+    "save_fit": "export",
+}
+
+
+def __getattr__(name: str):
+    # on first use: the command line must be able to catch Ctrl-C while torch is imported
+    if name not in _HOME:
+        raise AttributeError(f"module 'globe_fit' has no attribute {name!r}")
+    return getattr(import_module(f"globe_fit.{_HOME[name]}"), name)

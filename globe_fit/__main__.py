@@ -36,7 +36,7 @@ def _run() -> tuple[int, str]:
             raise
         return _USAGE, f"{describe().rstrip('.')}; see globe --help."
     # typer turns Ctrl-C into this code
-    return code, "interrupted; nothing was written." if code == _INTERRUPTED else ""
+    return code, "interrupted." if code == _INTERRUPTED else ""
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@ import torch
 _LARGER_RIDGE = (1.0, 1e2, 1e4)
 
 
+class SingularBasisError(RuntimeError):
+    """A Gram matrix that no ridge mends: the basis holds NaN or infinity."""
+
+
 def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> torch.Tensor:
     """(E, P, R) from weights (E, P, D) and basis (E, R, D), in the dtype of `basis`.
 
     `ridge` is relative to the mean diagonal of each Gram matrix Bhat Bhat^T. Where the Cholesky
-    factorisation fails, the ridge of all experts is raised, at most twice; then RuntimeError.
+    factorisation fails, the ridge of all experts is raised, at most twice; then SingularBasisError.
     """
     gram = basis @ basis.mT
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -22,7 +26,7 @@ def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> 
         chol, info = torch.linalg.cholesky_ex(shifted)
         if not info.any():
             return torch.cholesky_solve(cross.mT, chol).mT
-    raise RuntimeError(f"the Gram matrix of a basis stays singular at ridge {_LARGER_RIDGE[-1] * ridge:g}")
+    raise SingularBasisError(f"the Gram matrix of a basis stays singular at ridge {_LARGER_RIDGE[-1] * ridge:g}")
 
 
 def refit_adapters(weights: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:

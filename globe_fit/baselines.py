@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_fit.objective import FamilyWeights
+from globe_fit.objective import FamilyWeights, share
 from globe_kernels.checkpoint import BaseModel
 
 
@@ -15,6 +15,9 @@ def equal_byte_rank(base: BaseModel, num_bytes: float) -> int:
 
 def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Best rank-`rank` factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
+    if weights.shape[1] > weights.shape[2]:
+        right, left = truncated_svd(weights.mT, rank)
+        return left.mT, right.mT
     _, vectors = torch.linalg.eigh(weights @ weights.mT)  # ascending
     left = vectors[..., -rank:] if rank else vectors[..., :0]
     return left, left.mT @ weights
@@ -24,8 +27,9 @@ def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
     """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936)."""
     lost = [0.0] * len(ranks)
     for block in weights.raw():
-        spectrum = torch.linalg.eigvalsh((block.weights @ block.weights.mT).double()).clamp_min(0)  # ascending
+        narrow = block.weights if block.weights.shape[1] <= block.weights.shape[2] else block.weights.mT
+        spectrum = torch.linalg.eigvalsh((narrow @ narrow.mT).double()).clamp_min(0)  # ascending
         for place, rank in enumerate(ranks):
-            lost[place] += spectrum[:, : spectrum.shape[1] - rank].sum().item()
-        del block  # before the next one is read
-    return [value / weights.statistics.total_energy for value in lost]
+            lost[place] += spectrum[:, : max(spectrum.shape[1] - rank, 0)].sum().item()
+        del block, narrow  # before the next one is read
+    return [share(value, weights.statistics.total_energy) for value in lost]

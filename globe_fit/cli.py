@@ -5,10 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from globe_fit.config import FitConfig, resolve_sizes
+from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
 from globe_fit.evaluate import Quality, evaluate, load_model, token_windows
@@ -17,7 +16,7 @@ from globe_fit.inspection import inspect_checkpoint
 from globe_fit.solver import fit
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import require_room
 from globe_kernels.patching import patch
@@ -30,17 +29,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RequestError(f"device is {name} and torch sees no CUDA device; use --device cpu.")
-    try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise RequestError(f"device {name!r} is not known to torch; use cpu or cuda.") from error
 
 
 def _print_json(figures: dict) -> None:
@@ -59,7 +47,7 @@ def fit_command(
     scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
     steps: Annotated[int | None, typer.Option(help="Passes over the experts (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -72,7 +60,7 @@ def fit_command(
         "phi": phi,
         "scope": scope,
         "seed": seed,
-        "device": _device(device),
+        "device": device,
         "steps": steps,
     }
     settings = FitConfig.from_options(config, options)
@@ -97,20 +85,26 @@ def fit_command(
     }
     if as_json:
         _print_json(figures)
-        return
+    else:
+        _print_fit(figures, out, result.status.advice)
+    if not result.status.completed:
+        raise GlobeError(f"{result.status.advice} It is saved in {out}.")
+
+
+def _print_fit(figures: dict, out: Path, advice: str) -> None:
     families = figures["families"]
     rows = [
         [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
         for name, key in (
             ("GloBE", "relative_error"),
             (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
-            (f"lower bound of rank {sizes.rank}", "rank_bound"),
+            (f"lower bound of rank {figures['rank']}", "rank_bound"),
         )
     ]
     print_table("Relative squared error", ["", *FAMILIES], rows)
-    dense, disk = source.base.dense_bytes, checkpoint.bytes_on_disk
+    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
     print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f}) in {out}")
-    print(result.status.advice)
+    print(advice)
 
 
 @app.command("export")
@@ -144,11 +138,11 @@ def eval_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text to evaluate on.")],
     base: Annotated[Path | None, typer.Option(help="The dense model to compare with.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu; cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity and throughput of a model; with --base beside the dense one, with KL and top-1 agreement."""
-    target = _device(device)
+    target = resolve_device(device or "auto")
     is_checkpoint = (model / CONFIG_NAME).is_file()
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")

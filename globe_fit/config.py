@@ -1,8 +1,12 @@
 """Settings of a fit, and the sizes that follow from them."""
 
+import math
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+import torch
 
 from globe_kernels.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
@@ -28,6 +32,28 @@ class VarProConfig:
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
     support_at: float = 0.15  # share of the steps after which the support is fixed
 
+    def __post_init__(self):
+        _require("steps", self.steps, int, 0)
+        _require("lr", self.lr, float, 0)
+        _require("code_lr_scale", self.code_lr_scale, float, 0)
+        _require("warmup_steps", self.warmup_steps, int, 0)
+        _require("final_lr_scale", self.final_lr_scale, float, 0, 1)
+        _require("ridge", self.ridge, float, 0)
+        _require("support_at", self.support_at, float, 0, 1)
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
+            raise RequestError(f"betas is {self.betas!r}; expected two numbers from 0 to 1, such as [0.8, 0.95].")
+        for beta in self.betas:
+            _require("betas", beta, float, 0, 0.99999)
+
+
+def _require(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
+    """Raises RequestError unless `value` is a number of that kind from `low` to `high`."""
+    is_kind = isinstance(value, int) if kind is int else isinstance(value, (int, float))
+    if isinstance(value, bool) or not is_kind or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        limit = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise RequestError(f"{name} is {value!r}; expected {what} {limit}.")
+
 
 @dataclass(frozen=True)
 class FitConfig:
@@ -40,21 +66,22 @@ class FitConfig:
     phi: str = "identity"
     scope: str = "global"  # "layer": each layer uses atoms of its own
     seed: int = 0
-    device: str = "cpu"
+    device: str = "auto"
     varpro: VarProConfig = field(default_factory=VarProConfig)
 
     def __post_init__(self):
         for name, value, allowed in (("phi", self.phi, PHIS), ("scope", self.scope, SCOPES)):
             if value not in allowed:
                 raise RequestError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
-        for name in ("rank", "atoms", "support"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} is {value}; expected a whole number of at least 1.")
+        for name in ("rank", "atoms"):
+            if getattr(self, name) is not None:
+                _require(name, getattr(self, name), int, 1)
+        _require("support", self.support, int, 1)
+        _require("seed", self.seed, int, 0, 2**62)
+        if self.ratio is not None:
+            _require("ratio", self.ratio, float, 0)
         if self.ratio is not None and self.rank is not None and self.atoms is not None:
             raise RequestError("ratio, rank and atoms are all given; give at most two of them, the third follows.")
-        if self.varpro.steps < 0:
-            raise RequestError(f"steps is {self.varpro.steps}; expected 0 (the start itself) or more.")
 
     @classmethod
     def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":
@@ -70,6 +97,8 @@ class FitConfig:
                 raise RequestError(f"{toml_file} is not a readable TOML file ({error}).") from error
         settings |= {name: value for name, value in options.items() if value is not None and name != "steps"}
         varpro = settings.pop("varpro", {})
+        if not isinstance(varpro, dict):
+            raise RequestError(f"varpro in {toml_file} is {varpro!r}; expected a table, [varpro].")
         if options.get("steps") is not None:
             varpro = {**varpro, "steps": options["steps"]}
         for given, owner in ((settings, cls), (varpro, VarProConfig)):
@@ -78,10 +107,18 @@ class FitConfig:
                 raise RequestError(
                     f"{toml_file} has the unknown setting {min(unknown)!r}; expected {', '.join(sorted(known))}."
                 )
-        try:
-            return cls(**settings, varpro=VarProConfig(**varpro))
-        except TypeError as error:
-            raise RequestError(f"{toml_file} has a setting of the wrong type ({error}).") from error
+        return cls(**settings, varpro=VarProConfig(**varpro))
+
+
+def resolve_device(name: str) -> str:
+    """The torch device that `name` stands for: "auto" is a GPU where there is one. Raises RequestError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
+        raise RequestError(f"device is {name!r}; expected auto, cpu or cuda.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError(f"device is {name} and torch sees no CUDA device; use cpu.")
+    return name
 
 
 DEFAULT_RATIO = 0.625

@@ -1,6 +1,5 @@
 """The whole way of a user on the model that ships with the project: fit, export, load, measure."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, tok
 from globe_fit.export import export_globe, save_fit
 from globe_fit.solver import fit
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import BANK_NAME, GlobeCheckpoint
+from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.ops.counters import call_counts
@@ -57,6 +56,10 @@ def run_demo(out: Path | None, stage: Stage) -> dict:
 def _run(out: Path, stage: Stage) -> dict:
     model_dir = shipped_model()
     source = ExpertSource(model_dir)
+    if (out / "globe" / CONFIG_NAME).is_file():
+        other = GlobeCheckpoint(out / "globe").config.base.name
+        if other != source.base.name:
+            raise RequestError(f"{out / 'globe'} holds a checkpoint of {other}; give the demo another directory.")
     steps = DEMO_CONFIG.varpro.steps + 1
     stage.begin("fit", steps * len(FAMILIES))
     result = fit(
@@ -67,8 +70,6 @@ def _run(out: Path, stage: Stage) -> dict:
     save_fit(result, source, out / "globe")
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
     stage.begin("export", 1)
-    if (out / "globe-hf").exists():
-        shutil.rmtree(out / "globe-hf")
     export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: stage.advance(done / total))
 
     dense = load_model(model_dir)
@@ -107,8 +108,10 @@ def _figures(
         tensors = dict([*module.named_parameters(), *module.named_buffers()])
         resident += sum(tensor.nbytes for name, tensor in tensors.items() if name != "down_proj")
     config = checkpoint.config
-    # composing one expert gathers its atoms in fp32, on top of everything that stays
-    transient = config.support * config.rank * config.base.hidden_size * 4
+    # while a layer is composed: its two bases before they are joined, and the atoms of one expert as stored and in fp32
+    largest = max(config.base.num_experts.values())
+    one_basis = config.rank * config.base.hidden_size
+    transient = 2 * largest * one_basis * 2 + config.support * one_basis * (2 + 4)
     return {
         "relative_error": {family: families[family]["relative_error"] for family in FAMILIES},
         "baseline": {

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,7 +41,7 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str =
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except GlobeError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
     return model.to(device).eval()
 
@@ -71,19 +72,26 @@ def load_tokenizer(model_dir: str | Path):
         raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the model's tokenizer.")
     try:
         return AutoTokenizer.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken file may raise anything in there
         raise RequestError(f"{model_dir} has no tokenizer that transformers can load ({error}).") from error
 
 
 @torch.inference_mode()
 def evaluate(
-    models: Mapping[str, nn.Module], windows: torch.Tensor, *, on_batch: OnBatch | None = None
+    models: Mapping[str, Any], windows: torch.Tensor, *, on_batch: OnBatch | None = None
 ) -> dict[str, Quality]:
     """Every model on the same windows; the first model is the reference of `kl` and `top1`.
 
     The models take turns batch by batch, so that throughput is measured side by side; the first batch of
-    each warms up and is not timed where there is more than one.
+    each warms up and is not timed where there is more than one. Raises RequestError when vocabularies differ.
     """
+    vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
+    if len(set(vocabularies.values())) > 1 or int(windows.max()) >= min(vocabularies.values()):
+        sizes = ", ".join(f"{name} has {size}" for name, size in vocabularies.items())
+        raise RequestError(
+            f"The models and the text do not share a vocabulary: {sizes}, the text needs {int(windows.max()) + 1}; "
+            "compare a model with its own base and tokenizer."
+        )
     batches = windows.split(_BATCH)
     totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0, "seconds": 0.0, "timed": 0.0} for name in models}
     count = windows.shape[0] * (windows.shape[1] - 1)
@@ -99,12 +107,11 @@ def evaluate(
             if number > 0 or len(batches) == 1:
                 total["seconds"] += time.perf_counter() - began
                 total["timed"] += batch.numel()
-            log_probs = F.log_softmax(logits[:, :-1].float(), dim=-1).flatten(0, 1)
-            target = batch[:, 1:].flatten().to(device)
-            reference = log_probs if reference is None else reference.to(device)
-            total["nll"] -= log_probs.gather(1, target[:, None]).sum().item()
-            total["kl"] += (reference.exp() * (reference - log_probs)).sum().item()
-            total["top1"] += (reference.argmax(-1) == log_probs.argmax(-1)).sum().item()
+            compared = _compare(logits[:, :-1], batch[:, 1:].to(device), reference)
+            for key, value in compared.items():
+                total[key] += value
+            if reference is None:
+                reference = logits[:, :-1]
         if on_batch is not None:
             on_batch(number + 1, len(batches))
     return {
@@ -116,6 +123,21 @@ def evaluate(
         )
         for name, total in totals.items()
     }
+
+
+def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:
+    """Sums over all positions; window by window, since a vocabulary in fp32 is large. No reference: itself."""
+    sums = {"nll": 0.0, "kl": 0.0, "top1": 0.0}
+    for number, window in enumerate(logits):
+        log_probs = F.log_softmax(window.float(), dim=-1)
+        sums["nll"] += F.nll_loss(log_probs, target[number], reduction="sum").item()
+        if reference is None:
+            sums["top1"] += len(window)
+            continue
+        expected = F.log_softmax(reference[number].to(window.device).float(), dim=-1)
+        sums["kl"] += (expected.exp() * (expected - log_probs)).sum().item()
+        sums["top1"] += (expected.argmax(-1) == log_probs.argmax(-1)).sum().item()
+    return sums
 
 
 @torch.inference_mode()

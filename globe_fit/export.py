@@ -11,7 +11,10 @@ import torch
 from globe_fit.factors import FitResult, reconstruct
 from globe_fit.source import INDEX_NAME, SINGLE_NAME, ExpertSource
 from globe_kernels.checkpoint import (
+    CONFIG_NAME,
+    METRICS_NAME,
     QUANT_METHOD,
+    REPORT_NAME,
     Code,
     GlobeCheckpoint,
     GlobeConfig,
@@ -20,22 +23,31 @@ from globe_kernels.checkpoint import (
     exported_key,
     writing_checkpoint,
 )
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES, ExpertKey
-from globe_kernels.files import ShardWriter, require_room, staged_directory
+from globe_kernels.files import ShardWriter, holds_only_staging, require_room, staged_directory
 
 # Weights in any format are not copied into an export, nor is what describes the files of the base.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
-_REWRITTEN = {"config.json", INDEX_NAME, "README.md", "pytorch_model.bin.index.json"}
+_NOT_COPIED = {
+    "config.json",
+    INDEX_NAME,
+    "README.md",
+    "pytorch_model.bin.index.json",
+    CONFIG_NAME,  # a GloBE checkpoint may lie beside its base
+    REPORT_NAME,
+    METRICS_NAME,
+}
+# Decides between experts by small differences: bf16 would make ties of them.
+_NEVER_CAST = "e_score_correction_bias"
 
 OnTensor = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 def save_fit(result: FitResult, source: ExpertSource, path: str | Path) -> None:
     """Write the GloBE checkpoint of `result`, atomically; a failure leaves what `path` held."""
-    with writing_checkpoint(path, result.config) as writer:
-        for family, factors in result.families.items():
-            writer.add_bank(family, factors.bank)
+    banks = {family: factors.bank for family, factors in result.families.items()}
+    with writing_checkpoint(path, result.config, banks) as writer:
         for layer, places in source.blocks:
             for family, factors in result.families.items():
                 writer.add_layer(layer.layer, family, factors.at(places))
@@ -60,13 +72,13 @@ def export_globe(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
-            yield key, _cast(base.files.read(key), dtype)
+            yield key, base.files.read(key)
         for family in FAMILIES:
-            yield exported_bank_key(family), _cast(checkpoint.bank(family), dtype)
+            yield exported_bank_key(family), checkpoint.bank(family)
         for layer in checkpoint.config.base.num_experts:
             for family in FAMILIES:
                 factors = checkpoint.layer(layer, family)
-                yield exported_key(layer, f"{family}_adapter"), _cast(factors.adapter, dtype)
+                yield exported_key(layer, f"{family}_adapter"), factors.adapter
                 yield exported_key(layer, f"{family}_code_index"), factors.code.index
                 yield exported_key(layer, f"{family}_code_value"), factors.code.value
 
@@ -108,7 +120,7 @@ def export_dense(
                 families = FAMILIES if key.matrix == "gate_up" else (key.matrix,)
                 weights = torch.cat([dense(key, family) for family in families], dim=1)
                 original = weights.view(original.shape).to(original.dtype)
-            yield name, _cast(original, dtype)
+            yield name, original
 
     _write_model(base, Path(out), tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
 
@@ -117,8 +129,13 @@ def _is_compressed(key: ExpertKey | None) -> bool:
     return key is not None and key.matrix in ("gate", "up", "gate_up")
 
 
-def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    if dtype is None or not tensor.is_floating_point() or key.endswith((_NEVER_CAST, "_code_value")):
+        return tensor
+    cast = tensor.to(dtype)
+    if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
+        raise GlobeError(f"{key} has values that {dtype} cannot hold; export with another dtype, such as bf16.")
+    return cast
 
 
 def _bytes(base: ExpertSource, keys: list[str]) -> int:
@@ -150,20 +167,21 @@ def _write_model(
         raise RequestError(f"{out} is the base model itself; give another output directory.")
     if out.exists() and not (out.is_dir() and _may_replace(out)):
         raise RequestError(f"{out} exists and is not an earlier export of GloBE; give a new directory.")
-    require_room(out, needed)
+    require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
     config = json.loads((base.model_dir / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that this one replaces
     with staged_directory(out, last="config.json") as staging:
         for path in base.model_dir.iterdir():
-            if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _REWRITTEN:
+            if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _NOT_COPIED:
                 shutil.copyfile(path, staging / path.name)
         shards = ShardWriter(staging, "model", {"format": "pt"})
         for done, (key, tensor) in enumerate(tensors, start=1):
-            shards.add(key, tensor)
+            shards.add(key, _cast(key, tensor, dtype))
             if on_tensor is not None:
                 on_tensor(done, count)
         weight_map = shards.finish()
@@ -173,15 +191,14 @@ def _write_model(
         (staging / "README.md").write_text(_model_card(base, quantization), encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     current = {*weight_map.values(), INDEX_NAME} if len(set(weight_map.values())) > 1 else {SINGLE_NAME}
-    for old in out.glob("model*.safetensors*"):
-        if old.name not in current:
-            old.unlink()
+    for name in stale - current:
+        (out / name).unlink(missing_ok=True)
 
 
 def _may_replace(out: Path) -> bool:
     """An empty directory, or one that an export wrote (its card says so)."""
     card = out / "README.md"
-    return not any(out.iterdir()) or (card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8"))
+    return holds_only_staging(out) or (card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8"))
 
 
 _CARD_MARK = "Compressed with GloBE"

@@ -39,6 +39,11 @@ class Block:
     weights: torch.Tensor  # (len(experts), P, D) float32
 
 
+def share(part: float, whole: float) -> float:
+    """part / whole; 0 where there is nothing to have a share of, such as a layer of zeros."""
+    return part / whole if whole else 0.0
+
+
 # Bounds what a pass holds: the weights of a block and a few temporaries of its size, whatever the model.
 _BLOCK_BYTES = 2**28
 

@@ -5,7 +5,7 @@ import math
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import safetensors
 import torch
@@ -13,14 +13,15 @@ import torch
 from globe_fit.adapters import refit_adapters
 from globe_fit.baselines import equal_byte_rank, svd_errors
 from globe_fit.codes import pack_codes
-from globe_fit.config import FitConfig, resolve_sizes
+from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.metrics import check_names
-from globe_fit.objective import FamilyWeights
+from globe_fit.objective import FamilyWeights, share
 from globe_fit.source import ExpertSource
 from globe_fit.varpro import BankState, solve
 from globe_fit.warm_start import grouped_svd, initial_codes
 from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.errors import GlobeError
 from globe_kernels.families import FAMILIES
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.version import __version__
@@ -40,25 +41,50 @@ def fit(
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
 
     `start` replaces the grouped-SVD start of a family. `on_step` is called after every step with a record of
-    globe_fit.metrics. Deterministic: one seed gives one result on one machine. Memory: bank, codes, their
-    Adam state, the best state, the adapters and one block of experts of one family.
+    globe_fit.metrics. Deterministic: one seed gives one result on one machine. Memory: six times the bank
+    of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), the factors, and one block
+    of experts.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
+    config = replace(config, device=resolve_device(config.device))
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config))
-    families, history, report, status = {}, [], {}, FitStatus(True, "")
-    for number, family in enumerate(FAMILIES):
-        weights = FamilyWeights.measure(source, family, config.device)
-        state = (start or {}).get(family) or _start(weights, sizes, config.seed + number)
-        best, steps, completed = _optimise(weights, state, config, on_step)
-        history += steps
-        families[family], report[family] = _finalise(weights, best, sizes)
-        if not completed:
-            advice = f"The {family} error became NaN at step {len(steps)}; the best state before is kept, lower lr."
-            status = FitStatus(False, advice)
-    if status.completed:
-        status = FitStatus(True, _advice(history))
-    return FitResult(sizes, families, status, history, {"families": report, "status": asdict(status)})
+    fits = {family: _fit_family(source, family, sizes, config, start, on_step) for family in FAMILIES}
+    history = [record for one in fits.values() for record in one.history]
+    diverged = [family for family, one in fits.items() if not one.completed]
+    if diverged:
+        advice = f"The fit of {' and '.join(diverged)} diverged; the best state before is kept, lower the lr."
+    else:
+        advice = _advice(history)
+    status = FitStatus(not diverged, advice)
+    report = {"families": {family: one.report for family, one in fits.items()}, "status": asdict(status)}
+    return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
+
+
+@dataclass(frozen=True)
+class _FamilyFit:
+    factors: FamilyFactors
+    report: dict
+    history: list[dict]
+    completed: bool
+
+
+def _fit_family(
+    source: ExpertSource,
+    family: str,
+    sizes: GlobeConfig,
+    config: FitConfig,
+    start: dict[str, BankState] | None,
+    on_step: OnStep | None,
+) -> _FamilyFit:
+    """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
+    weights = FamilyWeights.measure(source, family, config.device)
+    given = (start or {}).get(family)
+    state = _start(weights, sizes, config.seed + FAMILIES.index(family)) if given is None else given.copy()
+    best, history, completed = _optimise(weights, state, config, on_step)
+    del state
+    factors, report = _finalise(weights, best, sizes)
+    return _FamilyFit(factors, report, history, completed)
 
 
 def _provenance(config: FitConfig) -> dict:
@@ -83,15 +109,23 @@ def _optimise(
     weights: FamilyWeights, start: BankState, config: FitConfig, on_step: OnStep | None
 ) -> tuple[BankState, list[dict], bool]:
     """The best state with the asked support, the history, and whether all steps ran."""
-    best, best_error, history = None, math.inf, []
+    best: BankState | None = None
+    best_error, history = math.inf, []
     began = time.perf_counter()
     for step, error, state in solve(weights, start, config.support, config.scope, config.varpro):
         if not math.isfinite(error):
-            assert best is not None, "the start itself has no finite error"
+            if best is None:
+                raise GlobeError(
+                    f"The fit of {weights.family} diverged at step {step}, before its support was fixed; lower the lr."
+                )
             return best, history, False
         supports = (state.codes.detach() != 0).sum(1)
         if error < best_error and int(supports.max()) <= config.support:
-            best, best_error = state.copy(), error
+            best_error = error
+            if best is None:
+                best = state.copy()
+            else:
+                best.copy_(state)
         record = check_names(
             {
                 "step": step,
@@ -130,8 +164,8 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
     svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
     svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
     return factors, {
-        "relative_error": sum(lost.values()) / statistics.total_energy,
-        "relative_error_by_layer": {str(layer): lost[layer] / statistics.energy[layer] for layer in lost},
+        "relative_error": share(sum(lost.values()), statistics.total_energy),
+        "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
         "svd_equal_bytes": svd,
         "svd_equal_bytes_rank": svd_rank,
         "rank_bound": bound,
@@ -143,6 +177,8 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
 
 def _advice(history: list[dict]) -> str:
     """What the last tenth of the steps gained, and so whether more steps would pay."""
+    if history[-1]["step"] == 0:
+        return "No step was taken: this is the start of a fit."
     gains = []
     for family in FAMILIES:
         errors = [record["relative_error"] for record in history if record["family"] == family]

@@ -25,7 +25,7 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL"
 
 
 def read_config(model_dir: Path) -> dict:
-    """config.json of a model directory; the text part of a multimodal one. Raises RequestError."""
+    """config.json of a model directory. Raises RequestError when there is none, GlobeError when it is damaged."""
     path = model_dir / "config.json"
     if not path.is_file():
         raise RequestError(
@@ -35,7 +35,9 @@ def read_config(model_dir: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise GlobeError(f"{path} is not valid JSON ({error}); download the file again.") from error
-    return config.get("text_config") or config
+    if not isinstance(config, dict):
+        raise GlobeError(f"{path} holds a {type(config).__name__} and an object was expected; download it again.")
+    return config
 
 
 class TensorFiles:
@@ -47,9 +49,12 @@ class TensorFiles:
         index = model_dir / INDEX_NAME
         if index.is_file():
             try:
-                self.weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                if not all(isinstance(name, str) for name in weight_map.values()):
+                    raise TypeError("a file name is not a string")
             except (ValueError, KeyError, TypeError) as error:
                 raise GlobeError(f"{index} is not a valid shard index ({error!r}); download it again.") from error
+            self.weight_map: dict[str, str] = weight_map
             for name in self.names:
                 self._open(name)
         elif (model_dir / SINGLE_NAME).is_file():
@@ -125,8 +130,15 @@ class ExpertSource:
             )
         config = read_config(self.model_dir)
         self.architecture = architecture_of(config.get("model_type"))
-        num_experts = self.architecture.num_experts(config)
-        expected_layers = self.architecture.moe_layers(config)
+        try:
+            num_experts = self.architecture.num_experts(config)
+            expected_layers = self.architecture.moe_layers(config)
+            expected_shape = (self.architecture.intermediate_size(config), int(config["hidden_size"]))
+        except (KeyError, TypeError) as error:
+            raise GlobeError(
+                f"config.json in {self.model_dir} is not a complete {self.architecture.model_type} configuration "
+                f"({error}); download it again."
+            ) from error
         self.files = TensorFiles(self.model_dir)
         self.expert_keys: dict[str, ExpertKey] = {}
         for key in self.files.weight_map:
@@ -136,11 +148,10 @@ class ExpertSource:
                 self.expert_keys[key] = parsed
         self.layers = self._group(num_experts, expected_layers)
         inner, width = self._check_shapes()
-        if (inner, width) != (self.architecture.intermediate_size(config), config["hidden_size"]):
+        if (inner, width) != expected_shape:
             raise GlobeError(
-                f"The experts of {self.model_dir} are {inner} x {width} and config.json says "
-                f"{self.architecture.intermediate_size(config)} x {config['hidden_size']}; the files are of different "
-                "models, download them again."
+                f"The experts of {self.model_dir} are {inner} x {width} and config.json says {expected_shape[0]} x "
+                f"{expected_shape[1]}; the files are of different models, download them again."
             )
         self.base = BaseModel(
             name=self.model_dir.resolve().name,

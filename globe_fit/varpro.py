@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from globe_fit.adapters import solve_adapters
+from globe_fit.adapters import SingularBasisError, solve_adapters
 from globe_fit.codes import largest_support
 from globe_fit.config import VarProConfig
 from globe_fit.objective import FamilyWeights
@@ -40,23 +40,30 @@ class BankState:
         """A copy of the values, without gradients."""
         return BankState(self.bank.detach().clone(), self.codes.detach().clone(), self.phi)
 
+    @torch.no_grad()
+    def copy_(self, other: "BankState") -> None:
+        """Take over the values of `other`."""
+        self.bank.copy_(other.bank)
+        self.codes.copy_(other.codes)
+
 
 def solve(
     weights: FamilyWeights, start: BankState, support: int, scope: str, config: VarProConfig
 ) -> Iterator[tuple[int, float, BankState]]:
     """Yields (step, relative error before the step, BankState) for steps 0..config.steps.
 
-    The state is live: copy what must be kept. From the step at which the support is fixed on, no expert
-    has more than `support` codes. Exact and deterministic: one seed gives one result on one machine.
+    The state is `start` itself, changed in place: copy what must be kept. A step that diverged yields NaN. From the
+    step at which the support is fixed on, no expert has more than `support` codes. Exact and deterministic: one seed
+    gives one result on one machine.
     """
-    bank = start.bank.detach().clone().requires_grad_()
-    codes = start.codes.detach().clone().requires_grad_()
-    state = BankState(bank, codes, start.phi)
+    state = start
+    bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
     allowed = allowed_atoms(weights.source.base, bank.shape[0], scope).to(codes.device)
     rms = bank.detach().square().mean().sqrt().item()
     optimizer = torch.optim.Adam(
         [{"params": [bank], "base": config.lr * rms}, {"params": [codes], "base": config.lr * config.code_lr_scale}],
         betas=config.betas,
+        fused=True,  # without temporaries of the size of the bank
     )
     fixed = False
     for step in range(config.steps + 1):
@@ -67,7 +74,10 @@ def solve(
                 codes.mul_(allowed)
             fixed = True
         optimizer.zero_grad(set_to_none=True)
-        error = _backward(weights, state, config.ridge)
+        try:
+            error = _backward(weights, state, config.ridge)
+        except SingularBasisError:
+            error = math.nan
         yield step, error, state
         if step == config.steps:
             return

@@ -57,7 +57,7 @@ def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
                 _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
                 bank[group] = vectors[:, -config.rank :].flip(-1).mT
         del block  # before the next block is read
-    return bank * config.base.hidden_size**0.5
+    return bank.mul_(config.base.hidden_size**0.5)
 
 
 def initial_codes(config: GlobeConfig, generator: torch.Generator) -> torch.Tensor:

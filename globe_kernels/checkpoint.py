@@ -2,7 +2,7 @@
 
 A directory with
 
-    globe_config.json    GlobeConfig, provenance and the sha256 of each tensor file
+    globe_config.json    GlobeConfig, provenance, the sha256 of each tensor file, a fingerprint that they share
     globe.safetensors    or globe-0000i-of-0000N.safetensors above 4 GiB:
                          bank.{family}                          (M, R, D)
                          layers.{l}.{family}_adapter            (E, P, R)
@@ -115,11 +115,6 @@ class GlobeConfig:
             total += torch.Size(shape).numel() * dtype.itemsize
         return total
 
-    @property
-    def fingerprint(self) -> str:
-        """Ties tensor files to this configuration: a mixture of two fits is refused when it is opened."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
-
     def to_dict(self) -> dict:
         base = asdict(self.base)
         base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
@@ -199,6 +194,7 @@ class GlobeCheckpoint:
         data = _read_json(config_path)
         self.config = GlobeConfig.from_dict(data, str(config_path))
         self._files: dict[str, str] = data.get("files", {})
+        self._fingerprint = data.get("fingerprint")
         self._handles = {name: self._open(name) for name in self._files}
         self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
@@ -215,7 +211,7 @@ class GlobeCheckpoint:
             raise GlobeError(
                 f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); copy it again or fit again."
             ) from error
-        if (handle.metadata() or {}).get("fingerprint") != self.config.fingerprint:
+        if (handle.metadata() or {}).get("fingerprint") != self._fingerprint:
             raise GlobeError(
                 f"{path} was not written together with the {CONFIG_NAME} beside it; restore both from one fit, or "
                 "fit again."
@@ -299,14 +295,18 @@ def _read_json(path: Path) -> dict:
 class CheckpointWriter:
     """Adds the factors of a checkpoint one by one; used through `writing_checkpoint`."""
 
-    def __init__(self, staging: Path, config: GlobeConfig):
+    def __init__(self, staging: Path, config: GlobeConfig, banks: dict[str, torch.Tensor]):
         self._config = config
         self._staging = staging
-        self._shards = ShardWriter(staging, "globe", {"fingerprint": config.fingerprint})
+        # ties the tensor files to the configuration: files of two fits are refused when they are opened
+        digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
+        for family in FAMILIES:
+            digest.update(banks[family].cpu().contiguous().view(torch.uint8).numpy().data)
+        self._fingerprint = digest.hexdigest()
+        self._shards = ShardWriter(staging, "globe", {"fingerprint": self._fingerprint})
         self._missing = config.tensor_shapes()
-
-    def add_bank(self, family: str, bank: torch.Tensor) -> None:
-        self._add(f"bank.{family}", bank)
+        for family in FAMILIES:
+            self._add(f"bank.{family}", banks[family])
 
     def add_layer(self, layer: int, family: str, factors: LayerFactors) -> None:
         prefix = f"layers.{layer}.{family}"
@@ -324,7 +324,7 @@ class CheckpointWriter:
         assert not self._missing, f"not written: {sorted(self._missing)}"
         names = sorted(set(self._shards.finish().values()))
         files = {name: sha256(self._staging / name) for name in names}
-        config = {**self._config.to_dict(), "files": files}
+        config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": files}
         lines = "".join(json.dumps(record) + "\n" for record in metrics)
         (self._staging / METRICS_NAME).write_text(lines, encoding="utf-8")
         (self._staging / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -332,12 +332,26 @@ class CheckpointWriter:
 
 
 @contextmanager
-def writing_checkpoint(path: str | Path, config: GlobeConfig) -> Iterator[CheckpointWriter]:
-    """Write a checkpoint atomically: `path` holds the old one until `finish`, the new one after the block."""
+def writing_checkpoint(
+    path: str | Path, config: GlobeConfig, banks: dict[str, torch.Tensor]
+) -> Iterator[CheckpointWriter]:
+    """Write a checkpoint atomically: `path` holds the old one until the block ends, the new one after it.
+
+    `banks` holds the atoms (M, R, D) of each family. Shards of the checkpoint that was there and that the new one does
+    not replace are removed; other files are left alone.
+    """
     target = Path(path)
+    old = _listed_files(target)
     with staged_directory(target, last=CONFIG_NAME) as staging:
-        yield CheckpointWriter(staging, config)
-    current = _read_json(target / CONFIG_NAME)["files"]
-    for old in target.glob("globe*.safetensors"):
-        if old.name not in current:
-            old.unlink()
+        yield CheckpointWriter(staging, config, banks)
+    for name in old - _listed_files(target):
+        (target / name).unlink(missing_ok=True)
+
+
+def _listed_files(directory: Path) -> set[str]:
+    """Names of the tensor files of the checkpoint in `directory`; none when there is none that can be read."""
+    try:
+        files = _read_json(directory / CONFIG_NAME).get("files", {})
+    except (OSError, GlobeError):
+        return set()
+    return {name for name in files if name == Path(name).name}

@@ -42,7 +42,7 @@ class Architecture:
     def parse_key(self, key: str) -> ExpertKey | None:
         """The routed-expert tensor that `key` names in a checkpoint, or None (router, shared expert, ...)."""
         match = re.fullmatch(
-            rf"(?:.*\.)?layers\.(\d+)\.(?:mlp|{self.block})\.experts\."
+            rf"(?:model\.)?layers\.(\d+)\.(?:mlp|{self.block})\.experts\."
             rf"(?:(\d+)\.({self.gate}|{self.up}|{self.down})\.weight|(gate_up_proj|down_proj))",
             key,
         )

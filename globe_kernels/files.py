@@ -22,22 +22,24 @@ _STAGING_PREFIX = ".staging-"
 def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
     """Write a set of files into `target` so that a failure leaves `target` as it was.
 
-    Yields an empty staging directory on the same file system. On success its files are synced and
-    renamed into `target`, the file named `last` (the one that makes the set valid) after all
-    others. On any failure the staging directory is removed. What a killed process left staged is
-    removed by the next writer.
+    Yields an empty staging directory on the same file system. On success its files are synced and renamed into
+    `target`. The file named `last` makes the set valid: the old one goes before the first rename and the new one
+    comes after all others, so a process killed in between leaves a directory that is refused, never a mixture. On
+    any failure before that the staging directory is removed; what a killed process left is removed by the next writer.
     """
     require_room(target, 0)
     created = not target.exists()
     staging = target / f"{_STAGING_PREFIX}{os.getpid()}"
     try:
         target.mkdir(parents=True, exist_ok=True)
-        for stale in target.glob(f"{_STAGING_PREFIX}*"):
-            shutil.rmtree(stale, ignore_errors=True)
         staging.mkdir()
         yield staging
         for path in staging.iterdir():
+            if (target / path.name).is_dir():
+                raise RequestError(f"{target / path.name} is a directory and a file must go there; move it away.")
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
             _sync(path)
+        (target / last).unlink(missing_ok=True)
         for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
             os.replace(path, target / path.name)
         _sync(target)
@@ -49,6 +51,12 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
             target.rmdir()
 
 
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -57,18 +65,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _as_user_error(error: Exception, target: Path) -> Exception:
-    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-        isinstance(error, SafetensorError) and "os error 28" in str(error)
-    )
+def _as_user_error(error: Exception, target: Path) -> GlobeError:
+    full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
     if full:
         return GlobeError(
             f"The disk that holds {target} is full ({_free(target)} bytes free): nothing was written and what was "
             "there is unchanged; free some space or give another output directory."
         )
-    if isinstance(error, PermissionError):
-        return RequestError(f"Cannot write to {target}: permission denied; give a directory you may write to.")
-    return error
+    return GlobeError(f"Writing to {target} failed ({error}); mend the cause and run the same command again.")
 
 
 def _free(target: Path) -> int:
@@ -83,11 +87,30 @@ def require_room(target: Path, needed: int) -> None:
         raise RequestError(f"{existing} is a file; give the path of a directory to write into.")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RequestError(f"Cannot write to {existing}: permission denied; give a directory you may write to.")
+    for stale in target.glob(f"{_STAGING_PREFIX}*"):
+        if not _is_running(stale.name.removeprefix(_STAGING_PREFIX)):
+            shutil.rmtree(stale, ignore_errors=True)
     if (free := _free(target)) < needed:
         raise GlobeError(
             f"Writing to {target} needs {needed} bytes and {free} are free; free some space or give another "
             "output directory."
         )
+
+
+def _is_running(pid: str) -> bool:
+    """Whether a process with that id lives: its staging directory is then in use."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ValueError, OSError):
+        return False
+    return int(pid) != os.getpid()
+
+
+def holds_only_staging(directory: Path) -> bool:
+    """Whether a directory is empty but for what a writer, running or killed, has staged."""
+    return all(path.name.startswith(_STAGING_PREFIX) for path in directory.iterdir())
 
 
 def sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from globe_kernels.ops.compose_basis import compose_basis_ref
 
 STRATEGIES = ("composed",)
 _DENSE_NAME = "_globe_dense_experts"
+_HOOK_NAME = "_globe_load_hook"
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,9 @@ def unpatch(model: nn.Module) -> None:
     anchor = next(model.parameters())
     for target in dense:
         model.set_submodule(target.path, target.experts.to(anchor.device, anchor.dtype))
-    delattr(model, BANK_NAME)
-    delattr(model, _DENSE_NAME)
+    getattr(model, _HOOK_NAME).remove()
+    for name in (BANK_NAME, _DENSE_NAME, _HOOK_NAME):
+        delattr(model, name)
     _set_quantizer(model, None)
 
 
@@ -174,6 +176,11 @@ def _check_shapes(target: Target, config: GlobeConfig) -> None:
     for name, shape in expected.items():
         tensor = getattr(target.experts, name, None)
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
+        if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+            raise RequestError(
+                f"{target.path}.{name} is on the meta device, without values; load the model's weights first, or load "
+                "an exported GloBE directory with from_pretrained."
+            )
         if found != shape:
             raise RequestError(
                 f"{target.path}.{name} is {found} and the checkpoint, fitted on {config.base.name}, expects {shape}; "
@@ -187,8 +194,6 @@ def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
     One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
     """
     weights = target.experts.gate_up_proj.detach()
-    if weights.is_meta:
-        return
     config = checkpoint.config
     factors = checkpoint.layer(target.layer, "gate")
     basis = compose_basis_ref(
@@ -227,6 +232,7 @@ def _build(
         module.compose(bank)
         module.train(target.experts.training)
         modules.append(module)
+    bank.park()
     return bank, modules
 
 
@@ -237,9 +243,16 @@ def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> tor
 
 
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
-    """Register the bank at the root of the model, in host memory: the composed modules no longer read it."""
+    """Register the bank at the root of a model whose modules are composed, and compose again when weights change."""
     setattr(model, BANK_NAME, bank)
-    bank.park()
+    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_compose_again))
+
+
+def _compose_again(model: nn.Module, _: Any) -> None:
+    """After load_state_dict: the composed bases are no part of it."""
+    bank = getattr(model, BANK_NAME)
+    for module in globe_modules(model).values():
+        module.compose(bank)
 
 
 def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:

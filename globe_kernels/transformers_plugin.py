@@ -71,7 +71,10 @@ class GlobeHfQuantizer(HfQuantizer):
             # transformers 5.17 leaves what its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
             module.compose(bank)
+        bank.park()
         install_bank(model, bank)
+        # a quantized model refuses .half() and .float(), and the factors stand every cast
+        model.is_quantized = False
         return model
 
     def is_serializable(self) -> Any:
@@ -118,7 +121,6 @@ def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
     model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
     model.config.quantization_config = quantization_config
     model.quantization_method = QUANT_METHOD
-    model.is_quantized = True
 
 
 def _globe_experts_forward(*_: Any) -> None:

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.config import FitConfig, VarProConfig, globe_bytes, resolve_sizes
+from globe_fit.config import FitConfig, VarProConfig, globe_bytes, resolve_device, resolve_sizes
 from globe_kernels.checkpoint import BaseModel
 from globe_kernels.errors import RequestError
 
@@ -90,14 +90,24 @@ def test_the_printed_range_can_be_reached():
         ({"phi": "relu"}, "phi is 'relu'; expected one of identity, silu, tanh"),
         ({"scope": "all"}, "scope is 'all'"),
         ({"support": 0}, "support is 0; expected a whole number of at least 1"),
+        ({"support": 4.5}, "support is 4.5; expected a whole number"),
+        ({"rank": True}, "rank is True; expected a whole number"),
+        ({"ratio": "0.5"}, "ratio is '0.5'; expected a number of at least 0"),
+        ({"ratio": float("nan")}, "ratio is nan; expected a number"),
+        ({"seed": 10**30}, "expected a whole number from 0 to"),
         ({"ratio": 0.5, "rank": 3, "atoms": 4}, "give at most two of them"),
-        ({"varpro": VarProConfig(steps=-1)}, "steps is -1"),
     ],
     ids=str,
 )
 def test_settings_that_are_never_right(settings, sentence):
     with pytest.raises(RequestError, match=sentence):
         FitConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["tpu9", "meta", "mps", "cuda:x"])
+def test_devices_that_are_not_supported(name):
+    with pytest.raises(RequestError, match=f"device is '{name}'; expected auto, cpu or cuda"):
+        resolve_device(name)
 
 
 def test_options_override_the_file(tmp_path):
@@ -113,7 +123,12 @@ def test_options_override_the_file(tmp_path):
         ("ratoi = 1", "unknown setting 'ratoi'; expected atoms, device"),
         ("[varpro]\nlearning_rate = 1", "unknown setting 'learning_rate'"),
         ("ratio =", "not a readable TOML file"),
-        ('support = "many"', "wrong type"),
+        ('support = "many"', "support is 'many'; expected a whole number"),
+        ("varpro = 3", "varpro in .* is 3; expected a table"),
+        ('[varpro]\nlr = "a"', "lr is 'a'; expected a number"),
+        ("[varpro]\nbetas = [0.9]", r"betas is \[0.9\]; expected two numbers"),
+        ("[varpro]\nsupport_at = 2.0", "support_at is 2.0; expected a number from 0 to 1"),
+        ("[varpro]\nsteps = -1", "steps is -1; expected a whole number of at least 0"),
     ],
 )
 def test_a_file_with_a_mistake(tmp_path, text, sentence):

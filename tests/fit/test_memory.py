@@ -37,7 +37,7 @@ def test_never_two_blocks_of_weights_alive(save_tiny, monkeypatch, blocks_per_la
     assert most == 0
 
 
-def measure_growth(model_dir: Path, block_bytes: int) -> int:
+def measure_growth(model_dir: Path, block_bytes: int, rank: int, atoms: int) -> int:
     """Anonymous memory of a fit at its highest, in a process of its own, less what it had before."""
     script = f"""
         import threading, time
@@ -49,9 +49,6 @@ def measure_growth(model_dir: Path, block_bytes: int) -> int:
             with open("/proc/self/status") as status:
                 return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
-        def run(directory, steps):
-            fit(ExpertSource(directory), FitConfig(rank=16, atoms=6, support=2, varpro=VarProConfig(steps=steps)))
-
         def watch():
             global highest
             while not stop:
@@ -59,11 +56,14 @@ def measure_growth(model_dir: Path, block_bytes: int) -> int:
                 time.sleep(0.0005)
 
         objective._BLOCK_BYTES = {block_bytes}
-        run({str(model_dir / "warm-up")!r}, 1)  # libraries and their buffers
+        # libraries and their buffers
+        warm_up = FitConfig(rank=16, atoms=3, support=2, varpro=VarProConfig(steps=1))
+        fit(ExpertSource({str(model_dir / "warm-up")!r}), warm_up)
         before, highest, stop = anonymous(), 0, False
         watcher = threading.Thread(target=watch)
         watcher.start()
-        run({str(model_dir / "model")!r}, 3)
+        config = FitConfig(rank={rank}, atoms={atoms}, support=2, varpro=VarProConfig(steps=6))
+        fit(ExpertSource({str(model_dir / "model")!r}), config)
         stop = True
         watcher.join()
         print(highest - before)
@@ -88,6 +88,18 @@ def test_resident_memory_stays_below_one_layer(tmp_path):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 10
     layer = 32 * 512 * 512 * 4  # of one family, fp32
     factors = 2 * (6 * 16 * 512 * 4 * 5 + 96 * 512 * 16 * 2)  # bank, its gradient, Adam state, best; adapters
-    grown = measure_growth(tmp_path, layer // 8)
+    grown = measure_growth(tmp_path, layer // 8, rank=16, atoms=6)
     print(f"grown by {grown} bytes; one layer of one family is {layer}, factors {factors}")
     assert factors < grown < layer + factors
+
+
+def test_resident_memory_is_six_banks(tmp_path):
+    """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, the best state."""
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
+    tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
+    tiny_model("qwen3_moe", num_experts=32, **sizes).save_pretrained(tmp_path / "model")
+    bank = 60 * 256 * 512 * 4
+    stored = bank // 2 + 64 * 256 * 256 * 2  # the factors of the other family, bf16
+    grown = measure_growth(tmp_path, 4 * 256 * 512 * 4, rank=256, atoms=60)
+    print(f"grown by {grown} bytes, {grown / bank:.2f} banks; factors in bf16 {stored}")
+    assert 5 * bank < grown < 6 * bank + stored + bank // 2

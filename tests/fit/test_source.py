@@ -152,14 +152,22 @@ def test_a_dtype_that_it_does_not_read(model_dir):
         ExpertSource(model_dir)
 
 
+SMALL_CONFIG = json.dumps(
+    {"model_type": "qwen3_moe", "num_experts": 4, "num_hidden_layers": 1, "hidden_size": 8, "moe_intermediate_size": 4}
+)
+
+
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
         ({}, "holds no config.json"),
         ({"config.json": "{"}, "not valid JSON"),
-        ({"config.json": '{"model_type": "qwen3_moe", "num_experts": 4, "num_hidden_layers": 1}'}, "holds neither"),
+        ({"config.json": "[]"}, "holds a list and an object was expected"),
+        ({"config.json": '{"model_type": "qwen3_moe", "num_experts": 4}'}, "not a complete qwen3_moe configuration"),
+        ({"config.json": SMALL_CONFIG}, "holds neither"),
+        ({"config.json": SMALL_CONFIG, "model.safetensors.index.json": '{"weight_map": {"a": null}}'}, "not a valid"),
     ],
-    ids=["empty", "broken config", "no weights"],
+    ids=["empty", "broken config", "a list", "half a config", "no weights", "a broken index"],
 )
 def test_a_directory_that_is_not_a_model(tmp_path, files, sentence):
     for name, text in files.items():

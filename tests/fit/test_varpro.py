@@ -21,7 +21,7 @@ def run(source, start: BankState, support: int = 2, scope: str = "global", **set
     """(errors, last state) of a whole run."""
     weights = FamilyWeights.measure(source, "gate", "cpu")
     errors, last = [], start
-    for _, error, state in solve(weights, start, support, scope, VarProConfig(**settings)):
+    for _, error, state in solve(weights, start.copy(), support, scope, VarProConfig(**settings)):
         errors.append(error)
         last = state.copy()
     return errors, last

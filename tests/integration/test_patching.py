@@ -1,18 +1,20 @@
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import globe_kernels
-from globe_fit import ExpertSource
+from globe_fit import ExpertSource, fit, save_fit
 from globe_fit.factors import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, patching
 from globe_kernels.families import ARCHITECTURES
 from globe_kernels.ops import moe_ffn as ops_moe_ffn
 from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close, relative_errors, tiny_model
+from tests.conftest import TINY_FIT
 from tests.kernels.cases import needs_kernels
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -199,6 +201,40 @@ def test_a_failure_while_building_touches_nothing(fit_tiny, monkeypatch):
         globe_kernels.patch(model, fit_tiny()[0])
     assert not patching.is_patched(model)
     assert torch.equal(logits(model), original)
+
+
+def test_a_model_without_weights_is_refused(fit_tiny):
+    model = tiny_model("qwen3_moe").to("meta")
+    with pytest.raises(RequestError, match="is on the meta device"):
+        globe_kernels.patch(model, fit_tiny()[0])
+    assert not patching.is_patched(model)
+
+
+def test_loading_a_state_dict_composes_again(fit_tiny, save_tiny, tmp_path):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    save_fit(fit(source, replace(TINY_FIT, seed=5)), source, tmp_path)
+    one, other = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    globe_kernels.patch(one, fit_tiny()[0])
+    globe_kernels.patch(other, tmp_path)
+    assert not torch.equal(logits(one), logits(other))
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(logits(one), logits(other))
+
+
+def test_a_patched_model_stands_every_cast(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    globe_kernels.patch(model, fit_tiny()[0])
+    expected = logits(model)
+    assert_close(logits(model.half().float()), expected, rms=1e-2, peak=2e-2)
+
+
+def test_a_patched_model_compiles_into_one_graph(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    globe_kernels.patch(model, fit_tiny()[0])
+    expected = logits(model)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(TOKENS).logits
+    assert (compiled - expected).abs().max() <= 1e-4
 
 
 def test_an_unknown_strategy_is_refused(fit_tiny):

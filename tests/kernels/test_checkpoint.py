@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def draw(seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor], config: GlobeConfig = CONFIG) -> None:
-    with writing_checkpoint(path, config) as writer:
+    banks = {family: tensors[f"bank.{family}"] for family in FAMILIES}
+    with writing_checkpoint(path, config, banks) as writer:
         for family in FAMILIES:
-            writer.add_bank(family, tensors[f"bank.{family}"])
             for layer in config.base.num_experts:
                 prefix = f"layers.{layer}.{family}"
                 code = Code(tensors[f"{prefix}_code_index"], tensors[f"{prefix}_code_value"])
@@ -118,7 +119,8 @@ def edit_config(path: Path, **changes) -> None:
         ({"phi": "relu"}, "phi 'relu'; this library reads identity, silu, tanh"),
         ({"dtype": "float8"}, "dtype 'float8'"),
         ({"families": ["gate"]}, r"families \('gate',\)"),
-        ({"rank": 3}, "was not written together with"),
+        ({"rank": 3}, r"bank.gate .* is torch.bfloat16 \(5, 2, 6\) and globe_config.json says .* \(5, 3, 6\)"),
+        ({"fingerprint": "0"}, "was not written together with"),
         ({"files": {}}, "has no tensor bank.gate"),
         ({"files": {"other.safetensors": ""}}, "other.safetensors is missing"),
     ],
@@ -148,8 +150,9 @@ def test_refuses_a_truncated_file(saved):
         GlobeCheckpoint(saved)
 
 
-def test_refuses_tensors_of_another_fit(saved, tmp_path):
-    write(tmp_path / "other", draw(), replace(CONFIG, provenance={"seed": 1}))
+@pytest.mark.parametrize("seed", [0, 1], ids=["other settings", "other weights"])
+def test_refuses_tensors_of_another_fit(saved, tmp_path, seed):
+    write(tmp_path / "other", draw(seed), replace(CONFIG, provenance={"seed": 1 - seed}))
     (tmp_path / "other" / "globe.safetensors").replace(saved / "globe.safetensors")
     with pytest.raises(GlobeError, match="was not written together with"):
         GlobeCheckpoint(saved)
@@ -158,7 +161,8 @@ def test_refuses_tensors_of_another_fit(saved, tmp_path):
 def rewrite(saved: Path, change) -> None:
     tensors = load_file(saved / "globe.safetensors")
     change(tensors)
-    save_file(tensors, saved / "globe.safetensors", {"fingerprint": CONFIG.fingerprint})
+    fingerprint = json.loads((saved / CONFIG_NAME).read_text())["fingerprint"]
+    save_file(tensors, saved / "globe.safetensors", {"fingerprint": fingerprint})
 
 
 def test_refuses_a_tensor_of_another_shape(saved):
@@ -200,17 +204,60 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved, monkeypatch, failure):
 
 
 def test_a_failed_first_write_leaves_no_directory(tmp_path):
-    with pytest.raises(ZeroDivisionError), writing_checkpoint(tmp_path / "new", CONFIG) as writer:
-        writer.add_bank("gate", draw()["bank.gate"])
+    banks = {family: draw()[f"bank.{family}"] for family in FAMILIES}
+    with pytest.raises(ZeroDivisionError), writing_checkpoint(tmp_path / "new", CONFIG, banks):
         raise ZeroDivisionError
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_killed_writer_left_is_cleaned_up(saved):
-    (saved / ".staging-1").mkdir()
-    (saved / ".staging-1" / "globe.0.partial").write_text("half")
+def test_what_a_killed_writer_left_is_cleaned_up_and_a_running_one_is_left_alone(saved):
+    killed = subprocess.Popen(["true"])
+    killed.wait()
+    for pid in (killed.pid, os.getppid()):
+        (saved / f".staging-{pid}").mkdir()
+        (saved / f".staging-{pid}" / "globe.0.partial").write_text("half")
     write(saved, draw(1))
-    assert not list(saved.glob(".staging*"))
+    assert [path.name for path in saved.glob(".staging*")] == [f".staging-{os.getppid()}"]
+
+
+def test_a_kill_between_the_renames_leaves_a_directory_that_is_refused(saved, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    replaced = []
+
+    def replace_once(source, target):
+        if replaced:
+            raise Killed
+        replaced.append(target)
+        Path(source).replace(target)
+
+    monkeypatch.setattr(os, "replace", replace_once)
+    with pytest.raises(Killed):
+        write(saved, draw(1))
+    with pytest.raises(RequestError, match="holds no globe_config.json"):
+        GlobeCheckpoint(saved)
+
+
+def test_only_its_own_files_are_replaced(saved):
+    (saved / "globe-backup.safetensors").write_text("mine")
+    write(saved, draw(1))
+    assert (saved / "globe-backup.safetensors").read_text() == "mine"
+
+
+def test_a_directory_in_the_way_is_named_and_nothing_changes(saved):
+    (saved / "globe-00001-of-00002.safetensors").mkdir()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "MAX_SHARD_BYTES", CONFIG.tensor_bytes * 2 // 3)
+        with pytest.raises(RequestError, match="is a directory and a file must go there"):
+            write(saved, draw(1))
+    assert_same(read(saved), draw())
+
+
+def test_files_can_be_read_by_those_the_umask_allows(saved):
+    current = os.umask(0)
+    os.umask(current)
+    assert (saved / "globe.safetensors").stat().st_mode & 0o777 == 0o666 & ~current
 
 
 def test_refuses_to_write_over_a_file(tmp_path):
