@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo check lint types test clean
+.PHONY: demo check lint types test aot gpu clean
 
 demo: $(INSTALLED)
 	$(BIN)/globe demo
 
-check: lint types test
+check: lint types test aot
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -21,6 +21,23 @@ types: $(INSTALLED)
 # one process per core, one thread per process
 test: $(INSTALLED)
 	$(BIN)/pytest -n auto -q
+
+# every shipped kernel configuration, compiled for real targets without a GPU
+aot: $(INSTALLED)
+	$(BIN)/python benchmarks/aot.py
+
+# In the Python of a machine with a GPU, not in .venv: parity first, then the ledger. Tools that are missing there are
+# skipped by name.
+gpu: export PYTHONPATH = $(CURDIR)
+gpu:
+	$(PYTHON) -m pytest tests/kernels -q -p no:cacheprovider
+	if command -v compute-sanitizer >/dev/null; then \
+	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
+	else echo "compute-sanitizer is missing: skipped"; fi
+	$(PYTHON) benchmarks/aot.py --target 90
+	$(PYTHON) benchmarks/ffn.py --ledger
+	$(PYTHON) benchmarks/ffn.py --ledger --model olmoe --tokens 1 --tokens 64 --tokens 1024
+	$(PYTHON) benchmarks/compose.py --ledger
 
 # torch first and alone: its pin decides which build of it the rest is installed beside
 $(INSTALLED): pyproject.toml setup.py constraints.txt

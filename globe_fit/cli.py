@@ -10,7 +10,7 @@ import typer
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
-from globe_fit.evaluate import Quality, evaluate, load_model, token_windows
+from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.solver import fit
@@ -159,21 +159,25 @@ def eval_command(
     with progress(as_json) as stage:
         stage.begin("eval", 1)
         quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
+    figures = {name: asdict(value) for name, value in quality.items()}
+    if base is None:  # nothing to compare with
+        figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
     if as_json:
-        figures = {name: asdict(value) for name, value in quality.items()}
-        if base is None:  # nothing to compare with
-            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
         _print_json(figures | {"tokens": windows.numel()})
     else:
-        _print_quality(f"{text.name}, {windows.numel()} tokens", quality)
+        _print_quality(f"{text.name}, {windows.numel()} tokens", figures)
 
 
-def _print_quality(title: str, quality: dict[str, Quality]) -> None:
-    rows = [
-        [name, f"{value.perplexity:.3f}", f"{value.kl:.5f}", f"{100 * value.top1:.2f} %", f"{value.tokens_per_s:.0f}"]
-        for name, value in quality.items()
-    ]
-    print_table(title, ["", "perplexity", "KL to first row", "top-1 as first row", "tokens/s"], rows)
+def _print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
+    columns = {
+        "perplexity": ("perplexity", "{:.3f}"),
+        "kl": ("KL(first || this)", "{:.5f}"),
+        "top1": ("top-1 agreement", "{:.2%}"),
+        "tokens_per_s": ("tokens/s", "{:.0f}"),
+    }
+    shown = [key for key in columns if key in next(iter(figures.values()))]
+    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
+    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
 
 
 @app.command("inspect")
@@ -253,7 +257,7 @@ def _print_demo(figures: dict) -> None:
         ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
         ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
         ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
-        ["gate and up at peak", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
+        ["gate and up at peak (computed)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
         ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
     ]
     print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)

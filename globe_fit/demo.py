@@ -18,7 +18,7 @@ from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.patching import globe_modules
+from globe_kernels.replacement import globe_modules
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"

@@ -3,7 +3,6 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +10,21 @@ from torch import nn
 from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.families import FAMILIES
 from globe_kernels.modules import GlobeMoEFFN
-from globe_kernels.ops.activations import ACTIVATIONS
 from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.replacement import (
+    Target,
+    activation_of,
+    globe_modules,
+    install_bank,
+    is_patched,
+    plan_replacement,
+    remove_bank,
+)
 
 STRATEGIES = ("composed",)
 _DENSE_NAME = "_globe_dense_experts"
-_HOOK_NAME = "_globe_load_hook"
 
 
 @dataclass(frozen=True)
@@ -85,19 +91,9 @@ def unpatch(model: nn.Module) -> None:
     anchor = next(model.parameters())
     for target in dense:
         model.set_submodule(target.path, target.experts.to(anchor.device, anchor.dtype))
-    getattr(model, _HOOK_NAME).remove()
-    for name in (BANK_NAME, _DENSE_NAME, _HOOK_NAME):
-        delattr(model, name)
+    remove_bank(model)
+    delattr(model, _DENSE_NAME)
     _set_quantizer(model, None)
-
-
-def is_patched(model: nn.Module) -> bool:
-    return isinstance(getattr(model, BANK_NAME, None), GlobeBank)
-
-
-def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
-    """{module path: module} of the GloBE experts of a patched model."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, GlobeMoEFFN)}
 
 
 def resident_bytes(model: nn.Module) -> int:
@@ -120,53 +116,6 @@ def _checkpoint_path(model: nn.Module) -> Path:
         f"The model's directory ({name or 'unknown'}) holds no {CONFIG_NAME}; pass the GloBE checkpoint: "
         'globe_kernels.patch(model, "out/globe").'
     )
-
-
-@dataclass(frozen=True)
-class Target:
-    """One routed-experts module to replace."""
-
-    layer: int
-    path: str
-    experts: Any  # nn.Module with gate_up_proj (E, 2P, D) and down_proj (E, D, P)
-
-
-def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
-    """The modules that `config` replaces, in the order of the layers.
-
-    Raises RequestError when the checkpoint is of another model.
-    """
-    model_type = getattr(_text_config(model), "model_type", None)
-    if model_type != config.base.model_type:
-        raise RequestError(
-            f"The checkpoint was fitted on a {config.base.model_type} model ({config.base.name}) and this model is "
-            f"{model_type or type(model).__name__}; patch the model it was fitted on."
-        )
-    live = dict(architecture_of(model_type).live_experts(model))
-    if set(live) != set(config.base.num_experts):
-        raise RequestError(
-            f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
-            f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
-        )
-    activation_of(model)
-    return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
-
-
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def activation_of(model: nn.Module) -> str:
-    """Name of the gate's activation. Raises RequestError for one that GloBE does not have."""
-    name = _text_config(model).hidden_act
-    if name not in ACTIVATIONS:
-        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(ACTIVATIONS)}.")
-    return name
-
-
-def _span(layers) -> str:
-    return ", ".join(map(str, sorted(layers))) or "none"
 
 
 def _check_shapes(target: Target, config: GlobeConfig) -> None:
@@ -242,23 +191,9 @@ def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> tor
     return tensor
 
 
-def install_bank(model: nn.Module, bank: GlobeBank) -> None:
-    """Register the bank at the root of a model whose modules are composed, and compose again when weights change."""
-    setattr(model, BANK_NAME, bank)
-    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_compose_again))
-
-
-def _compose_again(model: nn.Module, _: Any) -> None:
-    """After load_state_dict: the composed bases are no part of it."""
-    bank = getattr(model, BANK_NAME)
-    for module in globe_modules(model).values():
-        module.compose(bank)
-
-
 def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
     """Let `save_pretrained` write, or no longer write, a directory that `from_pretrained` loads as GloBE."""
-    if importlib.util.find_spec("transformers") is None:
-        return
-    from globe_kernels import transformers_plugin  # imports this module
+    if importlib.util.find_spec("transformers") is not None:
+        from globe_kernels import transformers_plugin  # optional, and slow to import
 
-    transformers_plugin.set_quantizer(model, config)
+        transformers_plugin.set_quantizer(model, config)

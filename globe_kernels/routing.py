@@ -38,6 +38,11 @@ class RoutingPlan:
         """Tiles to launch, used or not."""
         return self.tile_expert.shape[0]
 
+    @property
+    def schedule(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
+        """What every kernel takes of a plan: order, starts, tile_expert, tile_first, num_tiles."""
+        return self.order, self.starts, self.tile_expert, self.tile_first, self.num_tiles
+
     def rows_by_expert(self) -> Iterator[tuple[int, slice]]:
         """(expert, its places in `order`) of every expert that has rows; waits for the device."""
         starts = self.starts.tolist()

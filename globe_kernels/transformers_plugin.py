@@ -24,7 +24,7 @@ from globe_kernels.checkpoint import (
 from globe_kernels.errors import GlobeError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
-from globe_kernels.patching import activation_of, globe_modules, install_bank, plan_replacement
+from globe_kernels.replacement import activation_of, globe_modules, install_bank, plan_replacement
 
 
 @register_quantization_config(QUANT_METHOD)

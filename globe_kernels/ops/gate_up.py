@@ -42,18 +42,15 @@ def _gate_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (num_tiles * cdiv(P, BLOCK_N),). One program owns BLOCK_M rows of one expert and BLOCK_N columns."""
-    tile, column_tile = program_tile(num_tiles, num_columns, GROUP_M, BLOCK_N)
-    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    expert, rows, row_mask, columns, column_mask = program_tile(
+        starts_ptr, tile_expert_ptr, tile_first_ptr, num_tiles, num_columns, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if expert < 0:
         return
-    rows = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
-    row_mask = rows < tl.load(starts_ptr + expert + 1)
     source = rows
     if GATHER:
         source = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
     source = source.to(tl.int64)[:, None] * row_stride
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < num_columns
     weight = (expert * num_columns + columns)[None, :] * depth
     rows_in, columns_in = row_mask[:, None], column_mask[None, :]
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
@@ -84,11 +81,7 @@ def gate_up(
         gate_adapter,
         up_adapter,
         out,
-        plan.order,
-        plan.starts,
-        plan.tile_expert,
-        plan.tile_first,
-        plan.num_tiles,
+        *plan.schedule,
         columns,
         depth,
         h.stride(0),

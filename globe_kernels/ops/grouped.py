@@ -9,14 +9,29 @@ from globe_kernels.ops.triton_import import tl, triton
 
 
 @triton.jit
-def program_tile(num_tiles, num_columns, GROUP_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(row tile, column tile) of this program: GROUP_M row tiles share a column tile in turn, for L2."""
+def program_tile(
+    starts_ptr,  # (E + 1,) int32
+    tile_expert_ptr,  # (num_tiles,) int32, -1 past the last tile
+    tile_first_ptr,  # (num_tiles,) int32
+    num_tiles,
+    num_columns,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """What this program owns: (expert or -1, rows, which of them exist, columns, which of them exist).
+
+    GROUP_M row tiles share a column tile in turn, for L2. The expert is int64: it starts every weight address.
+    """
     pid = tl.program_id(0)
-    column_tiles = tl.cdiv(num_columns, BLOCK_N)
-    in_group = GROUP_M * column_tiles
+    in_group = GROUP_M * tl.cdiv(num_columns, BLOCK_N)
     first = (pid // in_group) * GROUP_M
     size = tl.minimum(num_tiles - first, GROUP_M)
-    return first + (pid % in_group) % size, (pid % in_group) // size
+    tile = first + (pid % in_group) % size
+    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    rows = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
+    columns = (pid % in_group) // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    return expert, rows, rows < tl.load(starts_ptr + expert + 1), columns, columns < num_columns
 
 
 @triton.jit

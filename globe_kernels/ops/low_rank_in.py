@@ -36,15 +36,12 @@ def _low_rank_in_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (num_tiles * cdiv(N, BLOCK_N),). One program owns BLOCK_M rows of one expert and BLOCK_N columns."""
-    tile, column_tile = program_tile(num_tiles, num_columns, GROUP_M, BLOCK_N)
-    expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
+    expert, rows, row_mask, columns, column_mask = program_tile(
+        starts_ptr, tile_expert_ptr, tile_first_ptr, num_tiles, num_columns, BLOCK_M, BLOCK_N, GROUP_M
+    )
     if expert < 0:
         return
-    rows = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
-    row_mask = rows < tl.load(starts_ptr + expert + 1)
     token = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < num_columns
     acc = accumulate(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + token.to(tl.int64)[:, None] * depth,
@@ -68,11 +65,7 @@ def low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config:
         x,
         basis,
         out,
-        plan.order,
-        plan.starts,
-        plan.tile_expert,
-        plan.tile_first,
-        plan.num_tiles,
+        *plan.schedule,
         columns,
         depth,
         plan.num_choices,

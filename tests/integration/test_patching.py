@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, fit, save_fit
 from globe_fit.factors import reconstruct
-from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, patching
+from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.families import ARCHITECTURES
 from globe_kernels.ops import moe_ffn as ops_moe_ffn
 from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.replacement import is_patched
 from globe_kernels.testing import assert_close, relative_errors, tiny_model
 from tests.conftest import TINY_FIT
 from tests.kernels.cases import needs_kernels
@@ -199,7 +200,7 @@ def test_a_failure_while_building_touches_nothing(fit_tiny, monkeypatch):
     monkeypatch.setattr(GlobeMoEFFN, "compose", fail_late)
     with pytest.raises(MemoryError):
         globe_kernels.patch(model, fit_tiny()[0])
-    assert not patching.is_patched(model)
+    assert not is_patched(model)
     assert torch.equal(logits(model), original)
 
 
@@ -207,7 +208,7 @@ def test_a_model_without_weights_is_refused(fit_tiny):
     model = tiny_model("qwen3_moe").to("meta")
     with pytest.raises(RequestError, match="is on the meta device"):
         globe_kernels.patch(model, fit_tiny()[0])
-    assert not patching.is_patched(model)
+    assert not is_patched(model)
 
 
 def test_loading_a_state_dict_composes_again(fit_tiny, save_tiny, tmp_path):

@@ -1,0 +1,91 @@
+"""Which modules of a live model GloBE replaces, and the bank at its root: what `patch` and `from_pretrained` share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from globe_kernels.bank import GlobeBank
+from globe_kernels.checkpoint import BANK_NAME, GlobeConfig
+from globe_kernels.errors import RequestError
+from globe_kernels.families import architecture_of
+from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.ops.activations import ACTIVATIONS
+
+_HOOK_NAME = "_globe_load_hook"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One routed-experts module to replace."""
+
+    layer: int
+    path: str
+    experts: Any  # nn.Module with gate_up_proj (E, 2P, D) and down_proj (E, D, P)
+
+
+def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
+    """The modules that `config` replaces, in the order of the layers.
+
+    Raises RequestError when the checkpoint is of another model.
+    """
+    model_type = getattr(_text_config(model), "model_type", None)
+    if model_type != config.base.model_type:
+        raise RequestError(
+            f"The checkpoint was fitted on a {config.base.model_type} model ({config.base.name}) and this model is "
+            f"{model_type or type(model).__name__}; patch the model it was fitted on."
+        )
+    live = dict(architecture_of(model_type).live_experts(model))
+    if set(live) != set(config.base.num_experts):
+        raise RequestError(
+            f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
+            f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
+        )
+    activation_of(model)
+    return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def activation_of(model: nn.Module) -> str:
+    """Name of the gate's activation. Raises RequestError for one that GloBE does not have."""
+    name = _text_config(model).hidden_act
+    if name not in ACTIVATIONS:
+        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(ACTIVATIONS)}.")
+    return name
+
+
+def _span(layers) -> str:
+    return ", ".join(map(str, sorted(layers))) or "none"
+
+
+def is_patched(model: nn.Module) -> bool:
+    return isinstance(getattr(model, BANK_NAME, None), GlobeBank)
+
+
+def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
+    """{module path: module} of the GloBE experts of a patched model."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, GlobeMoEFFN)}
+
+
+def install_bank(model: nn.Module, bank: GlobeBank) -> None:
+    """Register the bank at the root of a model whose modules are composed, and compose again when weights change."""
+    setattr(model, BANK_NAME, bank)
+    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_compose_again))
+
+
+def remove_bank(model: nn.Module) -> None:
+    """Undo `install_bank`."""
+    getattr(model, _HOOK_NAME).remove()
+    delattr(model, _HOOK_NAME)
+    delattr(model, BANK_NAME)
+
+
+def _compose_again(model: nn.Module, _: Any) -> None:
+    """After load_state_dict: the composed bases are no part of it."""
+    bank = getattr(model, BANK_NAME)
+    for module in globe_modules(model).values():
+        module.compose(bank)
