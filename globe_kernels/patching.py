@@ -51,8 +51,9 @@ def patch(
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
     Without `path`, the checkpoint in the directory that the model was loaded from. `keep_dense` keeps the dense
-    experts for `unpatch`. Everything is read, checked and built before the model is touched:
-    a failed call leaves it as it was. Raises GlobeError with what was found and what to do.
+    experts for `unpatch`. Everything is read, checked and built before the model is touched: a failed call leaves it
+    as it was, and for a moment dense and GloBE experts are both in memory. Where that is too much, export the
+    checkpoint and load it with from_pretrained. Raises GlobeError with what was found and what to do.
     """
     if strategy not in STRATEGIES:
         raise RequestError(f"strategy {strategy!r} is not known; this version has: {', '.join(STRATEGIES)}.")

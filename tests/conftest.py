@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before globe_kernels is imported
 
+from transformers.utils.logging import disable_progress_bar  # noqa: E402
+
 from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, save_fit  # noqa: E402
 from globe_kernels import GlobeCheckpoint  # noqa: E402
 from globe_kernels.testing import tiny_model  # noqa: E402
@@ -18,6 +20,7 @@ TINY_FIT = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=6, warmup_s
 
 
 def pytest_configure() -> None:
+    disable_progress_bar()  # fixtures save models while a test captures what a command prints
     # one thread per process: with pytest-xdist the processes are the parallelism
     torch.set_num_threads(1)
 

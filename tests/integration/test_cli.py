@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from globe_fit.__main__ import main
 from globe_kernels.checkpoint import CONFIG_NAME
+from globe_kernels.testing import tiny_model
 
 
 @pytest.fixture
@@ -207,6 +208,38 @@ def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
     assert_refused(globe("eval", save_tiny("qwen3_moe"), "--text", text), 2, "add the model's tokenizer")
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8" * 300)
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "latin.txt"), 2, "is not UTF-8")
+
+
+def test_models_that_do_not_share_a_vocabulary(globe, with_tokenizer, tmp_path):
+    other = tmp_path / "other"
+    tiny_model("qwen3_moe", vocab_size=64).save_pretrained(other)
+    text = with_tokenizer / "text.txt"
+    result = globe("eval", other, "--base", with_tokenizer, "--text", text)
+    assert_refused(result, 2, "dense has 128, globe has 64")
+    tiny_model("qwen3_moe", vocab_size=8).save_pretrained(with_tokenizer)
+    assert_refused(globe("eval", with_tokenizer, "--text", text), 2, "model has 8, the text needs 27")
+
+
+def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
+    damage(with_tokenizer, "a truncated shard")
+    assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 1, "cannot be loaded")
+    (with_tokenizer / "tokenizer.json").write_text("{}")
+    assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 2, "has no tokenizer")
+
+
+def test_a_fit_that_diverges_saves_the_best_state_and_exits_1(globe, model_dir, tmp_path):
+    (tmp_path / "fit.toml").write_text("ratio = 0.8\nsupport = 4\n[varpro]\nlr = 1e30\nsteps = 12\nsupport_at = 0.0\n")
+    code, stdout, stderr = globe("fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--json")
+    assert code == 1 and "diverged; the best state before is kept, lower the lr. It is saved in" in stderr
+    assert json.loads(stdout)["status"]["completed"] is False
+    assert globe("inspect", tmp_path / "out", "--verify")[0] == 0
+
+
+def test_the_demo_does_not_write_over_the_work_of_others(globe, fit_tiny, tmp_path):
+    shutil.copytree(fit_tiny()[0], tmp_path / "globe")
+    before = (tmp_path / "globe" / CONFIG_NAME).read_text()
+    assert_refused(globe("demo", "-o", tmp_path), 2, "holds a checkpoint of")
+    assert (tmp_path / "globe" / CONFIG_NAME).read_text() == before
 
 
 def test_inspect_of_something_else(globe, tmp_path):

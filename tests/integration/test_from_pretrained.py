@@ -109,6 +109,46 @@ def test_a_sharded_export_and_another_dtype(save_tiny, fit_tiny, tmp_path, monke
     assert load(tmp_path / "hf") is not None
 
 
+def test_a_cast_spares_what_decides_between_experts_and_refuses_what_it_cannot_hold(save_tiny, fit_tiny, tmp_path):
+    checkpoint = GlobeCheckpoint(fit_tiny("deepseek_v3")[0])
+    base_dir = shutil.copytree(save_tiny("deepseek_v3"), tmp_path / "base")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    shard = base_dir / ExpertSource(base_dir).files.weight_map[name]
+    tensors = load_file(shard)
+    tensors[name] = 8 + torch.linspace(0, 0.02, len(tensors[name]))
+    save_file(tensors, shard, {"format": "pt"})
+    export_globe(checkpoint, ExpertSource(base_dir), tmp_path / "hf", dtype=torch.bfloat16)
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert torch.equal(exported[name], tensors[name])
+    assert exported["lm_head.weight"].dtype == torch.bfloat16
+
+    norm = "model.norm.weight"
+    shard = base_dir / ExpertSource(base_dir).files.weight_map[norm]
+    tensors = load_file(shard)
+    tensors[norm] += 1e5
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(GlobeError, match="model.norm.weight has values that torch.float16 cannot hold"):
+        export_globe(checkpoint, ExpertSource(base_dir), tmp_path / "fp16", dtype=torch.float16)
+    assert not (tmp_path / "fp16").exists()
+
+
+def test_a_checkpoint_beside_its_base_is_not_copied_into_the_export(save_tiny, fit_tiny, tmp_path):
+    base_dir = shutil.copytree(save_tiny("qwen3_moe"), tmp_path / "base")
+    for file in fit_tiny()[0].iterdir():
+        shutil.copy(file, base_dir)
+    export_globe(GlobeCheckpoint(base_dir), ExpertSource(base_dir), tmp_path / "hf")
+    assert not {"globe_config.json", "fit_report.json", "metrics.jsonl", "globe.safetensors"} & {
+        path.name for path in (tmp_path / "hf").iterdir()
+    }
+
+
+def test_an_export_that_was_killed_can_be_written_again(save_tiny, fit_tiny, tmp_path):
+    (tmp_path / "hf" / ".staging-999999999").mkdir(parents=True)
+    export_globe(GlobeCheckpoint(fit_tiny()[0]), ExpertSource(save_tiny("qwen3_moe")), tmp_path / "hf")
+    assert load(tmp_path / "hf") is not None
+    assert not list((tmp_path / "hf").glob(".staging*"))
+
+
 @pytest.fixture
 def exported(export_tiny, tmp_path):
     """A copy that a test may damage."""
