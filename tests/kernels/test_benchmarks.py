@@ -1,0 +1,82 @@
+"""The benchmarks measure what they say: the dense twin computes the layer, the gate refuses, the rows are whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.testing import assert_close
+from tests.kernels.cases import DEVICE, needs_kernels
+
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def providers(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import providers
+
+    return providers
+
+
+@needs_kernels
+@pytest.mark.parametrize("tokens", [1, 30])
+def test_the_dense_twin_computes_the_same_layer(providers, monkeypatch, tokens):
+    from shapes import LayerShape
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(providers, "choose", lambda *_: GemmConfig(16, 16, 16, group_m=2, num_warps=4, num_stages=2))
+    layer = providers.random_layer(
+        LayerShape(hidden=40, intermediate=24, experts=6, choices=2), 9, torch.float32, DEVICE
+    )
+    inputs = providers.random_inputs(layer.shape, tokens, torch.float32, DEVICE)
+    expected = providers.reference(layer, inputs)
+    for name in ("dense_twin", "globe", "hf_eager"):
+        out = providers.PROVIDERS[name].build(layer)(inputs)
+        assert_close(out, expected, rms=1e-5, peak=2e-5)
+
+
+def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, timeout=300
+    )
+
+
+def test_ffn_on_a_cpu():
+    done = run("ffn.py", "--cpu", "--json", "--tokens", "4", "--repeats", "1")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["provider"] for row in rows} == {"globe", "hf_eager", "hf_grouped_mm", "hf_batched_mm"}
+    for row in rows:
+        assert row["op"] == "moe_ffn" and row["shape"]["tokens"] == 4 and row["device"] == "cpu"
+        assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert 0 < row["relative_error"] < 1e-5 and row["gb_per_s"] > 0 and row["tflop_per_s"] > 0
+        assert {"commit", "torch", "triton", "date", "copy_gb_per_s", "matmul_tflop_per_s"} <= row.keys()
+
+
+def test_compose_on_a_cpu():
+    done = run("compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0
+
+
+def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
+    import ffn
+
+    wrong = providers.PROVIDERS["globe"].build
+    monkeypatch.setattr(providers.PROVIDERS["globe"], "build", lambda layer: lambda inputs: 0 * wrong(layer)(inputs))
+    monkeypatch.setattr(sys, "argv", ["ffn.py", "--cpu", "--tokens", "2", "--repeats", "1"])
+    with pytest.raises(SystemExit, match="globe has relative error 1, the gate is .*; nothing was timed"):
+        ffn.main()
+
+
+@pytest.mark.parametrize("script", ["ffn.py", "compose.py"])
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_without_a_gpu_the_way_out_is_named(script):
+    done = run(script)
+    assert done.returncode == 2 and "torch sees no CUDA device; use --cpu" in done.stderr
