@@ -107,8 +107,8 @@ def _print(model: str, rows: list[dict]) -> None:
             f"{row['relative_error']:.1e}",
         )
     console = Console()
-    # cut off nothing where there is no terminal to tell its width
-    console.print(table, width=None if console.is_terminal else 120)
+    # where there is no terminal to tell its width, cut off nothing
+    (console if console.is_terminal else Console(width=120)).print(table)
 
 
 def main() -> None:

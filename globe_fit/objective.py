@@ -44,8 +44,11 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-# Bounds what a pass holds: the weights of a block and a few temporaries of its size, whatever the model.
-_BLOCK_BYTES = 2**28
+# A pass holds the weights of one block and up to five temporaries of its size. An eighth of a layer keeps all of that
+# below one layer; below the minimum blocks only cost launches, above the maximum they only cost memory.
+_BLOCKS_PER_LAYER = 8
+_MIN_BLOCK_BYTES = 4 * 2**20
+_MAX_BLOCK_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,10 @@ class FamilyWeights:
 
 
 def _blocks(source: ExpertSource, family: str) -> Iterator[Block]:
-    size = max(1, _BLOCK_BYTES // (source.base.intermediate_size * source.base.hidden_size * 4))
+    expert_bytes = source.base.intermediate_size * source.base.hidden_size * 4
     for layer, places in source.blocks:
+        share_of_layer = layer.num_experts * expert_bytes // _BLOCKS_PER_LAYER
+        size = max(1, min(max(share_of_layer, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES) // expert_bytes)
         for first in range(0, layer.num_experts, size):
             experts = range(first, min(first + size, layer.num_experts))
             own = slice(places.start + experts.start, places.start + experts.stop)
