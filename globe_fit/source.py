@@ -4,7 +4,6 @@ Reads both layouts: one 2-D tensor per expert (`experts.{e}.gate_proj.weight`) a
 (`experts.gate_up_proj`, gate rows first). Nothing is read before it is asked for.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from globe_kernels.checkpoint import BaseModel
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import ExpertKey, architecture_of
+from globe_kernels.files import read_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -31,13 +31,7 @@ def read_config(model_dir: Path) -> dict:
         raise RequestError(
             f"{model_dir} holds no config.json, so it is not a Hugging Face model; give a model's local directory."
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GlobeError(f"{path} is not valid JSON ({error}); download the file again.") from error
-    if not isinstance(config, dict):
-        raise GlobeError(f"{path} holds a {type(config).__name__} and an object was expected; download it again.")
-    return config
+    return read_json(path, "download it again")
 
 
 class TensorFiles:
@@ -48,12 +42,9 @@ class TensorFiles:
         self.model_dir = model_dir
         index = model_dir / INDEX_NAME
         if index.is_file():
-            try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                if not all(isinstance(name, str) for name in weight_map.values()):
-                    raise TypeError("a file name is not a string")
-            except (ValueError, KeyError, TypeError) as error:
-                raise GlobeError(f"{index} is not a valid shard index ({error!r}); download it again.") from error
+            weight_map = read_json(index, "download it again").get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise GlobeError(f"{index} is not a valid shard index, a map of tensors to files; download it again.")
             self.weight_map: dict[str, str] = weight_map
             for name in self.names:
                 self._open(name)

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
-from globe_kernels.files import ShardWriter, sha256, staged_directory
+from globe_kernels.files import ShardWriter, read_json, sha256, staged_directory
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "globe_config.json"
@@ -191,7 +191,7 @@ class GlobeCheckpoint:
                 f"{self.path} holds no {CONFIG_NAME}, so it is not a GloBE checkpoint; give the directory that "
                 "`globe fit -o` wrote."
             )
-        data = _read_json(config_path)
+        data = read_json(config_path, "restore the file or fit again")
         self.config = GlobeConfig.from_dict(data, str(config_path))
         self._files: dict[str, str] = data.get("files", {})
         self._fingerprint = data.get("fingerprint")
@@ -261,7 +261,7 @@ class GlobeCheckpoint:
     def report(self) -> dict:
         """What the fit measured (fit_report.json), or {} when the checkpoint came without it."""
         path = self.path / REPORT_NAME
-        return _read_json(path) if path.is_file() else {}
+        return read_json(path, "restore the file or fit again") if path.is_file() else {}
 
 
 _TORCH_DTYPES = {
@@ -280,16 +280,6 @@ def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
             f"{where} has atom ids from {low} to {high} and the bank has {num_atoms} atoms; the file is damaged, "
             "restore it or fit again."
         )
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise GlobeError(f"{path} is not valid JSON ({error}); restore the file or fit again.") from error
-    if not isinstance(data, dict):
-        raise GlobeError(f"{path} holds a {type(data).__name__} and a JSON object was expected; restore the file.")
-    return data
 
 
 class CheckpointWriter:
@@ -351,7 +341,7 @@ def writing_checkpoint(
 def _listed_files(directory: Path) -> set[str]:
     """Names of the tensor files of the checkpoint in `directory`; none when there is none that can be read."""
     try:
-        files = _read_json(directory / CONFIG_NAME).get("files", {})
+        files = read_json(directory / CONFIG_NAME, "restore the file").get("files", {})
     except (OSError, GlobeError):
         return set()
     return {name for name in files if name == Path(name).name}

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -111,6 +112,17 @@ def _is_running(pid: str) -> bool:
 def holds_only_staging(directory: Path) -> bool:
     """Whether a directory is empty but for what a writer, running or killed, has staged."""
     return all(path.name.startswith(_STAGING_PREFIX) for path in directory.iterdir())
+
+
+def read_json(path: Path, remedy: str) -> dict:
+    """The JSON object in a file. Raises GlobeError, ending in what to do (`remedy`), when it holds something else."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GlobeError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+    if not isinstance(data, dict):
+        raise GlobeError(f"{path} holds a {type(data).__name__} and an object was expected; {remedy}.")
+    return data
 
 
 def sha256(path: Path) -> str:
