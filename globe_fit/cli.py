@@ -13,7 +13,7 @@ from globe_fit.demo import run_demo
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
-from globe_fit.solver import fit
+from globe_fit.progress import fit_with_progress
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
@@ -67,14 +67,8 @@ def fit_command(
     source = ExpertSource(model_dir)
     sizes = resolve_sizes(source.base, settings)
     require_room(out, sizes.tensor_bytes)
-    passes = settings.varpro.steps + 1
     with progress(as_json) as stage:
-        stage.begin("fit", passes * len(FAMILIES))
-        result = fit(
-            source,
-            settings,
-            on_step=lambda record: stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"])),
-        )
+        result = fit_with_progress(source, settings, stage)
     save_fit(result, source, out)
     checkpoint = GlobeCheckpoint(out)
     figures = {

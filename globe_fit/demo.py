@@ -1,8 +1,6 @@
 """The whole way of a user on the model that ships with the project: fit, export, load, measure."""
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ from globe_fit.baselines import truncated_svd
 from globe_fit.config import FitConfig, VarProConfig
 from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, token_windows
 from globe_fit.export import export_globe, save_fit
-from globe_fit.solver import fit
+from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
@@ -34,14 +32,6 @@ def shipped_model() -> Path:
     raise RequestError("The model that ships with GloBE is not installed; install again from the source tree.")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """Receives progress: `begin` opens a stage with its number of steps, `advance` tells how many are done."""
-
-    begin: Callable[[str, int], None]
-    advance: Callable[[float], None]
-
-
 def run_demo(out: Path | None, stage: Stage) -> dict:
     """Fit the shipped model, export, reload and measure; returns the figures under stable keys.
 
@@ -60,13 +50,7 @@ def _run(out: Path, stage: Stage) -> dict:
         other = GlobeCheckpoint(out / "globe").config.base.name
         if other != source.base.name:
             raise RequestError(f"{out / 'globe'} holds a checkpoint of {other}; give the demo another directory.")
-    steps = DEMO_CONFIG.varpro.steps + 1
-    stage.begin("fit", steps * len(FAMILIES))
-    result = fit(
-        source,
-        DEMO_CONFIG,
-        on_step=lambda record: stage.advance(record["step"] + 1 + steps * FAMILIES.index(record["family"])),
-    )
+    result = fit_with_progress(source, DEMO_CONFIG, stage)
     save_fit(result, source, out / "globe")
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
     stage.begin("export", 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from globe_fit.factors import FitResult, reconstruct
-from globe_fit.source import INDEX_NAME, SINGLE_NAME, ExpertSource
+from globe_fit.source import INDEX_NAME, ExpertSource, read_config
 from globe_kernels.checkpoint import (
     CONFIG_NAME,
     METRICS_NAME,
@@ -168,7 +168,7 @@ def _write_model(
     if out.exists() and not (out.is_dir() and _may_replace(out)):
         raise RequestError(f"{out} exists and is not an earlier export of GloBE; give a new directory.")
     require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
-    config = json.loads((base.model_dir / "config.json").read_text(encoding="utf-8"))
+    config = read_config(base.model_dir)
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization
@@ -185,13 +185,14 @@ def _write_model(
             if on_tensor is not None:
                 on_tensor(done, count)
         weight_map = shards.finish()
-        if len(set(weight_map.values())) > 1:
+        written = set(weight_map.values())
+        if len(written) > 1:
+            written.add(INDEX_NAME)
             index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
             (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(_model_card(base, quantization), encoding="utf-8")
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    current = {*weight_map.values(), INDEX_NAME} if len(set(weight_map.values())) > 1 else {SINGLE_NAME}
-    for name in stale - current:
+    for name in stale - written:
         (out / name).unlink(missing_ok=True)
 
 

@@ -35,7 +35,7 @@ def read_config(model_dir: Path) -> dict:
 
 
 class TensorFiles:
-    """The safetensors files of a model directory: which tensor is where, opened lazily."""
+    """The safetensors files of a model directory: which tensor is where. Tensors are read when they are asked for."""
 
     def __init__(self, model_dir: Path):
         """Raises GlobeError for a shard that is missing, truncated or lacks a tensor that the index lists."""
@@ -46,19 +46,16 @@ class TensorFiles:
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
                 raise GlobeError(f"{index} is not a valid shard index, a map of tensors to files; download it again.")
             self.weight_map: dict[str, str] = weight_map
-            for name in self.names:
-                self._open(name)
+            self._handles = {name: self._open(name) for name in sorted(set(weight_map.values()))}
+            self._require_listed_keys()
         elif (model_dir / SINGLE_NAME).is_file():
-            self.weight_map = dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+            self._handles = {SINGLE_NAME: self._open(SINGLE_NAME)}
+            self.weight_map = dict.fromkeys(self._handles[SINGLE_NAME].keys(), SINGLE_NAME)
         else:
             raise RequestError(
                 f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; GloBE reads safetensors, so download or "
                 "convert the model in that format."
             )
-
-    @property
-    def names(self) -> list[str]:
-        return sorted(set(self.weight_map.values()))
 
     def _open(self, name: str):
         path = self.model_dir / name
@@ -73,16 +70,18 @@ class TensorFiles:
                 f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
             ) from error
 
-    @cached_property
-    def _handles(self) -> dict:
-        handles = {name: self._open(name) for name in self.names}
-        present = {name: set(handle.keys()) for name, handle in handles.items()}
+    def _require_listed_keys(self) -> None:
+        present = {name: set(handle.keys()) for name, handle in self._handles.items()}
         for key, name in self.weight_map.items():
             if key not in present[name]:
                 raise GlobeError(
                     f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again."
                 )
-        return handles
+
+    @property
+    def names(self) -> list[str]:
+        """File names of the shards."""
+        return list(self._handles)
 
     def view(self, key: str):
         """A lazy slice of a tensor: shape, dtype, and rows on demand."""

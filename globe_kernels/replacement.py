@@ -41,7 +41,6 @@ def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...
             f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
             f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
         )
-    activation_of(model)
     return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
 
 

@@ -5,6 +5,7 @@ whether the card has the shared memory for it. One predicate serves the launcher
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -72,6 +73,7 @@ def fit_to(config: GemmConfig, item_size: int, shared_limit: int) -> GemmConfig:
     return config
 
 
+@lru_cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory that a program may use on `device`."""
     if device.type != "cuda" or torch.version.hip is not None:

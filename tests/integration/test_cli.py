@@ -254,7 +254,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("globe_fit.cli.fit", interrupt)
+    monkeypatch.setattr("globe_fit.progress.fit", interrupt)
     code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
     assert code == 130 and stderr == "globe: interrupted.\n"
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,29 @@
+"""How long work tells how far it is, whoever listens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from globe_fit.config import FitConfig
+from globe_fit.factors import FitResult
+from globe_fit.solver import fit
+from globe_fit.source import ExpertSource
+from globe_kernels.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Receives progress: `begin` opens a stage with its number of steps, `advance` tells how many are done."""
+
+    begin: Callable[[str, int], None]
+    advance: Callable[[float], None]
+
+
+def fit_with_progress(source: ExpertSource, config: FitConfig, stage: Stage) -> FitResult:
+    """`fit`, as one stage of all steps of both families."""
+    passes = config.varpro.steps + 1
+    stage.begin("fit", passes * len(FAMILIES))
+
+    def on_step(record: dict) -> None:
+        stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"]))
+
+    return fit(source, config, on_step=on_step)
