@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from globe_kernels.ops import compose_basis, down, gate_up, low_rank_in, routing_plan
-from globe_kernels.ops.tuning import CONFIGS, SHARED_LIMITS, GemmConfig, fit_to
+from globe_kernels.ops.tuning import CARDS, DEFAULTS, Card, FfnConfig, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = ("order_ptr", "starts_ptr", "tile_expert_ptr", "tile_first_ptr", "totals_ptr", "block_counts_ptr", "places_ptr")
@@ -87,31 +87,48 @@ class Row:
         return ""
 
 
-def _gemm_cases(config: GemmConfig) -> Iterator[Case]:
-    launch = config.launch()
-    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-    wgmma = config.block_m >= 64
+# The variants of each stage: (what the label says, constexprs; a bias that is None is one)
+_NO_BIAS = {"gate_bias_ptr": None, "up_bias_ptr": None}
+_VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
+    "low_rank_in": (low_rank_in._low_rank_in_kernel, [("", {})]),
+    "gate_up": (
+        gate_up._gate_up_kernel,
+        [
+            ("silu", {"GATHER": False, "ACTIVATION": "silu", **_NO_BIAS}),
+            ("gelu", {"GATHER": False, "ACTIVATION": "gelu", **_NO_BIAS}),
+            ("clamped swiglu, biases", {"GATHER": False, "ACTIVATION": "clamped_swiglu"}),
+            ("dense twin", {"GATHER": True, "ACTIVATION": "silu", **_NO_BIAS}),
+        ],
+    ),
+    "down": (
+        down._down_kernel,
+        [
+            ("", {"ATOMIC": False, "bias_ptr": None}),
+            ("bias", {"ATOMIC": False}),
+            ("atomic", {"ATOMIC": True, "bias_ptr": None}),
+        ],
+    ),
+}
 
-    def label(block_n: int, even: bool) -> str:
-        tile = f"{config.block_m}x{block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
-        return tile if even else f"{tile}, ragged K"
 
-    for even in (True, False):
-        shape = {"BLOCK_M": config.block_m, "EVEN_K": even, **launch}
-        yield Case(low_rank_in._low_rank_in_kernel, label(config.block_n, even), shape, options, wgmma)
-        yield Case(down._down_kernel, label(config.block_n, even), shape, options, wgmma)
-        narrow = gate_up.block_n(config)
-        for activation in ("silu", "gelu"):
-            gated = {"GATHER": False, "ACTIVATION": activation, **shape, "BLOCK_N": narrow}
-            yield Case(gate_up._gate_up_kernel, f"{label(narrow, even)}, {activation}", gated, options, wgmma)
-        dense = {"GATHER": True, "ACTIVATION": "silu", **shape, "BLOCK_N": narrow}
-        yield Case(gate_up._gate_up_kernel, f"{label(narrow, even)}, dense twin", dense, options, wgmma)
+def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
+    for stage, gemm, _ in config.stages():
+        kernel, variants = _VARIANTS[stage]
+        for variant, constexprs in variants:
+            own = down.atomic_config(gemm) if variant == "atomic" else gemm
+            launch = own.launch()
+            options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+            for even in (True, False):
+                shape = {"BLOCK_M": config.block_m, "EVEN_K": even, **launch}
+                tile = f"{config.block_m}x{own.block_n}x{own.block_k} w{own.num_warps} s{own.num_stages}"
+                label = ", ".join(part for part in (tile, variant, "" if even else "ragged K") if part)
+                yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=config.block_m >= 64)
 
 
-def cases(shared_limit: int) -> Iterator[Case]:
-    """Every kernel in every configuration that a card with `shared_limit` gets."""
-    for _, config in CONFIGS:
-        yield from _gemm_cases(fit_to(config, 2, shared_limit))
+def cases(card: Card) -> Iterator[Case]:
+    """Every kernel in every configuration that `card` gets."""
+    for _, config in DEFAULTS:
+        yield from _gemm_cases(fit_to(config, 2, card))
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
@@ -154,7 +171,7 @@ def compile_case(case: Case, capability: int) -> Row:
         registers=registers,
         spills=stack,
         shared_bytes=compiled.metadata.shared,
-        shared_limit=SHARED_LIMITS[divmod(capability, 10)],
+        shared_limit=CARDS[divmod(capability, 10)].shared_bytes,
         hgmma=machine_code.count("HGMMA"),
         needs_hgmma=case.needs_wgmma and capability == 90,
     )
@@ -171,10 +188,10 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for capability in args.target or (80, 90):
-        if divmod(capability, 10) not in SHARED_LIMITS:
-            known = ", ".join(f"{major}{minor}" for major, minor in SHARED_LIMITS)
+        if divmod(capability, 10) not in CARDS:
+            known = ", ".join(f"{major}{minor}" for major, minor in CARDS)
             parser.error(f"target {capability} is not known; expected one of {known}.")
-        rows += [compile_case(case, capability) for case in cases(SHARED_LIMITS[divmod(capability, 10)])]
+        rows += [compile_case(case, capability) for case in cases(CARDS[divmod(capability, 10)])]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

@@ -31,7 +31,7 @@ def run_tokens(
     layer: Layer, names: list[str], tokens: int, rank: int, device: str, ceilings: Ceilings, repeats: int
 ) -> list[dict]:
     """The rows of all providers at one number of tokens. Raises SystemExit when one is wrong."""
-    inputs = random_inputs(layer.shape, tokens, layer.basis.dtype, device)
+    inputs = random_inputs(layer.shape, tokens, layer.gate_up.dtype, device)
     calls = {}
     for name in names:
         if name == "hf_batched_mm" and inputs.index.numel() > BATCHED_ROWS:
@@ -40,7 +40,7 @@ def run_tokens(
     errors = _gate(layer, inputs, calls)
     functions = {name: (lambda call=call: call(inputs)) for name, call in calls.items()}
     times = time_side_by_side(functions, device, repeats)
-    best = min(time.median_us for name, time in times.items() if name != "globe")
+    best = min(time.median_us for name, time in times.items() if not PROVIDERS[name].low_rank)
     return [
         _row(name, time, errors[name], layer.shape, inputs, rank, ceilings)
         | {

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from shapes import LayerShape
 
 from globe_kernels.functional import moe_ffn
-from globe_kernels.ops.down import down
-from globe_kernels.ops.gate_up import _gate_up_kernel, block_n
-from globe_kernels.ops.routing_plan import routing_plan
+from globe_kernels.ops.down import Down, launch_down
+from globe_kernels.ops.gate_up import _gate_up_kernel
+from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.routing_plan import launch_routing_plan
 from globe_kernels.ops.triton_import import triton
-from globe_kernels.ops.tuning import GemmConfig, choose, shared_limit
+from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 
 @dataclass
@@ -21,11 +22,8 @@ class Layer:
     """Factors of random experts and the dense matrices that they stand for, in one dtype on one device."""
 
     shape: LayerShape
-    basis: torch.Tensor  # (E, 2R, D)
-    gate_adapter: torch.Tensor  # (E, P, R)
-    up_adapter: torch.Tensor  # (E, P, R)
+    weights: ExpertWeights
     gate_up: torch.Tensor  # (E, 2P, D)
-    down: torch.Tensor  # (E, D, P)
 
 
 def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str) -> Layer:
@@ -38,7 +36,8 @@ def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str) 
     gate_adapter = draw(shape.experts, shape.intermediate, rank)
     up_adapter = draw(shape.experts, shape.intermediate, rank)
     gate_up = torch.cat([gate_adapter @ basis[:, :rank], up_adapter @ basis[:, rank:]], dim=1)
-    return Layer(shape, basis, gate_adapter, up_adapter, gate_up, draw(shape.experts, shape.hidden, shape.intermediate))
+    down = draw(shape.experts, shape.hidden, shape.intermediate)
+    return Layer(shape, ExpertWeights(basis, gate_adapter, up_adapter, down), gate_up)
 
 
 @dataclass
@@ -67,26 +66,32 @@ Provider = Callable[[Inputs], torch.Tensor]
 
 def globe(layer: Layer) -> Provider:
     """GloBE, strategy `composed`."""
-    return lambda i: moe_ffn(
-        i.hidden, i.index, i.weights, layer.basis, layer.gate_adapter, layer.up_adapter, layer.down, "silu"
-    )
+    return lambda i: moe_ffn(i.hidden, i.index, i.weights, layer.weights, "silu")
+
+
+def globe_atomic(layer: Layer) -> Provider:
+    """As `globe`, with the choices of a token summed by atomics: is the deterministic sum worth what it costs?"""
+    return lambda i: moe_ffn(i.hidden, i.index, i.weights, layer.weights, "silu", deterministic=False)
 
 
 def dense_twin(layer: Layer) -> Provider:
     """GloBE's own kernels on dense weights: isolates what the low rank gives from what the kernels give."""
     inner, width, count = layer.shape.intermediate, layer.shape.hidden, layer.shape.experts
     gate, up = layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous()
+    shape = FfnShape(count, width, inner, rank=inner)
 
-    def run(i: Inputs) -> torch.Tensor:
-        config: GemmConfig = choose(i.index.numel(), count, i.hidden.element_size(), shared_limit(i.hidden.device))
-        plan = routing_plan(i.index, count, config.block_m)
+    def run(i: Inputs, config: FfnConfig | None = None) -> torch.Tensor:
+        config = config or choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
+        plan = launch_routing_plan(i.index, count, config.block_m)
         y = i.hidden.new_empty(plan.num_rows, inner)
-        launch = {**config.launch(), "BLOCK_N": block_n(config)}
-        _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, launch["BLOCK_N"]),)](
+        gemm = config.gate_up
+        _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, gemm.block_n),)](
             i.hidden,
             i.hidden,
             gate,
             up,
+            None,
+            None,
             y,
             *plan.schedule,
             inner,
@@ -95,11 +100,11 @@ def dense_twin(layer: Layer) -> Provider:
             plan.num_choices,
             GATHER=True,
             ACTIVATION="silu",
-            EVEN_K=width % config.block_k == 0,
+            EVEN_K=width % gemm.block_k == 0,
             BLOCK_M=plan.block_m,
-            **launch,
+            **gemm.launch(),
         )
-        return down(y, plan, layer.down, i.index, i.weights, config)
+        return launch_down(y, plan, Down(layer.weights.down_proj), (i.index, i.weights), config.down)
 
     return run
 
@@ -121,7 +126,7 @@ def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
         with torch.device("meta"):
             experts = Qwen3MoeExperts(config)
         experts.gate_up_proj = torch.nn.Parameter(layer.gate_up, requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(layer.down, requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(layer.weights.down_proj, requires_grad=False)
         return lambda i: experts(i.hidden, i.index, i.weights)
 
     return build
@@ -129,20 +134,21 @@ def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
 
 def reference(layer: Layer, i: Inputs) -> torch.Tensor:
     """fp64, expert by expert, from the factors."""
-    rank = layer.gate_adapter.shape[2]
+    w, rank = layer.weights, layer.weights.gate_adapter.shape[2]
     out = torch.zeros(i.hidden.shape, dtype=torch.float64, device=i.hidden.device)
     for expert in i.index.unique().tolist():
         token, choice = torch.where(i.index == expert)
         x = i.hidden[token].double()
-        gate = F.linear(F.linear(x, layer.basis[expert, :rank].double()), layer.gate_adapter[expert].double())
-        up = F.linear(F.linear(x, layer.basis[expert, rank:].double()), layer.up_adapter[expert].double())
-        y = F.linear(F.silu(gate) * up, layer.down[expert].double())
+        gate = F.linear(F.linear(x, w.basis[expert, :rank].double()), w.gate_adapter[expert].double())
+        up = F.linear(F.linear(x, w.basis[expert, rank:].double()), w.up_adapter[expert].double())
+        y = F.linear(F.silu(gate) * up, w.down_proj[expert].double())
         out.index_add_(0, token, y * i.weights[token, choice, None].double())
     return out
 
 
 PROVIDERS = {
     "globe": SimpleNamespace(build=globe, low_rank=True, cpu=True),
+    "globe_atomic": SimpleNamespace(build=globe_atomic, low_rank=True, cpu=False),
     "dense_twin": SimpleNamespace(build=dense_twin, low_rank=False, cpu=False),
     "hf_eager": SimpleNamespace(build=transformers_experts("eager"), low_rank=False, cpu=True),
     "hf_grouped_mm": SimpleNamespace(build=transformers_experts("grouped_mm"), low_rank=False, cpu=True),

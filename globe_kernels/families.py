@@ -38,6 +38,7 @@ class Architecture:
     down: str = "down_proj"
     block: str = "mlp"
     intermediate_key: str = "moe_intermediate_size"
+    has_bias: bool = False  # gate, up and down of every expert have one
 
     def parse_key(self, key: str) -> ExpertKey | None:
         """The routed-expert tensor that `key` names in a checkpoint, or None (router, shared expert, ...)."""

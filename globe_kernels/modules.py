@@ -5,9 +5,10 @@ from torch import nn
 
 from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import Code, GlobeConfig
-from globe_kernels.families import FAMILIES
+from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.compose_basis import compose_basis
+from globe_kernels.ops.moe_ffn import ExpertWeights
 
 
 class GlobeMoEFFN(nn.Module):
@@ -15,12 +16,17 @@ class GlobeMoEFFN(nn.Module):
 
     Parameters and buffers (E experts, P intermediate size, R rank, C support, D hidden size):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
-    float32, `down_proj` (E, D, P); and, once `compose` ran, `basis` (E, 2R, D), gate rows first, which
-    `state_dict` leaves out: it is made from the codes and the bank.
+    float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D);
+    and, once `compose` ran, `basis` (E, 2R, D), gate rows first, which `state_dict` leaves out: it is made from the
+    codes and the bank.
     """
 
     gate_adapter: nn.Parameter
     up_adapter: nn.Parameter
+    down_proj: nn.Parameter
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
     basis: torch.Tensor | None
 
     def __init__(self, config: GlobeConfig, layer: int, activation: str, dtype: torch.dtype, device=None):
@@ -39,8 +45,17 @@ class GlobeMoEFFN(nn.Module):
             else:
                 # buffers keep their dtype when a model is loaded or cast: codes stay int32 and float32
                 self.register_buffer(name, torch.empty(shape, dtype=stored, device=device))
-        down = torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim, dtype=dtype, device=device)
-        self.down_proj = nn.Parameter(down, requires_grad=False)
+        dense = {"down_proj": (self.num_experts, self.hidden_dim, self.intermediate_dim)}
+        biases = {f"{family}_bias": (self.num_experts, self.intermediate_dim) for family in FAMILIES}
+        biases["down_bias"] = (self.num_experts, self.hidden_dim)
+        if architecture_of(config.base.model_type).has_bias:
+            dense |= biases
+        else:
+            for name in biases:
+                self.register_parameter(name, None)
+        for name, shape in dense.items():
+            values = torch.empty(shape, dtype=dtype, device=device)
+            self.register_parameter(name, nn.Parameter(values, requires_grad=False))
         self.register_buffer("basis", None, persistent=False)
 
     def code(self, family: str) -> Code:
@@ -73,16 +88,16 @@ class GlobeMoEFFN(nn.Module):
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
         if self.basis is None:
             raise RuntimeError("GlobeMoEFFN has no composed bases yet; call compose(bank) after loading its weights.")
-        return moe_ffn(
-            hidden_states,
-            top_k_index,
-            top_k_weights,
+        weights = ExpertWeights(
             self.basis,
             self.gate_adapter,
             self.up_adapter,
             self.down_proj,
-            self.activation,
+            self.gate_bias,
+            self.up_bias,
+            self.down_bias,
         )
+        return moe_ffn(hidden_states, top_k_index, top_k_weights, weights, self.activation)
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

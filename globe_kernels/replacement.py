@@ -10,7 +10,7 @@ from globe_kernels.checkpoint import BANK_NAME, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.families import architecture_of
 from globe_kernels.modules import GlobeMoEFFN
-from globe_kernels.ops.activations import ACTIVATIONS
+from globe_kernels.ops.activations import GATED_ACTIVATIONS
 
 _HOOK_NAME = "_globe_load_hook"
 
@@ -52,8 +52,8 @@ def _text_config(model: nn.Module) -> Any:
 def activation_of(model: nn.Module) -> str:
     """Name of the gate's activation. Raises RequestError for one that GloBE does not have."""
     name = _text_config(model).hidden_act
-    if name not in ACTIVATIONS:
-        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(ACTIVATIONS)}.")
+    if name not in GATED_ACTIVATIONS:
+        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(GATED_ACTIVATIONS)}.")
     return name
 
 

@@ -39,6 +39,11 @@ class RoutingPlan:
         return self.tile_expert.shape[0]
 
     @property
+    def arguments(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int]:
+        """A plan as an op takes it: RoutingPlan(*plan.arguments) is the plan again."""
+        return self.order, self.starts, self.tile_expert, self.tile_first, self.block_m, self.num_choices
+
+    @property
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
         """What every kernel takes of a plan: order, starts, tile_expert, tile_first, num_tiles."""
         return self.order, self.starts, self.tile_expert, self.tile_first, self.num_tiles

@@ -1,29 +1,46 @@
 # pyright: reportInvalidTypeForm=false
 """S3: the down projection, weighted by the router and summed over the choices of each token.
 
-    out[t] = sum_k top_k_weights[t, k] * (down[e] y[s])      s the routed row of token t and choice k
+    out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias[e])     s the routed row of token t and choice k
 
 Shapes: T tokens, K choices, S = T * K routed rows in the order of the plan, E experts, P intermediate size, D hidden
-size. Two launches: every routed row writes its own output row, then K rows are summed in fp32 in the order of k, so
-the result does not depend on the order in which programs run. A choice that names no expert is left out of the sum.
+size; the bias (E, D) is optional. A choice that names no expert is left out of the sum. Two ways to sum, both in fp32:
+
+    deterministic   every routed row writes its own output row, then K rows are summed in the order of k
+    atomic          every routed row adds to its token: no rows to write and read again, and the last bits of the
+                    result depend on the order in which programs run
 """
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, program_tile
-from globe_kernels.ops.triton_import import tl, triton
-from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
 _SUM_BLOCK = 1024
+
+
+class Down(NamedTuple):
+    """Of one layer: what leads back to the hidden size."""
+
+    weight: torch.Tensor  # (E, D, P)
+    bias: torch.Tensor | None = None  # (E, D)
+
+    def contiguous(self) -> "Down":
+        return Down(self.weight.contiguous(), None if self.bias is None else self.bias.contiguous())
 
 
 @triton.jit
 def _down_kernel(
     y_ptr,  # (S, P) in the order of the plan
     down_ptr,  # (E, D, P)
-    out_ptr,  # (S, D) in the order of tokens and choices
+    bias_ptr,  # (E, D) or None
+    out_ptr,  # (S, D) in the order of tokens and choices; ATOMIC: (T, D) float32, zero at launch
     row_weight_ptr,  # (S,) in the order of tokens and choices
     order_ptr,  # (S,) int32
     starts_ptr,  # (E + 1,) int32
@@ -32,6 +49,8 @@ def _down_kernel(
     num_tiles,
     num_columns,  # D
     depth,  # P
+    num_choices,  # K
+    ATOMIC: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -54,10 +73,18 @@ def _down_kernel(
         EVEN_K,
         BLOCK_K,
     )
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * num_columns + columns, mask=column_mask, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
     target = tl.load(order_ptr + rows, mask=row_mask, other=0)
-    scale = tl.load(row_weight_ptr + target, mask=row_mask, other=0.0).to(tl.float32)
-    out = out_ptr + target.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    tl.store(out, (acc * scale[:, None]).to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
+    acc *= tl.load(row_weight_ptr + target, mask=row_mask, other=0.0).to(tl.float32)[:, None]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if ATOMIC:
+        token = (target // num_choices).to(tl.int64)
+        tl.atomic_add(out_ptr + token[:, None] * num_columns + columns[None, :], acc, mask=mask, sem="relaxed")
+    else:
+        out = out_ptr + target.to(tl.int64)[:, None] * num_columns + columns[None, :]
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -84,31 +111,45 @@ def _sum_choices_kernel(
     tl.store(out_ptr + token * width + columns, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def down(
+def atomic_config(config: GemmConfig) -> GemmConfig:
+    """The 64-bit addresses of the atomics take the registers of half the columns."""
+    return replace(config, block_n=max(16, config.block_n // 2))
+
+
+def launch_down(
     y: torch.Tensor,
     plan: RoutingPlan,
-    down_proj: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
+    down: Down,
+    routing: tuple[torch.Tensor, torch.Tensor],  # top_k_index and top_k_weights, (T, K) each
     config: GemmConfig,
+    deterministic: bool = True,
 ) -> torch.Tensor:
-    """(T, D) in the dtype of `y`, from y (S, P), down_proj (E, D, P) and the routing (T, K), all contiguous."""
-    num_experts, columns, depth = down_proj.shape
-    rows = y.new_empty(plan.num_rows, columns)
+    """The kernels on contiguous inputs, in the configuration given."""
+    num_experts, columns, depth = down.weight.shape
+    top_k_index, top_k_weights = routing
+    num_tokens = top_k_index.shape[0]
+    if deterministic:
+        rows = y.new_empty(plan.num_rows, columns)
+    else:
+        rows = torch.zeros(num_tokens, columns, dtype=torch.float32, device=y.device)
+        config = atomic_config(config)
     grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
     _down_kernel[grid](
         y,
-        down_proj,
+        *down,
         rows,
         top_k_weights,
         *plan.schedule,
         columns,
         depth,
+        plan.num_choices,
+        ATOMIC=not deterministic,
         EVEN_K=depth % config.block_k == 0,
         BLOCK_M=plan.block_m,
         **config.launch(),
     )
-    num_tokens = top_k_index.shape[0]
+    if not deterministic:
+        return rows.to(y.dtype)
     out = y.new_empty(num_tokens, columns)
     _sum_choices_kernel[(num_tokens, triton.cdiv(columns, _SUM_BLOCK))](
         rows, top_k_index, out, columns, num_experts, plan.num_choices, BLOCK=_SUM_BLOCK, num_warps=4
@@ -116,11 +157,45 @@ def down(
     return out
 
 
-def down_ref(y: torch.Tensor, plan: RoutingPlan, down_proj: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("globe::down", mutates_args=())
+def down(
+    y: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    tile_expert: torch.Tensor,
+    tile_first: torch.Tensor,
+    block_m: int,
+    num_choices: int,
+    down_proj: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """(T, D) in the dtype of `y`, from y (S, P), the arguments of a RoutingPlan, down_proj (E, D, P)."""
+    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
+    weights = Down(down_proj, bias)
+    if not use_triton(y):
+        return down_ref(y, plan, weights, top_k_weights)
+    num_experts, width, inner = down_proj.shape
+    shape = FfnShape(num_experts, hidden=width, intermediate=inner, rank=None)
+    config = choose(shape, plan.num_rows, y.element_size(), y.device).down
+    routing = (top_k_index.contiguous(), top_k_weights.contiguous())
+    return launch_down(y.contiguous(), plan, weights.contiguous(), routing, config, deterministic)
+
+
+@down.register_fake
+def _(y, order, starts, tile_expert, tile_first, block_m, num_choices, down_proj, bias, top_k_index, *rest):
+    return y.new_empty(top_k_index.shape[0], down_proj.shape[1])
+
+
+def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torch.Tensor) -> torch.Tensor:
     """As `down`. The weighted rows stay fp32: a sum of K bf16 terms of alternating sign loses the low bits."""
-    out = y.new_zeros(plan.num_rows, down_proj.shape[1], dtype=torch.float32)
+    width = down.weight.shape[1]
+    out = y.new_zeros(plan.num_rows, width, dtype=torch.float32)
     row_weights = top_k_weights.flatten().float()
     for expert, rows in plan.rows_by_expert():
         target = plan.order[rows]
-        out[target] = F.linear(y[rows], down_proj[expert]).float() * row_weights[target, None]
-    return out.view(-1, plan.num_choices, down_proj.shape[1]).sum(1).to(y.dtype)
+        bias = None if down.bias is None else down.bias[expert]
+        out[target] = F.linear(y[rows], down.weight[expert], bias).float() * row_weights[target, None]
+    return out.view(-1, plan.num_choices, width).sum(1).to(y.dtype)

@@ -1,20 +1,35 @@
 # pyright: reportInvalidTypeForm=false
 """S2: from the rank back to the intermediate size, gate and up at once, with the gated activation.
 
-    y[s] = act(adapter_gate[e(s)] h_gate[s]) * (adapter_up[e(s)] h_up[s])
+    y[s] = act(adapter_gate[e(s)] h_gate[s] + bias_gate[e(s)], adapter_up[e(s)] h_up[s] + bias_up[e(s)])
 
 Shapes: S routed rows in the order of the plan, E experts, P intermediate size, R rank, h (S, 2R) with gate first.
+`act` joins gate and up (ops/activations.py); biases (E, P) are optional.
 Accumulators and activation are fp32. The activation is non-linear, so one program sums all of K = R.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.activations import ACTIVATIONS, apply_activation
+from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
 from globe_kernels.ops.grouped import accumulate, program_tile
-from globe_kernels.ops.triton_import import tl, triton
-from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
+
+
+class GatedAdapters(NamedTuple):
+    """Of one layer: what leads from the rank to the intermediate size. Both biases or neither."""
+
+    gate: torch.Tensor  # (E, P, R)
+    up: torch.Tensor  # (E, P, R)
+    gate_bias: torch.Tensor | None = None  # (E, P)
+    up_bias: torch.Tensor | None = None  # (E, P)
+
+    def contiguous(self) -> "GatedAdapters":
+        return GatedAdapters(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
 
 
 @triton.jit
@@ -23,6 +38,8 @@ def _gate_up_kernel(
     up_in_ptr,
     gate_ptr,  # (E, P, R)
     up_ptr,  # (E, P, R)
+    gate_bias_ptr,  # (E, P) or None
+    up_bias_ptr,  # (E, P) or None
     out_ptr,  # (S, P)
     order_ptr,  # (S,) int32
     starts_ptr,  # (E + 1,) int32
@@ -55,31 +72,28 @@ def _gate_up_kernel(
     rows_in, columns_in = row_mask[:, None], column_mask[None, :]
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if gate_bias_ptr is not None:
+        bias = expert * num_columns + columns
+        gate += tl.load(gate_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(up_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     gate = accumulate(gate, gate_in_ptr + source, rows_in, gate_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
     up = accumulate(up, up_in_ptr + source, rows_in, up_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
-    y = apply_activation(gate, ACTIVATION) * up
+    y = apply_gated(gate, up, ACTIVATION)
     out = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
-def gate_up(
-    h: torch.Tensor,
-    plan: RoutingPlan,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    activation: str,
-    config: GemmConfig,
+def launch_gate_up(
+    h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, config: GemmConfig
 ) -> torch.Tensor:
-    """(S, P) in the dtype of `h`, from h (S, 2R) and adapters (E, P, R), all contiguous."""
-    _, columns, depth = gate_adapter.shape
+    """The kernel on contiguous inputs, in the configuration given."""
+    _, columns, depth = adapters.gate.shape
     out = h.new_empty(plan.num_rows, columns)
-    launch = {**config.launch(), "BLOCK_N": block_n(config)}
-    grid = (plan.num_tiles * triton.cdiv(columns, launch["BLOCK_N"]),)
+    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
     _gate_up_kernel[grid](
         h,
         h[:, depth:],
-        gate_adapter,
-        up_adapter,
+        *adapters,
         out,
         *plan.schedule,
         columns,
@@ -90,23 +104,53 @@ def gate_up(
         ACTIVATION=activation,
         EVEN_K=depth % config.block_k == 0,
         BLOCK_M=plan.block_m,
-        **launch,
+        **config.launch(),
     )
     return out
 
 
-def block_n(config: GemmConfig) -> int:
-    """Two accumulators share the registers that the other stages have for one."""
-    return min(config.block_n, 64)
-
-
-def gate_up_ref(
-    h: torch.Tensor, plan: RoutingPlan, gate_adapter: torch.Tensor, up_adapter: torch.Tensor, activation: str
+@torch.library.custom_op("globe::gate_up", mutates_args=())
+def gate_up(
+    h: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    tile_expert: torch.Tensor,
+    tile_first: torch.Tensor,
+    block_m: int,
+    num_choices: int,
+    gate_adapter: torch.Tensor,
+    up_adapter: torch.Tensor,
+    gate_bias: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    activation: str,
 ) -> torch.Tensor:
+    """(S, P) in the dtype of `h`, from h (S, 2R), the arguments of a RoutingPlan, and adapters (E, P, R)."""
+    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
+    adapters = GatedAdapters(gate_adapter, up_adapter, gate_bias, up_bias)
+    if not use_triton(h):
+        return gate_up_ref(h, plan, adapters, activation)
+    num_experts, inner, rank = gate_adapter.shape
+    shape = FfnShape(num_experts, hidden=None, intermediate=inner, rank=rank)
+    config = choose(shape, plan.num_rows, h.element_size(), h.device).gate_up
+    return launch_gate_up(h.contiguous(), plan, adapters.contiguous(), activation, config)
+
+
+@gate_up.register_fake
+def _(h, order, starts, tile_expert, tile_first, block_m, num_choices, gate_adapter, *rest):
+    return h.new_empty(order.shape[0], gate_adapter.shape[1])
+
+
+def gate_up_ref(h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str) -> torch.Tensor:
     """As `gate_up`; rows that belong to no expert are zero."""
-    rank, act = gate_adapter.shape[2], ACTIVATIONS[activation]
-    out = h.new_zeros(plan.num_rows, gate_adapter.shape[1])
+    rank, act = adapters.gate.shape[2], GATED_ACTIVATIONS[activation]
+    out = h.new_zeros(plan.num_rows, adapters.gate.shape[1])
     for expert, rows in plan.rows_by_expert():
-        gate = F.linear(h[rows, :rank], gate_adapter[expert])
-        out[rows] = act(gate) * F.linear(h[rows, rank:], up_adapter[expert])
+        gate, up = (
+            F.linear(half, adapter[expert], None if bias is None else bias[expert])
+            for half, adapter, bias in (
+                (h[rows, :rank], adapters.gate, adapters.gate_bias),
+                (h[rows, rank:], adapters.up, adapters.up_bias),
+            )
+        )
+        out[rows] = act(gate, up)
     return out

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, program_tile
-from globe_kernels.ops.triton_import import tl, triton
-from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
 
@@ -56,8 +56,8 @@ def _low_rank_in_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
-def low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config: GemmConfig) -> torch.Tensor:
-    """(S, N) in the dtype of `x`, from x (T, D) and basis (E, N, D), both contiguous."""
+def launch_low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config: GemmConfig) -> torch.Tensor:
+    """The kernel on contiguous inputs, in the configuration given."""
     depth, columns = x.shape[1], basis.shape[1]
     out = x.new_empty(plan.num_rows, columns)
     grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
@@ -74,6 +74,32 @@ def low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config:
         **config.launch(),
     )
     return out
+
+
+@torch.library.custom_op("globe::low_rank_in", mutates_args=())
+def low_rank_in(
+    x: torch.Tensor,
+    order: torch.Tensor,
+    starts: torch.Tensor,
+    tile_expert: torch.Tensor,
+    tile_first: torch.Tensor,
+    block_m: int,
+    num_choices: int,
+    basis: torch.Tensor,
+) -> torch.Tensor:
+    """(S, N) in the dtype of `x`, from x (T, D), the arguments of a RoutingPlan, and basis (E, N, D)."""
+    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
+    if not use_triton(x):
+        return low_rank_in_ref(x, plan, basis)
+    num_experts, columns, width = basis.shape
+    shape = FfnShape(num_experts, hidden=width, intermediate=None, rank=columns // 2)
+    config = choose(shape, plan.num_rows, x.element_size(), x.device).low_rank_in
+    return launch_low_rank_in(x.contiguous(), plan, basis.contiguous(), config)
+
+
+@low_rank_in.register_fake
+def _(x, order, starts, tile_expert, tile_first, block_m, num_choices, basis):
+    return x.new_empty(order.shape[0], basis.shape[1])
 
 
 def low_rank_in_ref(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor) -> torch.Tensor:

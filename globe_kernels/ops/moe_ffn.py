@@ -3,25 +3,56 @@
 For routed row s = (token t, choice k) with expert e = top_k_index[t, k] and x = hidden[t]:
 
     S1   h_f = basis_f[e] x                                    f in gate, up       (ops/low_rank_in.py)
-    S2   y   = act(adapter_gate[e] h_gate) * (adapter_up[e] h_up)                  (ops/gate_up.py)
-    S3   out[t] = sum_k top_k_weights[t, k] * down[e] y                            (ops/down.py)
+    S2   y   = act(adapter_gate[e] h_gate + bias_gate[e], adapter_up[e] h_up + bias_up[e])   (ops/gate_up.py)
+    S3   out[t] = sum_k top_k_weights[t, k] * (down[e] y + bias_down[e])           (ops/down.py)
 
 Shapes: T tokens, K choices, E experts, P intermediate size, D hidden size, R rank; basis (E, 2R, D) with gate first.
-A choice whose id names no expert contributes nothing. Deterministic.
+`act` joins gate and up (ops/activations.py), for most models act(gate) * up; biases are optional. A choice whose id
+names no expert contributes nothing. Deterministic.
 
 Why not one kernel: with one token there are K programs for the whole card, with many the two intermediate tiles fill
 the shared memory; three launches read every weight once in both cases.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from globe_kernels.ops.counters import count_call
-from globe_kernels.ops.down import down, down_ref
-from globe_kernels.ops.gate_up import gate_up, gate_up_ref
-from globe_kernels.ops.low_rank_in import low_rank_in, low_rank_in_ref
-from globe_kernels.ops.routing_plan import routing_plan, routing_plan_ref
+from globe_kernels.ops.down import Down, down_ref, launch_down
+from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
+from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
+from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
-from globe_kernels.ops.tuning import GemmConfig, choose, shared_limit
+from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
+
+
+class ExpertWeights(NamedTuple):
+    """Everything that the experts of one layer multiply with, in one dtype on one device."""
+
+    basis: torch.Tensor  # (E, 2R, D), gate rows first
+    gate_adapter: torch.Tensor  # (E, P, R)
+    up_adapter: torch.Tensor  # (E, P, R)
+    down_proj: torch.Tensor  # (E, D, P)
+    gate_bias: torch.Tensor | None = None  # (E, P), with up_bias or not at all
+    up_bias: torch.Tensor | None = None  # (E, P)
+    down_bias: torch.Tensor | None = None  # (E, D)
+
+    def contiguous(self) -> "ExpertWeights":
+        return ExpertWeights(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def shape(self) -> FfnShape:
+        num_experts, inner, rank = self.gate_adapter.shape
+        return FfnShape(num_experts, self.basis.shape[2], inner, rank)
+
+    @property
+    def adapters(self) -> GatedAdapters:
+        return GatedAdapters(self.gate_adapter, self.up_adapter, self.gate_bias, self.up_bias)
+
+    @property
+    def down(self) -> Down:
+        return Down(self.down_proj, self.down_bias)
 
 
 @torch.library.custom_op("globe::moe_ffn", mutates_args=())
@@ -29,28 +60,33 @@ def moe_ffn(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    activation: str,
+    deterministic: bool,
     basis: torch.Tensor,
     gate_adapter: torch.Tensor,
     up_adapter: torch.Tensor,
     down_proj: torch.Tensor,
-    activation: str,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere.
 
-    top_k_index, top_k_weights (T, K); basis (E, 2R, D); adapters (E, P, R); down_proj (E, D, P). Weights have the
-    dtype of `hidden`. Shapes are checked by globe_kernels.functional.
+    top_k_index, top_k_weights (T, K); the weights are those of ExpertWeights, in the dtype of `hidden`. Shapes are
+    checked by globe_kernels.functional.
     """
-    inputs = (hidden, top_k_index, top_k_weights, basis, gate_adapter, up_adapter, down_proj)
+    w = ExpertWeights(basis, gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias)
     if not use_triton(hidden):
         count_call("moe_ffn_ref")
-        return moe_ffn_ref(*inputs, activation=activation)
+        return moe_ffn_ref(hidden, top_k_index, top_k_weights, w, activation)
     count_call("moe_ffn")
-    config = choose(top_k_index.numel(), basis.shape[0], hidden.element_size(), shared_limit(hidden.device))
-    return launch_moe_ffn(*(tensor.contiguous() for tensor in inputs), activation=activation, config=config)
+    config = choose(w.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
+    routing = (top_k_index.contiguous(), top_k_weights.contiguous())
+    return launch_moe_ffn(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
 
 
 @moe_ffn.register_fake
-def _(hidden, top_k_index, top_k_weights, basis, gate_adapter, up_adapter, down_proj, activation):
+def _(hidden, *rest):
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
@@ -58,34 +94,25 @@ def launch_moe_ffn(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    basis: torch.Tensor,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    down_proj: torch.Tensor,
+    w: ExpertWeights,
     activation: str,
-    config: GemmConfig,
+    config: FfnConfig,
+    deterministic: bool = True,
 ) -> torch.Tensor:
-    """The kernels on contiguous inputs, without waiting for the device."""
+    """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
     if hidden.shape[0] == 0:
         return torch.empty_like(hidden)
-    plan = routing_plan(top_k_index, basis.shape[0], config.block_m)
-    h = low_rank_in(hidden, plan, basis, config)
-    y = gate_up(h, plan, gate_adapter, up_adapter, activation, config)
-    return down(y, plan, down_proj, top_k_index, top_k_weights, config)
+    plan = launch_routing_plan(top_k_index, w.basis.shape[0], config.block_m)
+    h = launch_low_rank_in(hidden, plan, w.basis, config.low_rank_in)
+    y = launch_gate_up(h, plan, w.adapters, activation, config.gate_up)
+    return launch_down(y, plan, w.down, (top_k_index, top_k_weights), config.down, deterministic)
 
 
 def moe_ffn_ref(
-    hidden: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    basis: torch.Tensor,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    down_proj: torch.Tensor,
-    activation: str,
+    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, w: ExpertWeights, activation: str
 ) -> torch.Tensor:
     """As `moe_ffn`: the references of the three stages, one pass over the experts that have rows in each."""
-    plan = routing_plan_ref(top_k_index, basis.shape[0], block_m=16)
-    h = low_rank_in_ref(hidden, plan, basis)
-    y = gate_up_ref(h, plan, gate_adapter, up_adapter, activation)
-    return down_ref(y, plan, down_proj, top_k_weights)
+    plan = routing_plan_ref(top_k_index, w.basis.shape[0], block_m=16)
+    h = low_rank_in_ref(hidden, plan, w.basis)
+    y = gate_up_ref(h, plan, w.adapters, activation)
+    return down_ref(y, plan, w.down, top_k_weights)

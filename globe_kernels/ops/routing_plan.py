@@ -10,7 +10,7 @@ One launch when all rows fit in one block, as in decoding; else four (count, til
 
 import torch
 
-from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.triton_import import tl, triton, use_triton
 from globe_kernels.routing import RoutingPlan, max_tiles
 
 _BLOCK = 128  # rows that one program ranks by comparing all pairs
@@ -161,7 +161,7 @@ def _scatter_kernel(
     tl.store(order_ptr + place + tl.sum(earlier.to(tl.int32), 1), rows, mask=routed)
 
 
-def routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:
+def launch_routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:
     """The plan of top_k_index (T, K), contiguous, without waiting for the device."""
     num_rows, choices = top_k_index.numel(), top_k_index.shape[1]
     num_tiles = max_tiles(num_rows, num_experts, block_m)
@@ -214,6 +214,25 @@ def routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> R
 def warps(e_pad: int) -> int:
     """Warps of the kernels that hold a table of rows or tiles by experts in registers."""
     return 4 if e_pad <= 128 else 8
+
+
+@torch.library.custom_op("globe::routing_plan", mutates_args=())
+def routing_plan(
+    top_k_index: torch.Tensor, num_experts: int, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """order, starts, tile_expert and tile_first of the plan of top_k_index (T, K); see RoutingPlan."""
+    if use_triton(top_k_index):
+        plan = launch_routing_plan(top_k_index.contiguous(), num_experts, block_m)
+    else:
+        plan = routing_plan_ref(top_k_index, num_experts, block_m)
+    return plan.order, plan.starts, plan.tile_expert, plan.tile_first
+
+
+@routing_plan.register_fake
+def _(top_k_index, num_experts, block_m):
+    num_rows = top_k_index.numel()
+    tiles = max_tiles(num_rows, num_experts, block_m)
+    return tuple(top_k_index.new_empty(count, dtype=torch.int32) for count in (num_rows, num_experts + 1, tiles, tiles))
 
 
 def routing_plan_ref(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:

@@ -1,32 +1,54 @@
 """Launch configurations: which exist, which a card can run, which one a call gets.
 
-Nothing is tuned while a user waits: a configuration follows from the rows per expert alone, and `supports` decides
-whether the card has the shared memory for it. One predicate serves the launcher, the checks and the tests.
+Nothing is tuned while a user waits. `benchmarks/tune.py` measures on a card and writes `tables/<device>.json`; a call
+takes the entry nearest to its shape and rows per expert, and without one a default that follows from the rows per
+expert. `supports` decides what a card can run: one predicate for the tuner, the launcher and the tests.
 """
 
-from dataclasses import dataclass, replace
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-# Shared memory that one program may use, in bytes, by compute capability; the smallest for a card not listed.
-SHARED_LIMITS = {
-    (8, 0): 163 * 1024,
-    (8, 6): 99 * 1024,
-    (8, 7): 163 * 1024,
-    (8, 9): 99 * 1024,
-    (9, 0): 227 * 1024,
-    (10, 0): 227 * 1024,
-    (12, 0): 99 * 1024,
+from globe_kernels.ops.triton_import import triton
+
+TABLES = Path(__file__).parent / "tables"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What one program may use on a card."""
+
+    shared_bytes: int
+    accumulators: int = 64  # fp32 per thread, so that nothing spills: mma.sync holds its inputs in registers as well
+
+
+# By compute capability. wgmma and tcgen05 read their inputs from shared memory and leave registers to accumulators.
+CARDS = {
+    (8, 0): Card(163 * 1024),
+    (8, 6): Card(99 * 1024),
+    (8, 7): Card(163 * 1024),
+    (8, 9): Card(99 * 1024),
+    (9, 0): Card(227 * 1024, accumulators=128),
+    (10, 0): Card(227 * 1024, accumulators=128),
+    (12, 0): Card(99 * 1024),
 }
-SMALLEST_LIMIT = 64 * 1024  # AMD gfx942
+SMALLEST_CARD = Card(64 * 1024)  # AMD gfx942, and whatever is not listed
+# A tuned entry whose sizes are further than this factor from those of a call says nothing about it.
+_NEAR = 2.0
 
 
 @dataclass(frozen=True)
 class GemmConfig:
     """One launch of a grouped GEMM. The rows of a tile belong to the RoutingPlan, which all stages share."""
 
-    block_m: int
     block_n: int
     block_k: int
     group_m: int
@@ -43,46 +65,176 @@ class GemmConfig:
             "num_stages": self.num_stages,
         }
 
-    def shared_bytes(self, item_size: int) -> int:
+    def accumulators(self, block_m: int, count: int) -> float:
+        """fp32 values per thread of `count` tiles."""
+        return count * block_m * self.block_n / (32 * self.num_warps)
+
+    def shared_bytes(self, block_m: int, item_size: int) -> int:
         """Shared memory of the software pipeline: a tile of rows and one of weights per stage."""
-        return self.num_stages * (self.block_m + self.block_n) * self.block_k * item_size
+        return self.num_stages * (block_m + self.block_n) * self.block_k * item_size
+
+
+@dataclass(frozen=True)
+class FfnConfig:
+    """The launches of one layer: BLOCK_M of the plan, and one grouped GEMM per stage."""
+
+    block_m: int
+    low_rank_in: GemmConfig
+    gate_up: GemmConfig
+    down: GemmConfig
+
+    def stages(self) -> Iterator[tuple[str, GemmConfig, int]]:
+        """(name, launch, accumulators of its tile) of each stage."""
+        yield "low_rank_in", self.low_rank_in, 1
+        yield "gate_up", self.gate_up, 2
+        yield "down", self.down, 1
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "FfnConfig":
+        return cls(data["block_m"], *(GemmConfig(**data[name]) for name in ("low_rank_in", "gate_up", "down")))
+
+
+@dataclass(frozen=True)
+class FfnShape:
+    """The sizes of one layer that its best configuration depends on; None for a size that a single stage has not."""
+
+    experts: int  # E
+    hidden: int | None  # D
+    intermediate: int | None  # P
+    rank: int | None  # R
+
+    def factors_to(self, other: "FfnShape") -> list[float]:
+        """|log2| of the ratio of each size that both have."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return [abs(math.log2(own / theirs)) for own, theirs in pairs if own is not None and theirs is not None]
+
+
+def _default(block_m: int, block_n: int, block_k: int, group_m: int, num_warps: int) -> FfnConfig:
+    """Two accumulators of half the columns take as many registers as one."""
+    gemm = GemmConfig(block_n, block_k, group_m, num_warps, num_stages=4)
+    return FfnConfig(block_m, gemm, replace(gemm, block_n=min(block_n, max(64, block_n // 2))), gemm)
 
 
 # By rows per expert, fewest first: (up to this many rows, configuration). Few rows are bound by reading weights: narrow
-# row tiles and several loads in flight. Many are bound by arithmetic: from 64 rows a tile is one wgmma on sm_90.
-CONFIGS = (
-    (16, GemmConfig(block_m=16, block_n=64, block_k=128, group_m=1, num_warps=4, num_stages=4)),
-    (32, GemmConfig(block_m=32, block_n=64, block_k=128, group_m=1, num_warps=4, num_stages=4)),
-    (64, GemmConfig(block_m=64, block_n=128, block_k=64, group_m=4, num_warps=4, num_stages=4)),
-    (None, GemmConfig(block_m=128, block_n=128, block_k=64, group_m=8, num_warps=8, num_stages=4)),
+# row tiles, several loads in flight, and with one row per expert or less, where few experts are active, narrow column
+# tiles, so that every multiprocessor has one. Many rows are bound by arithmetic: from 64 a tile is one wgmma on sm_90.
+DEFAULTS = (
+    (1, _default(block_m=16, block_n=32, block_k=128, group_m=1, num_warps=4)),
+    (16, _default(block_m=16, block_n=64, block_k=128, group_m=1, num_warps=4)),
+    (32, _default(block_m=32, block_n=64, block_k=128, group_m=1, num_warps=4)),
+    (64, _default(block_m=64, block_n=128, block_k=64, group_m=4, num_warps=4)),
+    (None, _default(block_m=128, block_n=256, block_k=64, group_m=8, num_warps=8)),
 )
 
 
-def supports(config: GemmConfig, item_size: int, shared_limit: int) -> bool:
-    """Whether a card with `shared_limit` bytes of shared memory can run `config` on values of `item_size` bytes."""
-    return config.shared_bytes(item_size) <= shared_limit
+def supports(config: FfnConfig, item_size: int, card: Card) -> bool:
+    """Whether `card` can run `config` on values of `item_size` bytes, without spilling registers."""
+    return all(
+        gemm.shared_bytes(config.block_m, item_size) <= card.shared_bytes
+        and gemm.accumulators(config.block_m, count) <= card.accumulators
+        for _, gemm, count in config.stages()
+    )
 
 
-def fit_to(config: GemmConfig, item_size: int, shared_limit: int) -> GemmConfig:
-    """`config` with as many stages, then as deep a tile, as the card has shared memory for."""
-    while not supports(config, item_size, shared_limit):
-        if config.num_stages > 2:
-            config = replace(config, num_stages=config.num_stages - 1)
-        else:
-            config = replace(config, block_k=config.block_k // 2)
-    return config
+def fit_to(config: FfnConfig, item_size: int, card: Card) -> FfnConfig:
+    """`config` with as many columns as `card` has registers for, then as many pipeline stages, then as deep a tile."""
+
+    def fitted(gemm: GemmConfig, count: int) -> GemmConfig:
+        while gemm.accumulators(config.block_m, count) > card.accumulators:
+            gemm = replace(gemm, block_n=gemm.block_n // 2)
+        while gemm.shared_bytes(config.block_m, item_size) > card.shared_bytes:
+            if gemm.num_stages > 2:
+                gemm = replace(gemm, num_stages=gemm.num_stages - 1)
+            else:
+                gemm = replace(gemm, block_k=gemm.block_k // 2)
+        return gemm
+
+    return FfnConfig(config.block_m, *(fitted(gemm, count) for _, gemm, count in config.stages()))
+
+
+def rows_per_expert(num_rows: int, num_experts: int) -> int:
+    return -(-num_rows // num_experts)
+
+
+def default_config(rows: int, item_size: int, card: Card) -> FfnConfig:
+    """The configuration for `rows` rows per expert, measured on no card, cut to fit this one."""
+    return fit_to(next(config for limit, config in DEFAULTS if limit is None or rows <= limit), item_size, card)
 
 
 @lru_cache
-def shared_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use on `device`."""
+def card_of(device: torch.device) -> Card:
     if device.type != "cuda" or torch.version.hip is not None:
-        return SMALLEST_LIMIT
-    return SHARED_LIMITS.get(torch.cuda.get_device_capability(device), SMALLEST_LIMIT)
+        return SMALLEST_CARD
+    return CARDS.get(torch.cuda.get_device_capability(device), SMALLEST_CARD)
 
 
-def choose(num_rows: int, num_experts: int, item_size: int, limit: int) -> GemmConfig:
-    """The configuration for `num_rows` routed rows over `num_experts` experts."""
-    rows_per_expert = -(-num_rows // num_experts)
-    config = next(config for rows, config in CONFIGS if rows is None or rows_per_expert <= rows)
-    return fit_to(config, item_size, limit)
+@lru_cache
+def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device, op: str = "moe_ffn") -> FfnConfig:
+    """The configuration for `num_rows` routed rows of a layer on `device`."""
+    rows, card = rows_per_expert(num_rows, shape.experts), card_of(device)
+    if device.type != "cuda":
+        return default_config(rows, item_size, card)
+    name = torch.cuda.get_device_name(device)
+    entries = [entry for entry in load_table(name) if entry["op"] == op]
+    entry = nearest(entries, shape, rows, item_size, card)
+    if entry is None:
+        _warn_once(name, shape, "configurations that suit any card are used")
+        return default_config(rows, item_size, card)
+    tuned = FfnShape(**entry["shape"])
+    if any(tuned.factors_to(shape)) or _minor(entry["triton"]) != _minor(triton.__version__):
+        _warn_once(name, shape, f"those of {tuned} with Triton {entry['triton']} are used")
+    return FfnConfig.from_dict(entry["config"])
+
+
+def device_slug(name: str) -> str:
+    """A device's name as the name of a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
+@lru_cache
+def load_table(device_name: str) -> list[dict[str, Any]]:
+    """The tuned entries of a card, none for a card without a table.
+
+    One entry: {"op": str, "shape": FfnShape, "rows_per_expert": int, "item_size": int, "triton": version,
+    "config": FfnConfig}.
+    """
+    path = TABLES / f"{device_slug(device_name)}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
+
+
+def nearest(
+    entries: list[dict[str, Any]], shape: FfnShape, rows: int, item_size: int, card: Card
+) -> dict[str, Any] | None:
+    """The entry to use for a call: of the nearest shape, then of the nearest rows per expert, then of this Triton.
+
+    None when no entry has the item size, fits the card, and lies within a factor of two in every size.
+    """
+
+    def factors(entry: dict[str, Any]) -> list[float]:
+        return FfnShape(**entry["shape"]).factors_to(shape)
+
+    def distance(entry: dict[str, Any]) -> tuple[float, float, bool]:
+        in_rows = abs(math.log2(entry["rows_per_expert"] / rows))
+        return sum(factors(entry)), in_rows, entry["triton"] != triton.__version__
+
+    usable = [
+        entry
+        for entry in entries
+        if entry["item_size"] == item_size
+        and supports(FfnConfig.from_dict(entry["config"]), item_size, card)
+        and max(factors(entry)) <= math.log2(_NEAR)
+    ]
+    return min(usable, key=distance, default=None)
+
+
+def _minor(version: str) -> list[str]:
+    return version.split(".")[:2]
+
+
+@lru_cache
+def _warn_once(device_name: str, shape: FfnShape, used: str) -> None:
+    warnings.warn(
+        f"GloBE has no configurations of {shape} tuned on {device_name} with Triton {triton.__version__}; {used}. "
+        "Results are the same, speed may not be; benchmarks/tune.py measures and writes them.",
+        stacklevel=3,
+    )

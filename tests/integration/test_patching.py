@@ -12,11 +12,10 @@ from globe_fit.factors import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.families import ARCHITECTURES
 from globe_kernels.ops import moe_ffn as ops_moe_ffn
-from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.replacement import is_patched
 from globe_kernels.testing import assert_close, relative_errors, tiny_model
 from tests.conftest import TINY_FIT
-from tests.kernels.cases import needs_kernels
+from tests.kernels.cases import needs_kernels, same_tiles
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
 
@@ -80,8 +79,7 @@ def test_the_kernels_run_a_whole_model(model_type, fit_tiny, monkeypatch):
     with torch.no_grad():
         expected = model(tokens).logits
         monkeypatch.setattr(ops_moe_ffn, "use_triton", lambda tensor: True)
-        small = GemmConfig(16, 32, 32, group_m=2, num_warps=4, num_stages=2)
-        monkeypatch.setattr(ops_moe_ffn, "choose", lambda *_: small)
+        monkeypatch.setattr(ops_moe_ffn, "choose", lambda *_: same_tiles(16, 32, 32, group_m=2))
         calls = globe_kernels.call_counts().get("moe_ffn", 0)
         logits = model(tokens).logits
     assert globe_kernels.call_counts()["moe_ffn"] > calls

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from globe_kernels.ops.triton_import import HAS_TRITON
+from globe_kernels.ops.tuning import FfnConfig, GemmConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -21,3 +22,9 @@ ROUTINGS = {
     "sentinels, a token with nothing else": torch.tensor([[0, E], [E, E + 3], [E, 1], [-1, 2]]),
     "full tiles, many blocks": torch.arange(160).view(80, 2) % E,
 }
+
+
+def same_tiles(block_m: int, block_n: int, block_k: int, group_m: int) -> FfnConfig:
+    """The same tile in every stage."""
+    gemm = GemmConfig(block_n, block_k, group_m, num_warps=4, num_stages=2)
+    return FfnConfig(block_m, gemm, gemm, gemm)

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
-from tests.kernels.cases import DEVICE, needs_kernels
+from tests.kernels.cases import DEVICE, needs_kernels, same_tiles
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
@@ -29,7 +28,7 @@ def test_the_dense_twin_computes_the_same_layer(providers, monkeypatch, tokens):
     from shapes import LayerShape
 
     torch.manual_seed(0)
-    monkeypatch.setattr(providers, "choose", lambda *_: GemmConfig(16, 16, 16, group_m=2, num_warps=4, num_stages=2))
+    monkeypatch.setattr(providers, "choose", lambda *_: same_tiles(16, 16, 16, group_m=2))
     layer = providers.random_layer(
         LayerShape(hidden=40, intermediate=24, experts=6, choices=2), 9, torch.float32, DEVICE
     )

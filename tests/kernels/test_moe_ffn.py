@@ -1,43 +1,35 @@
 """The whole FFN and its three stages: references against token-by-token fp64, kernels against the references."""
 
-from dataclasses import astuple, dataclass
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.ops.moe_ffn import launch_moe_ffn
+from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
 from globe_kernels.ops.moe_ffn import moe_ffn as moe_ffn_op
-from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
-from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels
+from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels, same_tiles
 
 P, D, R = 12, 20, 7
 # at about twice what torch itself errs in the same dtype
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 TILES = {
-    "tiles smaller than the matrices": GemmConfig(16, 16, 16, group_m=2, num_warps=4, num_stages=2),
-    "tiles larger than the matrices": GemmConfig(32, 32, 64, group_m=1, num_warps=4, num_stages=2),
+    "tiles smaller than the matrices": same_tiles(16, 16, 16, group_m=2),
+    "tiles larger than the matrices": same_tiles(32, 32, 64, group_m=1),
 }
 
 
-@dataclass
-class Weights:
-    basis: torch.Tensor
-    gate_adapter: torch.Tensor
-    up_adapter: torch.Tensor
-    down_proj: torch.Tensor
-
-
-def weights(dtype: torch.dtype = torch.float32, inner: int = P, width: int = D, rank: int = R) -> Weights:
+def weights(
+    dtype: torch.dtype = torch.float32, inner: int = P, width: int = D, rank: int = R, bias: bool = False
+) -> ExpertWeights:
     generator = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE, dtype)
 
-    return Weights(draw(E, 2 * rank, width), draw(E, inner, rank), draw(E, inner, rank), draw(E, width, inner))
+    factors = (draw(E, 2 * rank, width), draw(E, inner, rank), draw(E, inner, rank), draw(E, width, inner))
+    return ExpertWeights(*factors, *((draw(E, inner), draw(E, inner), draw(E, width)) if bias else ()))
 
 
 def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
@@ -48,8 +40,14 @@ def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
     return hidden.to(DEVICE, dtype), index.to(DEVICE), scale.to(DEVICE)
 
 
-def by_token(hidden, index, scale, w: Weights, act=F.silu) -> torch.Tensor:
+def silu_gated(gate, up):
+    return F.silu(gate) * up
+
+
+def by_token(hidden, index, scale, w: ExpertWeights, join=silu_gated) -> torch.Tensor:
     """Independent of the op: token by token, in fp64, from dense matrices."""
+    biases = (w.gate_bias, w.up_bias, w.down_bias)
+    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
     rank = w.gate_adapter.shape[2]
     gate = w.gate_adapter.double() @ w.basis[:, :rank].double()
     up = w.up_adapter.double() @ w.basis[:, rank:].double()
@@ -57,8 +55,8 @@ def by_token(hidden, index, scale, w: Weights, act=F.silu) -> torch.Tensor:
     for token, x in enumerate(hidden.double()):
         for choice, expert in enumerate(index[token].tolist()):
             if 0 <= expert < E:
-                y = w.down_proj[expert].double() @ (act(gate[expert] @ x) * (up[expert] @ x))
-                out[token] += scale[token, choice].double() * y
+                y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
+                out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
     return out
 
 
@@ -66,7 +64,7 @@ def by_token(hidden, index, scale, w: Weights, act=F.silu) -> torch.Tensor:
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 def test_parity_with_dense_experts(routing, dtype):
     case, w = inputs(routing, dtype), weights(dtype)
-    out = moe_ffn(*case, *astuple(w), "silu")
+    out = moe_ffn(*case, w, "silu")
     assert out.dtype == dtype
     assert_close(out, by_token(*case, w), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
 
@@ -77,7 +75,7 @@ def test_parity_with_dense_experts(routing, dtype):
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 def test_parity_of_the_kernels(routing, tiles, dtype):
     case, w = inputs(routing, dtype), weights(dtype)
-    out = launch_moe_ffn(*case, *astuple(w), "silu", TILES[tiles])
+    out = launch_moe_ffn(*case, w, "silu", TILES[tiles])
     assert out.dtype == dtype
     assert_close(out, by_token(*case, w), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
 
@@ -91,53 +89,64 @@ def test_parity_of_the_kernels(routing, tiles, dtype):
 def test_parity_of_the_kernels_over_sizes(inner, width, rank):
     case = inputs("ragged tails, expert 3 empty", width=width)
     w = weights(inner=inner, width=width, rank=rank)
-    out = launch_moe_ffn(*case, *astuple(w), "silu", TILES["tiles smaller than the matrices"])
+    out = launch_moe_ffn(*case, w, "silu", TILES["tiles smaller than the matrices"])
     assert_close(out, by_token(*case, w), rms=2e-6, peak=4e-6)
 
 
+def clamped_swiglu(gate, up):
+    """As GPT-OSS has it."""
+    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
+    return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+
+
 GATED = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "silu": silu_gated,
+    "gelu": lambda gate, up: F.gelu(gate) * up,
+    "gelu_pytorch_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
+    "relu": lambda gate, up: F.relu(gate) * up,
+    "clamped_swiglu": clamped_swiglu,
 }
+RUNNERS = [
+    pytest.param(moe_ffn, id="reference"),
+    pytest.param(
+        lambda *case: launch_moe_ffn(*case, TILES["tiles larger than the matrices"]), id="kernels", marks=needs_kernels
+    ),
+]
 
 
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 @pytest.mark.parametrize("activation", list(GATED))
-def test_activations(activation):
-    case, w = inputs("ragged tails, expert 3 empty"), weights()
-    out = moe_ffn(*case, *astuple(w), activation)
-    assert_close(out, by_token(*case, w, GATED[activation]), rms=2e-6, peak=4e-6)
+def test_activations(activation, bias, run):
+    (hidden, index, scale), w = inputs("ragged tails, expert 3 empty"), weights(bias=bias)
+    hidden = 10 * hidden  # some values of gate and of up lie past the clamp
+    expected = by_token(hidden, index, scale, w, GATED[activation])
+    assert_close(run(hidden, index, scale, w, activation), expected, rms=2e-6, peak=4e-6)
 
 
 @needs_kernels
-@pytest.mark.parametrize("activation", list(GATED))
-def test_activations_of_the_kernels(activation):
-    case, w = inputs("ragged tails, expert 3 empty"), weights()
-    out = launch_moe_ffn(*case, *astuple(w), activation, TILES["tiles larger than the matrices"])
-    assert_close(out, by_token(*case, w, GATED[activation]), rms=2e-6, peak=4e-6)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("tiles", list(TILES))
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_atomic_sums_of_the_kernels(routing, tiles, dtype):
+    case, w = inputs(routing, dtype), weights(dtype, bias=True)
+    out = launch_moe_ffn(*case, w, "silu", TILES[tiles], deterministic=False)
+    assert out.dtype == dtype
+    assert_close(out, by_token(*case, w), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
 
 
 @needs_kernels
 def test_the_kernels_are_deterministic():
     case, w = inputs("full tiles, many blocks"), weights()
-    first, second = (launch_moe_ffn(*case, *astuple(w), "silu", next(iter(TILES.values()))) for _ in range(2))
+    first, second = (launch_moe_ffn(*case, w, "silu", next(iter(TILES.values()))) for _ in range(2))
     assert torch.equal(first, second)
-
-
-RUNNERS = [
-    pytest.param(lambda *case: moe_ffn(*case, "silu"), id="reference"),
-    pytest.param(
-        lambda *case: launch_moe_ffn(*case, "silu", next(iter(TILES.values()))), id="kernels", marks=needs_kernels
-    ),
-]
 
 
 @pytest.mark.parametrize("run", RUNNERS)
 def test_no_tokens(run):
     hidden = torch.randn(0, D, device=DEVICE)
     empty = torch.zeros(0, 2, device=DEVICE)
-    assert run(hidden, empty.long(), empty, *astuple(weights())).shape == (0, D)
+    assert run(hidden, empty.long(), empty, weights(), "silu").shape == (0, D)
 
 
 @pytest.mark.parametrize("run", RUNNERS)
@@ -145,52 +154,53 @@ def test_a_sentinel_adds_nothing_whatever_its_weight(run):
     index = torch.tensor([[1, E], [0, 2]], device=DEVICE)
     hidden = torch.randn(2, D, device=DEVICE)
     scale = torch.tensor([[0.5, float("nan")], [0.3, 0.7]], device=DEVICE)
-    out = run(hidden, index, scale, *astuple(weights()))
+    out = run(hidden, index, scale, weights(), "silu")
     assert_close(out, by_token(hidden, index, scale, weights()), rms=2e-6, peak=4e-6)
 
 
 @pytest.mark.parametrize("run", RUNNERS)
 def test_large_values_saturate_as_they_do_in_torch(run):
     hidden, index, scale = inputs("ragged tails, expert 3 empty")
-    out = run(1e6 * hidden, index, scale, *astuple(weights()))
+    out = run(1e6 * hidden, index, scale, weights(), "silu")
     assert_close(out, by_token(1e6 * hidden, index, scale, weights()), rms=1e-5, peak=1e-5)
 
 
 def test_large_values_stay_finite_in_bf16():
     hidden = torch.full((2, D), 1e4, dtype=torch.bfloat16, device=DEVICE)
     index, scale = torch.tensor([[0, 1], [2, 3]], device=DEVICE), torch.rand(2, 2, device=DEVICE)
-    out = moe_ffn(hidden, index, scale, *astuple(weights(torch.bfloat16)), "silu")
+    out = moe_ffn(hidden, index, scale, weights(torch.bfloat16), "silu")
     assert torch.isfinite(out).all()
     assert out.abs().max() > 0
 
 
 def test_strides_and_index_dtype_do_not_matter():
     hidden, index, scale = inputs("ragged tails, expert 3 empty")
-    expected = moe_ffn(hidden, index, scale, *astuple(weights()), "silu")
+    expected = moe_ffn(hidden, index, scale, weights(), "silu")
     strided = moe_ffn(
         hidden.T.contiguous().T,
         index.int().T.contiguous().T,
         scale.repeat(1, 2)[:, :2],
-        *(tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in astuple(weights())),
+        ExpertWeights(*(w if w is None else w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights())),
         "silu",
     )
     assert_close(strided, expected, rms=1e-6, peak=2e-6)
 
 
-def test_opcheck():
-    torch.library.opcheck(moe_ffn_op, (*inputs("one token"), *astuple(weights()), "silu"))
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
+def test_opcheck(bias):
+    torch.library.opcheck(moe_ffn_op, (*inputs("one token"), "silu", True, *weights(bias=bias)))
 
 
 def test_compiles_into_one_graph():
     case, w = inputs("ragged tails, expert 3 empty"), weights()
     compiled = torch.compile(moe_ffn, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*case, *astuple(w), "silu"), moe_ffn(*case, *astuple(w), "silu"))
+    assert torch.equal(compiled(*case, w, "silu"), moe_ffn(*case, w, "silu"))
 
 
 def test_counts_its_calls():
     name = "moe_ffn" if DEVICE == "cuda" else "moe_ffn_ref"
     before = call_counts().get(name, 0)
-    moe_ffn(*inputs("one token"), *astuple(weights()), "silu")
+    moe_ffn(*inputs("one token"), weights(), "silu")
     assert call_counts()[name] == before + 1
 
 
@@ -206,4 +216,4 @@ def test_counts_its_calls():
 )
 def test_refuses_what_does_not_fit(hidden, index, scale, sentence):
     with pytest.raises(ValueError, match=sentence):
-        moe_ffn(hidden, index, scale, *astuple(weights()), "silu")
+        moe_ffn(hidden, index, scale, weights(), "silu")

@@ -3,13 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_kernels.ops.routing_plan import _BLOCK, routing_plan, routing_plan_ref
+from globe_kernels.ops.routing_plan import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
 from globe_kernels.routing import RoutingPlan, max_tiles
 from tests.kernels.cases import DEVICE, needs_kernels
 
 BUILDERS = [
     pytest.param(routing_plan_ref, id="reference"),
-    pytest.param(routing_plan, id="kernel", marks=needs_kernels),
+    pytest.param(launch_routing_plan, id="kernel", marks=needs_kernels),
 ]
 
 
@@ -70,7 +70,7 @@ def test_the_kernel_agrees_with_the_reference(shape, dtype):
     tokens, choices, experts, block_m = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
     index = torch.randint(-1, experts + 2, (tokens, choices), generator=generator).to(DEVICE, dtype)
-    plan, expected = routing_plan(index, experts, block_m), routing_plan_ref(index, experts, block_m)
+    plan, expected = launch_routing_plan(index, experts, block_m), routing_plan_ref(index, experts, block_m)
     for name in ("starts", "tile_expert", "tile_first"):
         assert torch.equal(getattr(plan, name), getattr(expected, name)), name
     assert torch.equal(routed(plan), routed(expected))
@@ -91,3 +91,7 @@ def test_the_tile_bound_holds_in_the_extremes(build, experts, chosen):
     used = int((plan.tile_expert >= 0).sum())
     assert used <= plan.num_tiles == max_tiles(index.numel(), experts, block_m)
     check(plan, index, experts, block_m)
+
+
+def test_opcheck():
+    torch.library.opcheck(routing_plan, (torch.tensor([[2, 0], [0, 9]], device=DEVICE), 3, 16))

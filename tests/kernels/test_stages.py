@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.down import down, down_ref
-from globe_kernels.ops.gate_up import gate_up, gate_up_ref
-from globe_kernels.ops.low_rank_in import low_rank_in, low_rank_in_ref
-from globe_kernels.ops.routing_plan import routing_plan, routing_plan_ref
-from globe_kernels.ops.tuning import CONFIGS, SHARED_LIMITS, SMALLEST_LIMIT, GemmConfig, choose, fit_to, supports
+from globe_kernels.ops.down import Down, down, down_ref, launch_down
+from globe_kernels.ops.gate_up import GatedAdapters, gate_up, gate_up_ref, launch_gate_up
+from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in, low_rank_in_ref
+from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import DEVICE, ROUTINGS, E, needs_kernels
 
-CONFIG = GemmConfig(16, 16, 16, group_m=2, num_warps=4, num_stages=2)
+BLOCK_M, CONFIG = 16, GemmConfig(16, 16, group_m=2, num_warps=4, num_stages=2)
 D, P, R = 24, 18, 9
 
 
@@ -25,13 +25,14 @@ def draw(*shape: int) -> torch.Tensor:
 
 def setup(routing: str):
     index = ROUTINGS[routing].to(DEVICE)
-    plan = routing_plan_ref(index, E, CONFIG.block_m)
+    plan = routing_plan_ref(index, E, BLOCK_M)
     used = int(plan.starts[-1])
     rows = plan.order[:used].long()
     return index, plan, used, rows // index.shape[1], index.flatten()[rows].long()
 
 
-IMPLEMENTATIONS = ["reference", pytest.param("kernel", marks=needs_kernels)]
+# "op": what torch.ops.globe runs here; on a CPU the reference
+IMPLEMENTATIONS = ["reference", "op", pytest.param("kernel", marks=needs_kernels)]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -40,7 +41,11 @@ def test_low_rank_in(routing, implementation):
     _, plan, used, token, expert = setup(routing)
     x, basis = draw(int(token.max()) + 7, D), draw(E, 2 * R, D)
     x = x[: plan.num_rows // plan.num_choices] if len(x) > plan.num_rows // plan.num_choices else x
-    h = low_rank_in_ref(x, plan, basis) if implementation == "reference" else low_rank_in(x, plan, basis, CONFIG)
+    h = {
+        "reference": lambda: low_rank_in_ref(x, plan, basis),
+        "op": lambda: low_rank_in(x, *plan.arguments, basis),
+        "kernel": lambda: launch_low_rank_in(x, plan, basis, CONFIG),
+    }[implementation]()
     expected = torch.einsum("snd,sd->sn", basis[expert].double(), x[token].double())
     assert h.shape == (plan.num_rows, 2 * R)
     assert_close(h[:used], expected, rms=1e-6, peak=2e-6)
@@ -50,14 +55,19 @@ def test_low_rank_in(routing, implementation):
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 def test_gate_up(routing, implementation):
     _, plan, used, _, expert = setup(routing)
-    h, gate, up = draw(plan.num_rows, 2 * R), draw(E, P, R), draw(E, P, R) + 0.1
-    if implementation == "reference":
-        y = gate_up_ref(h, plan, gate, up, "silu")
-    else:
-        y = gate_up(h, plan, gate, up, "silu", CONFIG)
+    h = draw(plan.num_rows, 2 * R)
+    adapters = GatedAdapters(draw(E, P, R), draw(E, P, R) + 0.1, draw(E, P) + 0.2, draw(E, P) - 0.3)
+    y = {
+        "reference": lambda: gate_up_ref(h, plan, adapters, "silu"),
+        "op": lambda: gate_up(h, *plan.arguments, *adapters, "silu"),
+        "kernel": lambda: launch_gate_up(h, plan, adapters, "silu", CONFIG),
+    }[implementation]()
     by_row = [
-        torch.einsum("spr,sr->sp", adapter[expert].double(), half.double())
-        for adapter, half in ((gate, h[:used, :R]), (up, h[:used, R:]))
+        torch.einsum("spr,sr->sp", adapter[expert].double(), half.double()) + bias[expert].double()
+        for adapter, half, bias in (
+            (adapters.gate, h[:used, :R], adapters.gate_bias),
+            (adapters.up, h[:used, R:], adapters.up_bias),
+        )
     ]
     assert_close(y[:used], F.silu(by_row[0]) * by_row[1], rms=1e-6, peak=2e-6)
 
@@ -66,13 +76,15 @@ def test_gate_up(routing, implementation):
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 def test_down(routing, implementation):
     index, plan, used, token, expert = setup(routing)
-    y, weight = draw(plan.num_rows, P), draw(E, D, P)
+    y, weights = draw(plan.num_rows, P), Down(draw(E, D, P), draw(E, D) + 0.1)
     scale = torch.rand(index.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    if implementation == "reference":
-        out = down_ref(y, plan, weight, scale)
-    else:
-        out = down(y, plan, weight, index, scale, CONFIG)
-    rows = torch.einsum("sdp,sp->sd", weight[expert].double(), y[:used].double())
+    out = {
+        "reference": lambda: down_ref(y, plan, weights, scale),
+        "op": lambda: down(y, *plan.arguments, *weights, index, scale),
+        "kernel": lambda: launch_down(y, plan, weights, (index, scale), CONFIG),
+    }[implementation]()
+    rows = torch.einsum("sdp,sp->sd", weights.weight[expert].double(), y[:used].double())
+    rows += weights.bias[expert].double()
     rows *= scale.flatten()[plan.order[:used].long()].double()[:, None]
     expected = torch.zeros(index.shape[0], D, dtype=torch.float64, device=DEVICE).index_add_(0, token.long(), rows)
     assert_close(out, expected, rms=1e-6, peak=2e-6)
@@ -90,21 +102,24 @@ def test_addresses_past_int32():
     basis = draw(1, 16, width).half() * 50
     index = torch.ones(tokens, 1, dtype=torch.int64)  # a sentinel, but for the last token
     index[-1] = 0
-    plan = routing_plan(index, 1, 16)
-    h = low_rank_in(x, plan, basis, GemmConfig(16, 16, 4096, group_m=1, num_warps=4, num_stages=2))
+    plan = launch_routing_plan(index, 1, 16)
+    h = launch_low_rank_in(x, plan, basis, GemmConfig(16, 4096, group_m=1, num_warps=4, num_stages=2))
     assert_close(h[:1], x[-1:].double() @ basis[0].double().T, rms=2e-3, peak=4e-3)
 
 
-def test_every_card_runs_every_configuration_that_it_is_given():
-    for limit in {*SHARED_LIMITS.values(), SMALLEST_LIMIT}:
-        for item_size in (2, 4):
-            for _, config in CONFIGS:
-                fitted = fit_to(config, item_size, limit)
-                assert supports(fitted, item_size, limit)
-                assert fitted.num_stages >= 2 and fitted.block_k >= 16
-                assert (fitted.block_m, fitted.block_n) == (config.block_m, config.block_n)
-
-
-def test_the_row_tile_follows_the_rows_per_expert():
-    tiles = [choose(rows, 128, 2, 227 * 1024).block_m for rows in (8, 512, 8192, 2**17)]
-    assert tiles == [16, 16, 64, 128]
+@pytest.mark.parametrize("stage", ["low_rank_in", "gate_up", "down"])
+def test_opcheck_and_one_graph(stage):
+    index, plan, *_ = setup("one token")
+    scale = torch.rand(index.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    cases = {
+        "low_rank_in": (low_rank_in, (draw(1, D), *plan.arguments, draw(E, 2 * R, D))),
+        "gate_up": (
+            gate_up,
+            (draw(plan.num_rows, 2 * R), *plan.arguments, draw(E, P, R), draw(E, P, R), None, None, "silu"),
+        ),
+        "down": (down, (draw(plan.num_rows, P), *plan.arguments, draw(E, D, P), None, index, scale)),
+    }
+    op, arguments = cases[stage]
+    torch.library.opcheck(op, arguments)
+    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments), op(*arguments))
