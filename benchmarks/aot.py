@@ -25,11 +25,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from globe_kernels.ops import compose_basis, down, gate_up, low_rank_in, routing_plan
+from globe_kernels.ops import compose_basis, compose_layer, down, gate_up, low_rank_in, routing_plan
 from globe_kernels.ops.tuning import CARDS, DEFAULTS, Card, FfnConfig, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_INT = ("order_ptr", "starts_ptr", "tile_expert_ptr", "tile_first_ptr", "totals_ptr", "block_counts_ptr", "places_ptr")
+_INT = (
+    "palette_ptr",
+    "order_ptr",
+    "starts_ptr",
+    "tile_expert_ptr",
+    "tile_first_ptr",
+    "totals_ptr",
+    "block_counts_ptr",
+    "places_ptr",
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Case:
                 types[name] = "*i32"
             elif name == "index_ptr":
                 types[name] = "*i32" if "PHI" in self.constexprs else "*i64"
-            elif name in ("value_ptr", "row_weight_ptr"):
+            elif name in ("value_ptr", "scale_ptr", "row_weight_ptr"):
                 types[name] = "*fp32"
             else:
                 types[name] = "*bf16"
@@ -132,6 +141,13 @@ def cases(card: Card) -> Iterator[Case]:
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
+    for _, config in compose_layer.CONFIGS:
+        launch = config.launch()
+        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+        tile = f"{config.block_e}x{config.block_v}x{config.block_u} w{config.num_warps} s{config.num_stages}"
+        for phi in ("identity", "silu", "tanh"):
+            constexprs = {"PHI": phi, **launch}
+            yield Case(compose_layer._compose_layer_kernel, f"{tile}, {phi}", constexprs, options, config.block_e >= 64)
     yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": 4})
     for experts in (8, 128, 256, 512):
         padded = {"E_PAD": experts, "BLOCK": routing_plan._BLOCK}

@@ -1,10 +1,10 @@
-"""Composing the bases of one layer from the bank, whole layer: time and share of the copy bandwidth.
+"""Composing the bases of one layer from the bank, whole layer, in two ways and by torch: time, share of the bandwidth.
 
     python benchmarks/compose.py                   on a GPU: bf16, Qwen3-30B-A3B, rank 384, 12 of 64 atoms
     python benchmarks/compose.py --cpu             the torch reference, on a small layer
 
-The kernel is compared with the reference before it is timed. Bytes are the least that must move: each atom that the
-layer uses read once, each basis written once.
+The kernels are compared with the reference before anything is timed. Bytes are the least that must move: each atom
+that the layer uses read once, each basis written once.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from measure import device_name, measure_ceilings, time_side_by_side
 from shapes import MODELS
 
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
+from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.testing import relative_errors
 
 
@@ -43,40 +44,61 @@ def main() -> None:
     bank = torch.randn(args.atoms, rank, shape.hidden, device=device).to(dtype)
     index = torch.rand(shape.experts, args.atoms, device=device).topk(args.support).indices.int()
     value = torch.randn(shape.experts, args.support, device=device)
-    ceilings = measure_ceilings(device, dtype)
-
-    expected = compose_basis_ref(index, value, bank, "identity", torch.float32)
-    error, _ = relative_errors(compose_basis(index, value, bank, "identity", dtype), expected)
-    limit = 1e-6 if args.cpu else 4e-3
-    if not error <= limit:
-        raise SystemExit(f"compose: relative error {error:.3g}, the gate is {limit:g}; nothing was timed.")
-    run = {"globe": lambda: compose_basis(index, value, bank, "identity", dtype)}
-    time = time_side_by_side(run, device, args.repeats)["globe"]
-    used = index.unique().numel()
-    moved = (used + shape.experts) * rank * shape.hidden * bank.element_size()
-    gb_per_s = moved / time.median_us / 1e3
-    row = {
-        "op": "compose_basis",
-        "shape": {**asdict(shape), "rank": rank, "atoms": used, "support": args.support},
-        "provider": "globe",
-        **asdict(time),
-        "gb_per_s": gb_per_s,
-        "tflop_per_s": 2 * shape.experts * args.support * rank * shape.hidden / time.median_us / 1e6,
-        "copy_share": gb_per_s / ceilings.copy_gb_per_s,
-        "relative_error": error,
-        **asdict(ceilings),
-        **conditions(device_name(device)),
-        "model": model,
+    code = layer_code(index, value)
+    used, dense = code.palette.numel(), (code.value * code.scale[:, None]).to(dtype)
+    gathered = bank[code.palette].flatten(1)
+    calls = {
+        "compose_layer": lambda: compose_layer(*code, bank, "identity", dtype),
+        "compose_basis": lambda: compose_basis(index, value, bank, "identity", dtype),
+        # one product of the library, given the atoms side by side and the codes in the dtype of the atoms
+        "torch_matmul": lambda: (dense @ gathered).view(-1, *bank.shape[1:]),
     }
-    if args.ledger:
-        append("compose", row["device"], [row])
-    if args.json:
-        print(json.dumps([row], indent=2))
-    else:
-        print(
-            f"{model}, rank {rank}, {args.support} of {used} atoms: {time.median_us:.1f} us, {gb_per_s:.0f} GB/s, "
-            f"{100 * row['copy_share']:.0f} % of a copy at {ceilings.copy_gb_per_s:.0f} GB/s on {row['device']}"
+    ceilings = measure_ceilings(device, dtype)
+    errors = _gate(calls, compose_basis_ref(index, value, bank, "identity", torch.float32), dtype)
+    times = time_side_by_side(calls, device, args.repeats)
+    moved = (used + shape.experts) * rank * shape.hidden * bank.element_size()
+    rows = []
+    for name, time in times.items():
+        gb_per_s = moved / time.median_us / 1e3
+        rows.append(
+            {
+                "op": "compose_layer",
+                "shape": {**asdict(shape), "rank": rank, "atoms": used, "support": args.support},
+                "provider": name,
+                **asdict(time),
+                "gb_per_s": gb_per_s,
+                "tflop_per_s": 2 * shape.experts * args.support * rank * shape.hidden / time.median_us / 1e6,
+                "copy_share": gb_per_s / ceilings.copy_gb_per_s,
+                "relative_error": errors[name],
+                "ratio_to_best": times["torch_matmul"].median_us / time.median_us,
+                **asdict(ceilings),
+                **conditions(device_name(device)),
+                "model": model,
+            }
         )
+    if args.ledger:
+        append("compose", device_name(device), rows)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+        return
+    print(f"{model}, rank {rank}, {args.support} of {used} atoms; a copy moves {ceilings.copy_gb_per_s:.0f} GB/s")
+    for row in rows:
+        print(
+            f"{row['provider']:14}{row['median_us']:10.1f} us{row['gb_per_s']:8.0f} GB/s"
+            f"{100 * row['copy_share']:5.0f} % of a copy, {row['ratio_to_best']:.2f}x torch_matmul, error {row['relative_error']:.1e}"
+        )
+
+
+def _gate(calls: dict, expected: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Relative rms error of each. Raises SystemExit when one of ours rounds more than its result does."""
+    errors = {name: relative_errors(call(), expected)[0] for name, call in calls.items()}
+    limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for name, error in errors.items():
+        if name != "torch_matmul" and not error <= limit:
+            raise SystemExit(
+                f"compose: {name} has relative error {error:.3g}, the gate is {limit:g}; nothing was timed."
+            )
+    return errors
 
 
 if __name__ == "__main__":

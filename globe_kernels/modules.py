@@ -7,7 +7,7 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn
-from globe_kernels.ops.compose_basis import compose_basis
+from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights
 
 
@@ -67,9 +67,8 @@ class GlobeMoEFFN(nn.Module):
         adapter, composed = self.gate_adapter, []
         for family in FAMILIES:
             atoms, code = bank.atoms(family), self.code(family)
-            basis = compose_basis(
-                code.index.to(atoms.device), code.value.to(atoms.device), atoms, self.phi, adapter.dtype
-            )
+            dense = layer_code(code.index.to(atoms.device), code.value.to(atoms.device))
+            basis = compose_layer(*dense, atoms, self.phi, adapter.dtype)
             composed.append(basis.to(adapter.device))
         self.basis = torch.cat(composed, dim=1)
 

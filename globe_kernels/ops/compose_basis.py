@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""Compose the basis of every expert of one layer from the bank.
+"""Compose the bases of some experts from the bank, each on its own; whole layers: ops/compose_layer.py.
 
     basis[e] = phi(sum_c code_value[e, c] * bank[code_index[e, c]])
 
@@ -19,6 +19,19 @@ PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _BLOCK = 2048
+
+
+@triton.jit
+def apply_phi(mixture, PHI: tl.constexpr):
+    """phi of a float32 block."""
+    if PHI == "silu":
+        y = mixture * tl.sigmoid(mixture)
+    elif PHI == "tanh":
+        y = 2 * tl.sigmoid(2 * mixture) - 1
+    else:
+        tl.static_assert(PHI == "identity", "a phi without kernel")
+        y = mixture
+    return y
 
 
 @triton.jit
@@ -45,14 +58,8 @@ def _compose_basis_kernel(
         atom = tl.load(index_ptr + expert * support + place).to(tl.int64)
         alpha = tl.load(value_ptr + expert * support + place)
         mixture += alpha * tl.load(bank_ptr + atom * num_values + values, mask=mask, other=0.0).to(tl.float32)
-    if PHI == "silu":
-        mixture = mixture * tl.sigmoid(mixture)
-    elif PHI == "tanh":
-        mixture = 2 * tl.sigmoid(2 * mixture) - 1
-    else:
-        tl.static_assert(PHI == "identity", "a phi without kernel")
     out = out_ptr + expert.to(tl.int64) * num_values + values
-    tl.store(out, mixture.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out, apply_phi(mixture, PHI).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def launch_compose_basis(

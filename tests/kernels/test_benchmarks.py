@@ -60,8 +60,10 @@ def test_ffn_on_a_cpu():
 def test_compose_on_a_cpu():
     done = run("compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout)
-    assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0
+    rows = json.loads(done.stdout)
+    assert [row["provider"] for row in rows] == ["compose_layer", "compose_basis", "torch_matmul"]
+    for row in rows:
+        assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0 and 0 <= row["relative_error"] < 1e-6
 
 
 def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):

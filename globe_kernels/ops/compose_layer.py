@@ -1,0 +1,165 @@
+# pyright: reportInvalidTypeForm=false
+"""Compose the bases of all experts of one layer, each atom read once: a matrix product over the layer's palette.
+
+    basis[e] = phi(scale[e] * sum_u value[e, u] * bank[palette[u]])
+
+Shapes: E experts, U distinct atoms of the layer (its palette), M atoms, R rank, D hidden size. Accumulates in fp32.
+
+`ops/compose_basis.py` gathers: it reads every atom once per expert that uses it, which suits few experts. Here a
+program owns a slice of all bases, and a slice of an atom serves every expert while it is on the chip. A code multiplies
+16-bit atoms as the sum of two 16-bit values: in bf16 that is 2^-17 of the largest code from the truth, and not 2^-9.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from globe_kernels.ops.compose_basis import PHI_FUNCTIONS, apply_phi
+from globe_kernels.ops.triton_import import tl, triton, use_triton
+
+_REFERENCE_VALUES = 2**16  # of each atom at a time: the palette of a large layer in fp32 would not fit
+
+
+class LayerCode(NamedTuple):
+    """The codes of one layer as a dense matrix over its palette."""
+
+    palette: torch.Tensor  # (U,) int32, the distinct atoms, ascending
+    value: torch.Tensor  # (E, U) float32, the largest magnitude of each row is 1
+    scale: torch.Tensor  # (E,) float32
+
+
+def layer_code(code_index: torch.Tensor, code_value: torch.Tensor) -> LayerCode:
+    """From code_index (E, C) int32 and code_value (E, C) float32. Waits for the device: done when a model is loaded."""
+    palette, place = code_index.unique(return_inverse=True)
+    value = code_value.new_zeros(code_index.shape[0], palette.numel())
+    value.scatter_add_(1, place.view(code_index.shape), code_value)
+    scale = value.abs().amax(1)
+    value /= torch.where(scale > 0, scale, 1.0)[:, None]
+    return LayerCode(palette.int(), value, scale)
+
+
+@dataclass(frozen=True)
+class ComposeConfig:
+    """Tile sizes: experts, values of a basis, atoms."""
+
+    block_e: int
+    block_v: int
+    block_u: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, int]:
+        return {
+            "BLOCK_E": self.block_e,
+            "BLOCK_V": self.block_v,
+            "BLOCK_U": self.block_u,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+# By experts: (up to this many, configuration). A tile of all experts of most models; those with more visit a slice of
+# the atoms again while it is in the L2 cache.
+CONFIGS = (
+    (16, ComposeConfig(block_e=16, block_v=256, block_u=32, num_warps=4, num_stages=3)),
+    (64, ComposeConfig(block_e=64, block_v=128, block_u=32, num_warps=4, num_stages=3)),
+    (None, ComposeConfig(block_e=128, block_v=128, block_u=32, num_warps=8, num_stages=3)),
+)
+
+
+def choose_compose(num_experts: int) -> ComposeConfig:
+    return next(config for limit, config in CONFIGS if limit is None or num_experts <= limit)
+
+
+@triton.jit
+def _compose_layer_kernel(
+    palette_ptr,  # (U,) int32
+    value_ptr,  # (E, U) float32
+    scale_ptr,  # (E,) float32
+    bank_ptr,  # (M, num_values)
+    out_ptr,  # (E, num_values)
+    num_experts,
+    num_atoms,  # U
+    num_values,  # R * D
+    PHI: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_U: tl.constexpr,
+):
+    """Grid: (cdiv(E, BLOCK_E) * cdiv(R * D, BLOCK_V),). One program owns BLOCK_V values of BLOCK_E experts.
+
+    Blocks of experts vary fastest, so that they share slices of the atoms in the L2 cache.
+    """
+    expert_blocks = tl.cdiv(num_experts, BLOCK_E)
+    experts = tl.program_id(0) % expert_blocks * BLOCK_E + tl.arange(0, BLOCK_E)
+    values = tl.program_id(0) // expert_blocks * BLOCK_V + tl.arange(0, BLOCK_V)
+    expert_mask, value_mask = experts < num_experts, values < num_values
+    acc = tl.zeros((BLOCK_E, BLOCK_V), dtype=tl.float32)
+    for start in range(0, num_atoms, BLOCK_U):
+        places = start + tl.arange(0, BLOCK_U)
+        used = places < num_atoms
+        atom = tl.load(palette_ptr + places, mask=used, other=0).to(tl.int64)
+        atoms = tl.load(
+            bank_ptr + atom[:, None] * num_values + values[None, :], mask=used[:, None] & value_mask[None, :], other=0.0
+        )
+        code = tl.load(
+            value_ptr + experts[:, None] * num_atoms + places[None, :],
+            mask=expert_mask[:, None] & used[None, :],
+            other=0.0,
+        )
+        if atoms.dtype == tl.float32:
+            acc = tl.dot(code, atoms, acc, input_precision="ieee")
+        else:
+            high = code.to(atoms.dtype)
+            acc = tl.dot(high, atoms, acc)
+            acc = tl.dot((code - high.to(tl.float32)).to(atoms.dtype), atoms, acc)
+    scale = tl.load(scale_ptr + experts, mask=expert_mask, other=0.0)
+    basis = apply_phi(acc * scale[:, None], PHI)
+    out = out_ptr + experts.to(tl.int64)[:, None] * num_values + values[None, :]
+    tl.store(out, basis.to(out_ptr.dtype.element_ty), mask=expert_mask[:, None] & value_mask[None, :])
+
+
+def launch_compose_layer(
+    code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype, config: ComposeConfig
+) -> torch.Tensor:
+    """The kernel on contiguous inputs, in the configuration given."""
+    num_experts, num_atoms = code.value.shape
+    num_values = bank.shape[1] * bank.shape[2]
+    out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype, device=bank.device)
+    grid = (triton.cdiv(num_experts, config.block_e) * triton.cdiv(num_values, config.block_v),)
+    _compose_layer_kernel[grid](
+        code.palette, code.value, code.scale, bank, out, num_experts, num_atoms, num_values, PHI=phi, **config.launch()
+    )
+    return out
+
+
+@torch.library.custom_op("globe::compose_layer", mutates_args=())
+def compose_layer(
+    palette: torch.Tensor,
+    value: torch.Tensor,
+    scale: torch.Tensor,
+    bank: torch.Tensor,
+    phi: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """(E, R, D) in `out_dtype`, from a LayerCode and bank (M, R, D)."""
+    code = LayerCode(palette.contiguous(), value.contiguous(), scale.contiguous())
+    if use_triton(bank):
+        return launch_compose_layer(code, bank.contiguous(), phi, out_dtype, choose_compose(value.shape[0]))
+    return compose_layer_ref(code, bank, phi, out_dtype)
+
+
+@compose_layer.register_fake
+def _(palette, value, scale, bank, phi, out_dtype):
+    return bank.new_empty(value.shape[0], *bank.shape[1:], dtype=out_dtype)
+
+
+def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype) -> torch.Tensor:
+    """As `compose_layer`."""
+    flat, value = bank.flatten(1), code.value * code.scale[:, None]
+    out = torch.empty(value.shape[0], flat.shape[1], dtype=out_dtype, device=bank.device)
+    for start in range(0, flat.shape[1], _REFERENCE_VALUES):
+        part = slice(start, start + _REFERENCE_VALUES)
+        out[:, part] = PHI_FUNCTIONS[phi](value @ flat[code.palette, part].float())
+    return out.view(-1, *bank.shape[1:])

@@ -1,0 +1,100 @@
+import pytest
+import torch
+
+from globe_kernels.ops.compose_layer import (
+    CONFIGS,
+    ComposeConfig,
+    choose_compose,
+    compose_layer,
+    compose_layer_ref,
+    launch_compose_layer,
+    layer_code,
+)
+from globe_kernels.testing import assert_close
+from tests.kernels.cases import DEVICE, KERNEL_DTYPES, needs_kernels
+
+PHI = {"identity": lambda x: x, "silu": lambda x: x * torch.sigmoid(x), "tanh": torch.tanh}
+# bf16 and fp16: half a unit in the last place of the result; the split of the codes must not show
+LIMITS = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
+SMALL = ComposeConfig(block_e=16, block_v=32, block_u=16, num_warps=4, num_stages=2)
+SHAPES = {
+    "smaller than a tile": (5, 3, 7, 4, 5),
+    "full tiles": (32, 4, 32, 8, 8),
+    "ragged in experts, atoms and values": (19, 3, 37, 5, 13),
+    "one expert": (1, 2, 20, 4, 10),
+    "one atom": (6, 1, 1, 4, 10),
+}
+
+
+def random_case(shape: str = "smaller than a tile", dtype: torch.dtype = torch.float32):
+    experts, support, atoms, rank, width = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    # the bank holds atoms that the layer does not use
+    index = torch.stack([torch.randperm(atoms, generator=generator)[:support] for _ in range(experts)]).int() * 2
+    value = torch.randn(experts, support, generator=generator)
+    bank = torch.randn(2 * atoms, rank, width, generator=generator).to(dtype)
+    return index.to(DEVICE), value.to(DEVICE), bank.to(DEVICE)
+
+
+def expected(index, value, bank, phi) -> torch.Tensor:
+    return PHI[phi](torch.einsum("ec,ecrd->erd", value.double(), bank.double()[index.long()]))
+
+
+RUNNERS = [
+    pytest.param(lambda code, bank, phi, dtype: compose_layer_ref(code, bank, phi, dtype), id="reference"),
+    pytest.param(lambda code, bank, phi, dtype: compose_layer(*code, bank, phi, dtype), id="op"),
+    pytest.param(
+        lambda code, bank, phi, dtype: launch_compose_layer(code, bank, phi, dtype, SMALL),
+        id="kernel",
+        marks=needs_kernels,
+    ),
+]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+@pytest.mark.parametrize("phi", list(PHI))
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_parity(run, phi, dtype, shape):
+    index, value, bank = random_case(shape, dtype)
+    for out_dtype in (dtype, torch.float32):
+        basis = run(layer_code(index, value), bank, phi, out_dtype)
+        assert basis.dtype == out_dtype
+        # what 22 bits of two fp16 values lose does not show in fp32 sums of a few terms
+        assert_close(basis, expected(index, value, bank, phi), rms=LIMITS[out_dtype], peak=LIMITS[out_dtype])
+
+
+def test_the_code_of_a_layer():
+    index = torch.tensor([[7, 2], [2, 0], [7, 7]], dtype=torch.int32)
+    value = torch.tensor([[4.0, -1.0], [0.0, 0.0], [1.0, 2.0]])
+    code = layer_code(index, value)
+    assert code.palette.tolist() == [0, 2, 7] and code.palette.dtype == torch.int32
+    assert code.scale.tolist() == [4.0, 0.0, 3.0]
+    # a row of zeros stays one; an atom named twice counts twice
+    assert code.value.tolist() == [[0.0, -0.25, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_codes_that_fp16_cannot_hold(run):
+    index, value, bank = random_case(dtype=torch.float16)
+    for scale in (1e-8, 1e8):
+        basis = run(layer_code(index, scale * value), bank, "identity", torch.float32)
+        assert_close(basis, expected(index, scale * value, bank, "identity"), rms=1e-6, peak=1e-6)
+
+
+@pytest.mark.parametrize("run", RUNNERS)
+def test_saturates_without_overflow(run):
+    index, value, bank = random_case()
+    for phi in ("tanh", "silu"):
+        basis = run(layer_code(index, 1e4 * value), bank, phi, torch.float32)
+        assert_close(basis, expected(index, 1e4 * value, bank, phi), rms=1e-5, peak=1e-5)
+
+
+def test_every_number_of_experts_has_a_configuration():
+    assert [choose_compose(experts).block_e for experts in (1, 16, 17, 64, 65, 512)] == [16, 16, 64, 64, 128, 128]
+    assert CONFIGS[-1][0] is None
+
+
+def test_opcheck():
+    index, value, bank = random_case()
+    torch.library.opcheck(compose_layer, (*layer_code(index, value), bank, "tanh", torch.float16))
