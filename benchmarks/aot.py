@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from globe_kernels.ops import compose_basis, compose_layer, down, gate_up, low_rank_in, routing_plan
-from globe_kernels.ops.tuning import CARDS, DEFAULTS, Card, FfnConfig, fit_to
+from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, FfnConfig, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = (
@@ -134,10 +134,19 @@ def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
                 yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=config.block_m >= 64)
 
 
-def cases(card: Card) -> Iterator[Case]:
-    """Every kernel in every configuration that `card` gets."""
-    for _, config in DEFAULTS:
-        yield from _gemm_cases(fit_to(config, 2, card))
+def tuned_configs(capability: tuple[int, int]) -> Iterator[FfnConfig]:
+    """What the tables of cards of this compute capability hold for 16-bit values."""
+    for path in sorted(TABLES.glob("*.json")):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        if tuple(table["capability"]) == capability:
+            yield from (FfnConfig.from_dict(entry["config"]) for entry in table["entries"] if entry["item_size"] == 2)
+
+
+def cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Every kernel in every configuration that a card of this compute capability gets."""
+    defaults = (fit_to(config, 2, CARDS[capability]) for _, config in DEFAULTS)
+    for config in dict.fromkeys([*defaults, *tuned_configs(capability)]):
+        yield from _gemm_cases(config)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
@@ -207,7 +216,7 @@ def main() -> None:
         if divmod(capability, 10) not in CARDS:
             known = ", ".join(f"{major}{minor}" for major, minor in CARDS)
             parser.error(f"target {capability} is not known; expected one of {known}.")
-        rows += [compile_case(case, capability) for case in cases(CARDS[divmod(capability, 10)])]
+        rows += [compile_case(case, capability) for case in cases(divmod(capability, 10))]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:

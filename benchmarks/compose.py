@@ -85,7 +85,8 @@ def main() -> None:
     for row in rows:
         print(
             f"{row['provider']:14}{row['median_us']:10.1f} us{row['gb_per_s']:8.0f} GB/s"
-            f"{100 * row['copy_share']:5.0f} % of a copy, {row['ratio_to_best']:.2f}x torch_matmul, error {row['relative_error']:.1e}"
+            f"{100 * row['copy_share']:5.0f} % of a copy, {row['ratio_to_best']:.2f}x torch_matmul"
+            f", error {row['relative_error']:.1e}"
         )
 
 

@@ -130,7 +130,7 @@ def main() -> None:
     if not 1 <= rank <= min(shape.intermediate, shape.hidden):
         parser.error(f"--rank is {rank}; expected 1 to {min(shape.intermediate, shape.hidden)} for {model}.")
     torch.manual_seed(0)
-    names = [name for name, provider in PROVIDERS.items() if provider.cpu or not args.cpu]
+    names = [name for name, provider in PROVIDERS.items() if provider.runs(device)]
     layer, ceilings = random_layer(shape, rank, dtype, device), measure_ceilings(device, dtype)
     tokens = args.tokens or ([1, 16, 128, 512] if args.cpu else [1, 4, 16, 64, 256, 1024, 4096, 16384])
     with torch.inference_mode():

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ class Timing:
 
 
 def time_side_by_side(
-    functions: dict[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
+    functions: Mapping[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
 ) -> dict[str, Timing]:
     """Every function `repeats` times, taking turns, so that a drift of the machine meets all of them.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from globe_kernels.ops.gate_up import _gate_up_kernel
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.routing_plan import launch_routing_plan
 from globe_kernels.ops.triton_import import triton
-from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
+from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
+from globe_kernels.routing import RoutingPlan
 
 
 @dataclass
@@ -74,36 +75,44 @@ def globe_atomic(layer: Layer) -> Provider:
     return lambda i: moe_ffn(i.hidden, i.index, i.weights, layer.weights, "silu", deterministic=False)
 
 
+def launch_dense_gate_up(
+    hidden: torch.Tensor, plan: RoutingPlan, gate: torch.Tensor, up: torch.Tensor, config: GemmConfig
+) -> torch.Tensor:
+    """S2 of GloBE on dense gate and up (E, P, D), which gathers the rows that S1 would."""
+    _, inner, width = gate.shape
+    out = hidden.new_empty(plan.num_rows, inner)
+    _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, config.block_n),)](
+        hidden,
+        hidden,
+        gate,
+        up,
+        None,
+        None,
+        out,
+        *plan.schedule,
+        inner,
+        width,
+        width,
+        plan.num_choices,
+        GATHER=True,
+        ACTIVATION="silu",
+        EVEN_K=width % config.block_k == 0,
+        BLOCK_M=plan.block_m,
+        **config.launch(),
+    )
+    return out
+
+
 def dense_twin(layer: Layer) -> Provider:
     """GloBE's own kernels on dense weights: isolates what the low rank gives from what the kernels give."""
     inner, width, count = layer.shape.intermediate, layer.shape.hidden, layer.shape.experts
     gate, up = layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous()
     shape = FfnShape(count, width, inner, rank=inner)
 
-    def run(i: Inputs, config: FfnConfig | None = None) -> torch.Tensor:
-        config = config or choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
+    def run(i: Inputs) -> torch.Tensor:
+        config = choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
         plan = launch_routing_plan(i.index, count, config.block_m)
-        y = i.hidden.new_empty(plan.num_rows, inner)
-        gemm = config.gate_up
-        _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, gemm.block_n),)](
-            i.hidden,
-            i.hidden,
-            gate,
-            up,
-            None,
-            None,
-            y,
-            *plan.schedule,
-            inner,
-            width,
-            width,
-            plan.num_choices,
-            GATHER=True,
-            ACTIVATION="silu",
-            EVEN_K=width % gemm.block_k == 0,
-            BLOCK_M=plan.block_m,
-            **gemm.launch(),
-        )
+        y = launch_dense_gate_up(i.hidden, plan, gate, up, config.gate_up)
         return launch_down(y, plan, Down(layer.weights.down_proj), (i.index, i.weights), config.down)
 
     return run
@@ -132,6 +141,15 @@ def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
     return build
 
 
+def liger(layer: Layer) -> Provider:
+    """The fused MoE kernels of liger-kernel on dense weights; they tune themselves in their first call."""
+    from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
+
+    return lambda i: LigerFusedMoEFunction.apply(
+        i.hidden, layer.gate_up, layer.weights.down_proj, i.index.int(), i.weights
+    )
+
+
 def reference(layer: Layer, i: Inputs) -> torch.Tensor:
     """fp64, expert by expert, from the factors."""
     w, rank = layer.weights, layer.weights.gate_adapter.shape[2]
@@ -146,13 +164,27 @@ def reference(layer: Layer, i: Inputs) -> torch.Tensor:
     return out
 
 
+@dataclass(frozen=True)
+class ProviderSpec:
+    """How a provider is built, and where it can run."""
+
+    build: Callable[[Layer], Provider]
+    low_rank: bool = False  # multiplies with the factors, not with dense gate and up
+    cpu: bool = True
+    package: str | None = None  # that it needs beyond those of the project
+
+    def runs(self, device: str) -> bool:
+        return (self.cpu or device == "cuda") and (self.package is None or find_spec(self.package) is not None)
+
+
 PROVIDERS = {
-    "globe": SimpleNamespace(build=globe, low_rank=True, cpu=True),
-    "globe_atomic": SimpleNamespace(build=globe_atomic, low_rank=True, cpu=False),
-    "dense_twin": SimpleNamespace(build=dense_twin, low_rank=False, cpu=False),
-    "hf_eager": SimpleNamespace(build=transformers_experts("eager"), low_rank=False, cpu=True),
-    "hf_grouped_mm": SimpleNamespace(build=transformers_experts("grouped_mm"), low_rank=False, cpu=True),
-    "hf_batched_mm": SimpleNamespace(build=transformers_experts("batched_mm"), low_rank=False, cpu=True),
+    "globe": ProviderSpec(globe, low_rank=True),
+    "globe_atomic": ProviderSpec(globe_atomic, low_rank=True, cpu=False),
+    "dense_twin": ProviderSpec(dense_twin, cpu=False),
+    "hf_eager": ProviderSpec(transformers_experts("eager")),
+    "hf_grouped_mm": ProviderSpec(transformers_experts("grouped_mm")),
+    "hf_batched_mm": ProviderSpec(transformers_experts("batched_mm")),
+    "liger": ProviderSpec(liger, cpu=False, package="liger_kernel"),
 }
 # gathers the weights of every routed row: more than this many rows would not fit
 BATCHED_ROWS = 512

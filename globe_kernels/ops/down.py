@@ -35,7 +35,7 @@ class Down(NamedTuple):
         return Down(self.weight.contiguous(), None if self.bias is None else self.bias.contiguous())
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _down_kernel(
     y_ptr,  # (S, P) in the order of the plan
     down_ptr,  # (E, D, P)

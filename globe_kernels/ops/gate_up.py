@@ -32,7 +32,7 @@ class GatedAdapters(NamedTuple):
         return GatedAdapters(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
     gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER (T, ...)
     up_in_ptr,

@@ -16,7 +16,7 @@ from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _low_rank_in_kernel(
     x_ptr,  # (T, D)
     basis_ptr,  # (E, N, D)

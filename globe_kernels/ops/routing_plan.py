@@ -6,6 +6,7 @@
 
 Shapes: top_k_index (T, K) of any integer type, E experts, S = T * K rows. An id outside 0..E-1 belongs to no expert.
 One launch when all rows fit in one block, as in decoding; else four (count, tiles, place of each block, scatter).
+What varies from call to call is never specialised: a new number of rows must not compile a kernel.
 """
 
 import torch
@@ -50,7 +51,7 @@ def _write_tiles(
     tl.store(tile_first_ptr + tile, tl.where(used, start + (tile - before) * BLOCK_M, 0), mask=tile < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_tiles"])
 def _plan_in_one_block_kernel(
     index_ptr,  # (S,)
     order_ptr,  # (S,) int32
@@ -80,7 +81,7 @@ def _plan_in_one_block_kernel(
         _write_tiles(tile_expert_ptr, tile_first_ptr, counts, first_tile, num_tiles, E_PAD, BLOCK_M, TILE_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(
     index_ptr,  # (S,)
     block_counts_ptr,  # (blocks, E) int32
@@ -101,7 +102,7 @@ def _count_kernel(
     tl.atomic_add(totals_ptr + experts, counts, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _tiles_kernel(
     totals_ptr,  # (E,) int32
     starts_ptr,  # (E + 1,) int32
@@ -123,7 +124,7 @@ def _tiles_kernel(
     _write_tiles(tile_expert_ptr, tile_first_ptr, counts, first_tile, num_tiles, E_PAD, BLOCK_M, TILE_BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _places_kernel(
     block_counts_ptr,  # (blocks, E) int32, becomes the place of each block's first row of each expert
     starts_ptr,  # (E + 1,) int32
@@ -142,7 +143,7 @@ def _places_kernel(
         place += tl.sum(counts, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _scatter_kernel(
     index_ptr,  # (S,)
     places_ptr,  # (blocks, E) int32

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,9 @@ def test_compose_on_a_cpu():
 def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
     import ffn
 
-    wrong = providers.PROVIDERS["globe"].build
-    monkeypatch.setattr(providers.PROVIDERS["globe"], "build", lambda layer: lambda inputs: 0 * wrong(layer)(inputs))
+    right = providers.PROVIDERS["globe"]
+    wrong = replace(right, build=lambda layer: lambda inputs: 0 * right.build(layer)(inputs))
+    monkeypatch.setitem(providers.PROVIDERS, "globe", wrong)
     monkeypatch.setattr(sys, "argv", ["ffn.py", "--cpu", "--tokens", "2", "--repeats", "1"])
     with pytest.raises(SystemExit, match="globe has relative error 1, the gate is .*; nothing was timed"):
         ffn.main()
