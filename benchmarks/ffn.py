@@ -3,6 +3,7 @@
     python benchmarks/ffn.py                       on a GPU: bf16, Qwen3-30B-A3B, rank 384
     python benchmarks/ffn.py --cpu                 the reference paths, on a small layer, fp32
     python benchmarks/ffn.py --model olmoe --rank 512 --tokens 1 --tokens 64 --ledger
+    python benchmarks/ffn.py --graph --tokens 1    every provider replayed as a CUDA graph, as engines decode
 
 Every provider computes the same function, and is compared with an fp64 reference before anything is timed: a provider
 whose error exceeds 1.5 times that of transformers' eager experts in the same dtype stops the run with exit code 1.
@@ -11,15 +12,17 @@ whose error exceeds 1.5 times that of transformers' eager experts in the same dt
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from ledger import append, conditions
-from measure import Ceilings, Timing, device_name, measure_ceilings, time_side_by_side
+from measure import Ceilings, Timing, captured, device_name, measure_ceilings, time_side_by_side
 from providers import BATCHED_ROWS, PROVIDERS, Inputs, Layer, random_inputs, random_layer, reference
 from rich.console import Console
 from rich.table import Table
-from shapes import MODELS, LayerShape
+from shapes import MODELS
 
 from globe_kernels.testing import relative_errors
 
@@ -28,9 +31,10 @@ _FP32_NOISE = 1e-5  # below this, orders of summation differ and nothing else
 
 
 def run_tokens(
-    layer: Layer, names: list[str], tokens: int, rank: int, device: str, ceilings: Ceilings, repeats: int
+    layer: Layer, names: list[str], tokens: int, ceilings: Ceilings, options: argparse.Namespace
 ) -> list[dict]:
     """The rows of all providers at one number of tokens. Raises SystemExit when one is wrong."""
+    device = layer.gate_up.device.type
     inputs = random_inputs(layer.shape, tokens, layer.gate_up.dtype, device)
     calls = {}
     for name in names:
@@ -38,12 +42,19 @@ def run_tokens(
             continue
         calls[name] = PROVIDERS[name].build(layer)
     errors = _gate(layer, inputs, calls)
-    functions = {name: (lambda call=call: call(inputs)) for name, call in calls.items()}
-    times = time_side_by_side(functions, device, repeats)
+    functions: dict[str, Callable[[], object]] = {name: partial(call, inputs) for name, call in calls.items()}
+    if options.graph:
+        graphs = {name: captured(function) for name, function in functions.items()}
+        functions = {name: graph for name, graph in graphs.items() if graph is not None}
+        if len(functions) < len(graphs):
+            left_out = ", ".join(graphs.keys() - functions.keys())
+            print(f"{tokens} tokens: cannot be captured and left out: {left_out}", file=sys.stderr)
+    times = time_side_by_side(functions, device, options.repeats)
     best = min(time.median_us for name, time in times.items() if not PROVIDERS[name].low_rank)
     return [
-        _row(name, time, errors[name], layer.shape, inputs, rank, ceilings)
+        _row(name, time, errors[name], layer, inputs, ceilings)
         | {
+            "op": "moe_ffn_graph" if options.graph else "moe_ffn",
             "ratio_to_best": best / time.median_us,
             "ratio_to_twin": times["dense_twin"].median_us / time.median_us if "dense_twin" in times else None,
         }
@@ -62,9 +73,8 @@ def _gate(layer: Layer, inputs: Inputs, calls: dict) -> dict[str, float]:
     return errors
 
 
-def _row(
-    name: str, time: Timing, error: float, shape: LayerShape, inputs: Inputs, rank: int, ceilings: Ceilings
-) -> dict:
+def _row(name: str, time: Timing, error: float, layer: Layer, inputs: Inputs, ceilings: Ceilings) -> dict:
+    shape, rank = layer.shape, layer.weights.gate_adapter.shape[2]
     own_rank = rank if PROVIDERS[name].low_rank else None
     tokens = inputs.hidden.shape[0]
     item_size = inputs.hidden.element_size()
@@ -72,7 +82,6 @@ def _row(
     gb_per_s = moved / time.median_us / 1e3
     tflop_per_s = shape.flops(tokens, own_rank) / time.median_us / 1e6
     return {
-        "op": "moe_ffn",
         "shape": {**asdict(shape), "tokens": tokens, "rank": rank},
         "provider": name,
         **asdict(time),
@@ -117,10 +126,13 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MODELS), help="qwen3-30b-a3b; with --cpu qwen3-small")
     parser.add_argument("--rank", type=int, help="half the intermediate size by default")
     parser.add_argument("--tokens", type=int, action="append", help="may be given several times")
+    parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--ledger", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, nothing else")
     args = parser.parse_args()
+    if args.cpu and args.graph:
+        parser.error("--graph replays CUDA graphs, which a CPU has not; leave out --cpu.")
     if not args.cpu and not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; use --cpu for the reference paths.")
     device, dtype = ("cpu", torch.float32) if args.cpu else ("cuda", torch.bfloat16)
@@ -134,9 +146,7 @@ def main() -> None:
     layer, ceilings = random_layer(shape, rank, dtype, device), measure_ceilings(device, dtype)
     tokens = args.tokens or ([1, 16, 128, 512] if args.cpu else [1, 4, 16, 64, 256, 1024, 4096, 16384])
     with torch.inference_mode():
-        rows = [
-            row for count in tokens for row in run_tokens(layer, names, count, rank, device, ceilings, args.repeats)
-        ]
+        rows = [row for count in tokens for row in run_tokens(layer, names, count, ceilings, args)]
     facts = conditions(device_name(device)) | {"model": model}
     rows = [row | asdict(ceilings) | facts for row in rows]
     if args.ledger:

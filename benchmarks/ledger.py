@@ -24,8 +24,18 @@ def conditions(device: str) -> dict[str, str]:
         "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
         "torch": torch.__version__,
         "triton": triton_version,
+        "clocks": _clocks() if device != "cpu" else "unknown",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def _clocks() -> str:
+    """Multiprocessor and memory clock in MHz, as the card has them at the end of a run."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def _git(*arguments: str) -> str:

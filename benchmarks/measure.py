@@ -50,6 +50,23 @@ def _time_once(function: Callable[[], object], flush: torch.Tensor | None) -> fl
     return 1e3 * start.elapsed_time(stop)
 
 
+def captured(function: Callable[[], object]) -> Callable[[], object] | None:
+    """The replay of `function` as a CUDA graph: what a decoding engine runs. None for what cannot be captured."""
+    try:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # compiles and allocates before capture
+                function()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError:  # it waits for the device
+        torch.cuda.synchronize()
+        return None
+    return graph.replay
+
+
 def _summarise(values: list[float]) -> Timing:
     ordered = sorted(values)
     last = len(ordered) - 1

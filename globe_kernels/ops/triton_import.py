@@ -1,5 +1,7 @@
 """Triton, or a stand-in that lets the files with kernels be imported where there is none."""
 
+import warnings
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,12 +31,24 @@ except ImportError:
     HAS_TRITON = False
 
 
-def use_triton(tensor: torch.Tensor) -> bool:
-    """Whether an op on `tensor` runs its kernel: on a GPU always, on a CPU never.
+@lru_cache
+def _warn_once(device_type: str) -> None:
+    warnings.warn(
+        f"GloBE has kernels for CUDA and ROCm devices and none for {device_type!r}; the experts run on the torch "
+        "reference there.",
+        stacklevel=3,
+    )
 
-    Raises RuntimeError on a GPU without Triton, so that nobody runs the slow reference there unawares.
+
+def use_triton(tensor: torch.Tensor) -> bool:
+    """Whether an op on `tensor` runs its kernel: on a GPU always, elsewhere never.
+
+    Raises RuntimeError on a GPU without Triton, so that nobody runs the slow reference there unawares, and warns once
+    about accelerators that have no kernels.
     """
     if tensor.device.type != "cuda":
+        if tensor.device.type != "cpu":
+            _warn_once(tensor.device.type)
         return False
     if not HAS_TRITON:
         raise RuntimeError(
