@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo check lint types test aot gpu clean
+.PHONY: demo check lint types test aot gpu report clean
 
 demo: $(INSTALLED)
 	$(BIN)/globe demo
@@ -38,6 +38,11 @@ gpu:
 	$(PYTHON) benchmarks/ffn.py --ledger
 	$(PYTHON) benchmarks/ffn.py --ledger --model olmoe --tokens 1 --tokens 64 --tokens 1024
 	$(PYTHON) benchmarks/compose.py --ledger
+	$(PYTHON) benchmarks/report.py
+
+# the tables of README.md and the plots, from the ledger as it is
+report: $(INSTALLED)
+	$(BIN)/python benchmarks/report.py
 
 # torch first and alone: its pin decides which build of it the rest is installed beside
 $(INSTALLED): pyproject.toml setup.py constraints.txt

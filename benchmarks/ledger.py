@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -9,6 +10,11 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+_TEXTS = ("op", "provider", "model", "device", "commit", "torch", "triton", "date")
+_POSITIVE = ("median_us", "gb_per_s", "tflop_per_s", "copy_gb_per_s", "matmul_tflop_per_s")
+# what a run writes itself does not change what the next one measures
+_MEASURED = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 
 
 def conditions(device: str) -> dict[str, str]:
@@ -19,9 +25,10 @@ def conditions(device: str) -> dict[str, str]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = "none"
+    changed = _git("status", "--porcelain", *_MEASURED)
     return {
         "device": device,
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else ""),
         "torch": torch.__version__,
         "triton": triton_version,
         "clocks": _clocks() if device != "cpu" else "unknown",
@@ -43,9 +50,14 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
+def slug(name: str) -> str:
+    """A device or a model as part of a path."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
+
+
 def append(op: str, device: str, rows: list[dict]) -> Path:
     """Append rows to the ledger of `op` on `device`; returns its path."""
-    path = RESULTS / re.sub(r"[^A-Za-z0-9]+", "-", device).strip("-").lower() / f"{op}.jsonl"
+    path = RESULTS / slug(device) / f"{op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for row in rows:
@@ -53,6 +65,35 @@ def append(op: str, device: str, rows: list[dict]) -> Path:
     return path
 
 
-def read_all() -> list[dict]:
-    """Every row of every device."""
-    return [json.loads(line) for path in sorted(RESULTS.rglob("*.jsonl")) for line in path.read_text().splitlines()]
+def read_all(results: Path = RESULTS) -> list[dict]:
+    """Every row of every device. Raises SystemExit that names the first damaged line."""
+    rows = []
+    for path in sorted(results.rglob("*.jsonl")):
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise SystemExit(f"ledger: line {number} of {path} is not JSON; remove it or restore it.") from None
+            if damaged := _damaged(row):
+                raise SystemExit(f"ledger: line {number} of {path} lacks a sound {damaged}; remove it or restore it.")
+            rows.append(row)
+    return rows
+
+
+def _damaged(row: object) -> str:
+    """Names of the fields that are missing or of no use; empty for a sound row."""
+    if not isinstance(row, dict):
+        return "object"
+    shape = row.get("shape")
+    sound = {name: isinstance(row.get(name), str) for name in _TEXTS}
+    sound |= {name: _number(row.get(name)) > 0 for name in _POSITIVE}
+    sound["relative_error"] = _number(row.get("relative_error")) >= 0
+    sound["shape"] = isinstance(shape, dict)
+    if isinstance(shape, dict) and row.get("op") == "moe_ffn":
+        sound["shape.tokens"] = _number(shape.get("tokens")) > 0
+    return ", ".join(name for name, is_sound in sound.items() if not is_sound)
+
+
+def _number(value: object) -> float:
+    """NaN, which no comparison accepts, for what is not a finite number."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else math.nan

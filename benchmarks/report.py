@@ -1,0 +1,257 @@
+"""The ledger as tables and rooflines: the block of README.md, and per device a page and a plot of each model.
+
+    python benchmarks/report.py                    writes them: README.md, benchmarks/results/<device>/
+    python benchmarks/report.py --check            exit code 1 when they are not what the ledger yields
+
+Of each (device, op, model, shape, provider) the newest row counts. README.md has room for the model and rank of the
+newest run of each device; the page of the device has everything.
+"""
+
+import argparse
+import json
+import math
+import os
+from pathlib import Path
+
+from ledger import RESULTS, read_all, slug
+
+_BEGIN, _END = "<!-- ledger:begin -->", "<!-- ledger:end -->"
+_README_LINES = 149
+_EMPTY = "No GPU measurement has been recorded yet: `make gpu`, on a machine with a GPU, records it here."
+_LEGEND = (
+    "Written by `make report` from the rows that the benchmarks record. A ratio above 1 says that GloBE is faster; "
+    "`dense_twin` is GloBE's own kernels on the dense weights; copy and matmul were measured in the same run; the "
+    "error is the relative rms error of GloBE, checked before anything is timed."
+)
+_MARKERS = "osD^vP*X"
+
+Line = tuple[dict, dict[str, str]]  # a row that says of which run the line is, and its cells by column
+
+
+def _run(row: dict) -> tuple[str, str]:
+    return row["date"], row["commit"]
+
+
+def latest(rows: list[dict]) -> list[dict]:
+    """The newest row of each measured thing, oldest first."""
+    things = ("device", "op", "model", "shape", "provider")
+    newest = {json.dumps([row[name] for name in things], sort_keys=True): row for row in sorted(rows, key=_run)}
+    return sorted(newest.values(), key=_run)
+
+
+def grouped(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each table: all that differ in tokens and provider only."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row["op"], row["model"], _layer(row)], sort_keys=True), []).append(row)
+    return sorted(groups.values(), key=lambda group: (group[0]["op"] != "moe_ffn", group[0]["op"], group[0]["model"]))
+
+
+def _layer(row: dict) -> dict:
+    return {name: value for name, value in row["shape"].items() if name != "tokens"}
+
+
+def _layer_text(row: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in _layer(row).items())
+
+
+def _percent_of_copy(row: dict) -> str:
+    return f"{100 * row['gb_per_s'] / row['copy_gb_per_s']:.0f}"
+
+
+def _ffn_lines(rows: list[dict]) -> list[Line]:
+    """One line per number of tokens: GloBE against what was timed in the same run."""
+    lines = []
+    for globe in sorted((row for row in rows if row["provider"] == "globe"), key=lambda row: row["shape"]["tokens"]):
+        same = [row for row in rows if row["shape"] == globe["shape"] and _run(row) == _run(globe)]
+        dense = {row["provider"]: row["median_us"] for row in same if not row["provider"].startswith("globe")}
+        best = min(dense, key=dense.__getitem__, default="")
+        own, twin = globe["median_us"], dense.get("dense_twin")
+        cells = {
+            "tokens": str(globe["shape"]["tokens"]),
+            "best other, us": f"{best} {dense[best]:.1f}" if best else "-",
+            "twin, us": f"{twin:.1f}" if twin else "-",
+            "GloBE, us": f"{own:.1f}",
+            "vs best": f"{dense[best] / own:.2f}x" if best else "-",
+            "vs twin": f"{twin / own:.2f}x" if twin else "-",
+            "% copy": _percent_of_copy(globe),
+            "% matmul": f"{100 * globe['tflop_per_s'] / globe['matmul_tflop_per_s']:.0f}",
+            "error": f"{globe['relative_error']:.1e}",
+        }
+        lines.append((globe, cells))
+    return lines
+
+
+def _other_lines(rows: list[dict]) -> list[Line]:
+    """One line per row."""
+    return [
+        (
+            row,
+            {
+                **({"tokens": str(row["shape"]["tokens"])} if "tokens" in row["shape"] else {}),
+                "provider": row["provider"],
+                "us": f"{row['median_us']:.1f}",
+                "GB/s": f"{row['gb_per_s']:.0f}",
+                "% copy": _percent_of_copy(row),
+                "error": f"{row['relative_error']:.1e}",
+            },
+        )
+        for row in rows
+    ]
+
+
+def table(rows: list[dict]) -> list[str]:
+    """One table in Markdown, with the conditions of its runs."""
+    first = rows[0]
+    lines = (_ffn_lines(rows) if first["op"] == "moe_ffn" else []) or _other_lines(rows)
+    runs = {_run(row): row for row, _ in lines}
+    if len(runs) > 1:
+        lines = [(row, {**cells, "run": row["date"]}) for row, cells in lines]
+    header = lines[0][1].keys()
+    values = (cells.values() for _, cells in lines)
+    return [
+        f"`{first['op']}`, {first['model']}: {_layer_text(first)}",
+        "",
+        *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *values)),
+        "",
+        *(
+            f"{row['device']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {row['date']}: "
+            f"copy {row['copy_gb_per_s']:.0f} GB/s, matmul {row['matmul_tflop_per_s']:.2f} TFLOP/s."
+            for row in runs.values()
+        ),
+        "",
+    ]
+
+
+def page(device: str, groups: list[list[dict]], plots: list[str]) -> str:
+    """Everything that was measured on a device."""
+    images = [line for name in plots for line in (f"![{name}]({name})", "")]
+    tables = [line for rows in groups for line in table(rows)]
+    return "\n".join([f"# {device}", "", _LEGEND, "", *images, *tables])
+
+
+def block(devices: dict[str, list[list[dict]]], links: dict[str, str], room: int) -> str:
+    """What stands between the markers of README.md, in at most `room` lines if there is a line for each device."""
+    if not devices:
+        return _EMPTY + "\n"
+    lines = [_LEGEND, ""]
+    room -= len(lines) + 2 * len(devices) - 1  # the last blank line ends the one before it
+    for device, groups in devices.items():
+        lines += [f"**{device}** ([all tables and rooflines]({links[device]}))", ""]
+        newest = max((row for rows in groups for row in rows), key=_run)
+        for rows in groups:
+            lines_of_table = table(rows)
+            if _subject(rows[0]) == _subject(newest) and len(lines_of_table) <= room:
+                room -= len(lines_of_table)
+                lines += lines_of_table
+    return "\n".join(lines)
+
+
+def _subject(row: dict) -> tuple:
+    return row["model"], row["shape"].get("rank")
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """The roofline of one layer: what each provider reaches, below the ceilings of each run, the newest one's solid."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise SystemExit("report: no matplotlib; install it, then `make report`. Nothing was written.") from None
+
+    def intensity(row: dict) -> float:
+        return 1e3 * row["tflop_per_s"] / row["gb_per_s"]  # both are per median_us, which cancels
+
+    rows = sorted(rows, key=lambda row: row["shape"]["tokens"])
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="FLOP / byte", ylabel="TFLOP/s")
+    roofs = sorted({(*_run(row), row["copy_gb_per_s"], row["matmul_tflop_per_s"]) for row in rows})
+    for roof in roofs:
+        *_, copy, matmul = roof
+        ridge = 1e3 * matmul / copy
+        low, high = min(*map(intensity, rows), ridge) / 2, max(*map(intensity, rows), ridge) * 2
+        label = f"copy {copy:.0f} GB/s,\nmatmul {matmul:.2f} TFLOP/s"
+        style = "-" if roof == roofs[-1] else ":"
+        axes.plot([low, ridge, high], [low * copy / 1e3, matmul, matmul], style, color="0.4", label=label)
+    for number, provider in enumerate(sorted({row["provider"] for row in rows})):
+        series = [row for row in rows if row["provider"] == provider]
+        axes.plot(
+            [intensity(row) for row in series],
+            [row["tflop_per_s"] for row in series],
+            marker=_MARKERS[number % len(_MARKERS)],
+            markersize=7,
+            markerfacecolor=None if provider == "globe" else "none",  # points that coincide stay visible
+            linewidth=0.8,
+            label=provider,
+        )
+    _label_tokens(axes, {row["shape"]["tokens"]: intensity(row) for row in rows})
+    newest = max(rows, key=_run)
+    title = f"{newest['device']}, {newest['model']}: {_layer_text(newest)}\ncommit {newest['commit']}, {newest['date']}"
+    figure.suptitle(title, fontsize=11)
+    figure.legend(loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def _label_tokens(axes, places: dict[int, float]) -> None:
+    """A guide per number of tokens, labelled above the plot; in further rows where guides stand close."""
+    axes.annotate("tokens", (0, 1), (0, 3), "axes fraction", textcoords="offset points", fontsize=8)
+    ends: list[float] = []  # of the last label in each row
+    left, right = (math.log10(end) for end in axes.get_xlim())
+    for tokens, x in places.items():
+        at, half = (math.log10(x) - left) / (right - left), 0.006 * (len(str(tokens)) + 1)
+        row = next((number for number, end in enumerate(ends) if end < at - half), len(ends))
+        ends[row : row + 1] = [at + half]
+        axes.axvline(x, color="0.85", linewidth=0.8, zorder=0)
+        axes.annotate(
+            str(tokens),
+            (x, 1),
+            (0, 3 + 11 * row),
+            axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--readme", type=Path, default=RESULTS.parent.parent / "README.md")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    head, begin, rest = args.readme.read_text(encoding="utf-8").partition(_BEGIN)
+    _, end, tail = rest.partition(_END)
+    if not end:
+        raise SystemExit(f"report: {args.readme} has no {_BEGIN} followed by {_END}; put them where the tables belong.")
+
+    rows = latest(read_all(args.results))
+    names = dict.fromkeys(row["device"] for row in reversed(rows))  # the device of the newest run first
+    devices = {name: grouped([row for row in rows if row["device"] == name]) for name in names}
+    texts: dict[Path, str] = {}
+    plots: dict[Path, list[dict]] = {}
+    links = {}
+    for device, groups in devices.items():
+        folder = args.results / slug(device)
+        ffn = sorted((group for group in groups if group[0]["op"] == "moe_ffn"), key=lambda group: _run(group[-1]))
+        own_plots = {f"roofline-{slug(group[0]['model'])}.png": group for group in ffn}
+        plots |= {folder / name: group for name, group in own_plots.items()}
+        texts[folder / "README.md"] = page(device, groups, list(own_plots))
+        links[device] = Path(os.path.relpath(folder / "README.md", args.readme.parent)).as_posix()
+    room = _README_LINES - len(f"{head}{begin}\n{end}{tail}".splitlines())
+    texts[args.readme] = f"{head}{begin}\n{block(devices, links, room)}{end}{tail}"
+
+    stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if args.check:
+        if stale := stale + [path for path in plots if not path.is_file()]:
+            raise SystemExit(f"report: {stale[0]} is not what the ledger yields; `make report` writes it.")
+        return
+    for path, group in plots.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draw(path, group)
+    for path in stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(texts[path], encoding="utf-8")
+    print(f"report: {len(rows)} rows of {len(devices)} devices; wrote", *(stale + list(plots) or ["nothing new"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The report says what the ledger holds: the newest rows, the right figures, and nothing where nothing was measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+BEGIN, END = "<!-- ledger:begin -->", "<!-- ledger:end -->"
+DEVICE = "Made-up 1000, 80GB"  # no card has this name: nothing here was measured
+FOLDER = "made-up-1000-80gb"
+US = {"globe": 50.0, "globe_atomic": 45.0, "dense_twin": 80.0, "hf_eager": 400.0, "hf_grouped_mm": 75.0}
+EARLY, LATE = "2030-01-01T00:00:00+00:00", "2030-01-02T00:00:00+00:00"
+
+
+def row(provider: str, us: float, date: str = EARLY, **changes) -> dict:
+    shape = {"hidden": 64, "intermediate": 32, "experts": 8, "choices": 2, "tokens": 4, "rank": 16}
+    return {
+        "op": "moe_ffn",
+        "shape": shape | changes.pop("shape", {}),
+        "provider": provider,
+        "median_us": us,
+        "p20_us": us,
+        "p80_us": us,
+        "gb_per_s": 40_000 / us,
+        "tflop_per_s": 100 / us,
+        "copy_share": 40 / us,
+        "matmul_share": 1 / us,
+        "relative_error": 0.00234,
+        "copy_gb_per_s": 1000.0,
+        "matmul_tflop_per_s": 100.0,
+        "device": DEVICE,
+        "commit": "abc1234",
+        "torch": "2.0",
+        "triton": "3.0",
+        "date": date,
+        "model": "olmoe",
+    } | changes
+
+
+def run_of(date: str = EARLY, scale: float = 1.0, **changes) -> list[dict]:
+    """The rows of one number of tokens, every provider `scale` times as slow as in US."""
+    return [row(name, scale * us, date, **changes) for name, us in US.items()]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A README and an empty ledger, and what to do with them."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from report import main
+
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(f"# Title\n\nabove\n\n{BEGIN}\nold\n{END}\n\nbelow\n", encoding="utf-8")
+    results.mkdir()
+
+    def put(rows: list[dict], file: str = f"{FOLDER}/ffn.jsonl") -> Path:
+        path = results / file
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(each) + "\n" for each in rows)
+        return path
+
+    def report(*arguments: str) -> str:
+        """Runs the report; returns what it complains of before exit code 1."""
+        options = ["--results", str(results), "--readme", str(readme)]
+        monkeypatch.setattr(sys, "argv", ["report.py", *options, *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            assert isinstance(stop.code, str) and "\n" not in stop.code  # printed; the exit code is 1
+            return stop.code
+        return ""
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(tmp_path)): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    return SimpleNamespace(readme=readme, results=results, put=put, report=report, files=files)
+
+
+def cells(text: str) -> list[list[str]]:
+    """The lines of all tables."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return [line for line in lines if line[0] != "---"]
+
+
+def test_the_readme_of_the_repository_is_what_its_ledger_yields():
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_empty_ledger_is_said_in_one_sentence(place):
+    assert not place.report()
+    text = place.readme.read_text()
+    block = text.partition(BEGIN)[2].partition(END)[0]
+    assert block.count("\n") == 2 and "No GPU measurement has been recorded yet" in block and "`make gpu`" in block
+    assert list(place.files()) == ["README.md"]
+    assert block in (ROOT / "README.md").read_text() or list((BENCHMARKS / "results").rglob("*.jsonl"))
+
+
+def test_the_tables_hold_the_newest_rows(place):
+    place.put(run_of(LATE, scale=2) + run_of(EARLY) + run_of(EARLY, shape={"tokens": 16}))
+    assert not place.report()
+    header, first, second = cells(place.readme.read_text())
+    assert header[:4] == ["tokens", "best other, us", "twin, us", "GloBE, us"] and header[-1] == "run"
+    assert first == ["4", "hf_grouped_mm 150.0", "160.0", "100.0", "1.50x", "1.60x", "40", "1", "2.3e-03", LATE]
+    assert second == ["16", "hf_grouped_mm 75.0", "80.0", "50.0", "1.50x", "1.60x", "80", "2", "2.3e-03", EARLY]
+    for date in (EARLY, LATE):  # the conditions of both runs
+        conditions = f"{DEVICE}, torch 2.0, triton 3.0, commit abc1234, {date}: copy 1000 GB/s, matmul 100.00 TFLOP/s."
+        assert conditions in place.readme.read_text()
+
+
+def test_a_line_compares_within_one_run(place):
+    place.put([*run_of(EARLY), row("globe", 10.0, LATE)])
+    place.report()
+    (line,) = cells(place.readme.read_text())[1:]
+    assert line[:6] == ["4", "-", "-", "10.0", "-", "-"]
+
+
+def test_the_ratio_is_that_of_the_benchmark(place):
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "ffn.py"), "--cpu", "--json", "--tokens", "4", "--repeats", "1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    place.put(rows, "cpu/ffn.jsonl")
+    assert not place.report()
+    (globe,) = (each for each in rows if each["provider"] == "globe")
+    header, line = cells(place.readme.read_text())
+    shown = dict(zip(header, line, strict=True))
+    assert shown["GloBE, us"] == f"{globe['median_us']:.1f}" and shown["twin, us"] == "-"
+    assert shown["vs best"] == f"{globe['ratio_to_best']:.2f}x"
+    assert shown["% copy"] == f"{100 * globe['copy_share']:.0f}"
+    assert shown["% matmul"] == f"{100 * globe['matmul_share']:.0f}"
+    assert shown["error"] == f"{globe['relative_error']:.1e}"
+    assert (place.results / "cpu" / "roofline-qwen3-small.png").is_file()
+
+
+def test_the_page_has_all_models_and_the_readme_those_of_the_newest_run(place):
+    place.put(run_of(EARLY, shape={"rank": 8}) + run_of(EARLY, model="mixtral-8x7b") + run_of(LATE))
+    compose = row("globe", 20.0, LATE, op="compose_basis", shape={"atoms": 5})
+    del compose["shape"]["tokens"], compose["matmul_share"]
+    place.put([compose], f"{FOLDER}/compose.jsonl")
+    assert not place.report()
+    page, readme = (place.results / FOLDER / "README.md").read_text(), place.readme.read_text()
+    assert f"(results/{FOLDER}/README.md)" in readme
+    for text, count in ((page, 4), (readme, 2)):
+        assert text.count("error |") == text.count(": copy 1000 GB/s") == count
+        assert ["provider", "us", "GB/s", "% copy", "error"] in cells(text)
+        assert ["globe", "20.0", "2000", "200", "2.3e-03"] in cells(text)
+    for name in ("roofline-olmoe.png", "roofline-mixtral-8x7b.png"):
+        image = (place.results / FOLDER / name).read_bytes()
+        width, height = (int.from_bytes(image[at : at + 4]) for at in (16, 20))
+        assert image[:8] == b"\x89PNG\r\n\x1a\n" and 600 < width < 2000 and 400 < height < 1500 and len(image) > 10_000
+        assert f"]({name})" in page
+
+
+def test_nothing_else_changes_and_a_second_run_changes_nothing(place):
+    place.put(run_of())
+    place.report()
+    text, files = place.readme.read_text(), place.files()
+    assert text.startswith(f"# Title\n\nabove\n\n{BEGIN}\n") and text.endswith(f"\n{END}\n\nbelow\n")
+    assert "old" not in text
+    assert not place.report() and place.files() == files
+
+
+def test_the_readme_stays_short(place):
+    place.readme.write_text("line\n" * 115 + f"{BEGIN}\n{END}\n")
+    for number in range(6):
+        tokens = [each for count in (1, 4, 16) for each in run_of(device=f"{DEVICE} {number}", shape={"tokens": count})]
+        place.put(tokens, f"{number}.jsonl")
+    assert not place.report()
+    text = place.readme.read_text()
+    assert 130 < len(text.splitlines()) < 150 and text.count("all tables and rooflines") == 6
+
+
+def test_check(place):
+    place.put(run_of())
+    stale, files = place.report("--check"), place.files()
+    assert "README.md is not what the ledger yields" in stale
+    assert list(files) == list(place.files()) and b"old" in files["README.md"]
+    place.report()
+    assert not place.report("--check")
+    place.readme.write_text(place.readme.read_text().replace("50.0", "49.0"))
+    assert place.report("--check")
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("<<<<<<< HEAD", "is not JSON"),
+        ("[]", "a sound object"),
+        (json.dumps({name: value for name, value in row("globe", 1.0).items() if name != "commit"}), "sound commit;"),
+        (json.dumps(row("globe", 1.0, relative_error=float("nan"))), "sound relative_error;"),
+        (json.dumps(row("globe", 1.0, median_us=0)), "sound median_us;"),
+        (json.dumps(row("globe", 1.0) | {"shape": {}}), "sound shape.tokens;"),
+    ],
+)
+def test_a_damaged_line_is_named(place, line, complaint):
+    path = place.put(run_of())
+    with path.open("a") as file:
+        file.write(line + "\n")
+    files = place.files()
+    complained = place.report()
+    assert f"line {len(US) + 1} of {path}" in complained and complaint in complained
+    assert place.files() == files
+
+
+def test_markers_that_are_missing_are_named(place):
+    place.readme.write_text("# Title\n")
+    assert BEGIN in place.report() and place.readme.read_text() == "# Title\n"
