@@ -34,7 +34,7 @@ gpu:
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
 	else echo "compute-sanitizer is missing: skipped"; fi
-	$(PYTHON) benchmarks/aot.py --target 90
+	$(PYTHON) benchmarks/aot.py --target sm_90
 	$(PYTHON) benchmarks/ffn.py --ledger
 	$(PYTHON) benchmarks/ffn.py --ledger --model olmoe --tokens 1 --tokens 64 --tokens 1024
 	$(PYTHON) benchmarks/compose.py --ledger

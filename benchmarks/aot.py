@@ -1,6 +1,6 @@
 """Compile every shipped kernel configuration ahead of time, without a GPU, and hold it to its limits.
 
-    python benchmarks/aot.py [--target 80 --target 90] [--json]
+    python benchmarks/aot.py [--target sm_80 --target gfx942] [--json]
 
 For each kernel, configuration and target: registers, spills, shared memory, and the number of HGMMA (wgmma)
 instructions. Exit code 1 when a kernel spills, needs more shared memory than the card has, or, as a grouped GEMM with
@@ -15,7 +15,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ class Row:
     target: str
     triton: str
     registers: int
-    spills: int  # bytes of stack per thread
+    spills: int  # bytes per thread
     shared_bytes: int
     shared_limit: int
     hgmma: int
@@ -134,18 +136,18 @@ def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
                 yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=config.block_m >= 64)
 
 
-def tuned_configs(capability: tuple[int, int]) -> Iterator[FfnConfig]:
-    """What the tables of cards of this compute capability hold for 16-bit values."""
+def tuned_configs(architecture: str) -> Iterator[FfnConfig]:
+    """What the tables of cards of this architecture hold for 16-bit values."""
     for path in sorted(TABLES.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
-        if tuple(table["capability"]) == capability:
+        if table["architecture"] == architecture:
             yield from (FfnConfig.from_dict(entry["config"]) for entry in table["entries"] if entry["item_size"] == 2)
 
 
-def cases(capability: tuple[int, int]) -> Iterator[Case]:
-    """Every kernel in every configuration that a card of this compute capability gets."""
-    defaults = (fit_to(config, 2, CARDS[capability]) for _, config in DEFAULTS)
-    for config in dict.fromkeys([*defaults, *tuned_configs(capability)]):
+def cases(architecture: str) -> Iterator[Case]:
+    """Every kernel in every configuration that a card of this architecture gets."""
+    defaults = (fit_to(config, 2, CARDS[architecture]) for _, config in DEFAULTS)
+    for config in dict.fromkeys([*defaults, *tuned_configs(architecture)]):
         yield from _gemm_cases(config)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
@@ -170,60 +172,85 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     yield Case(routing_plan._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
 
 
-def compile_case(case: Case, capability: int) -> Row:
-    """Compile one case for sm_`capability` and read the machine code."""
+def compile_case(case: Case, architecture: str) -> Row:
+    """Compile one case and read the machine code."""
     signature = case.signature()
-    names = list(signature)
     # torch allocates on 512 bytes; hidden, intermediate size and rank are multiples of 16 (others run, but slower)
     aligned = {
         (number,): [["tt.divisibility", 16]]
-        for number, name in enumerate(names)
-        if name.endswith("_ptr") or name in ("depth", "num_columns", "row_stride", "num_values", "width")
+        for number, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name in ("depth", "num_columns", "row_stride", "num_values", "width")
     }
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
+    compiled = triton.compile(source, target=_target(architecture), options=case.options)
+    registers, spills, hgmma = (_amd if architecture.startswith("gfx") else _nvidia)(compiled.asm)
+    return Row(
+        kernel=case.kernel.fn.__name__.strip("_"),
+        config=case.config,
+        target=architecture,
+        triton=triton.__version__,
+        registers=registers,
+        spills=spills,
+        shared_bytes=compiled.metadata.shared,
+        shared_limit=CARDS[architecture].shared_bytes,
+        hgmma=hgmma,
+        needs_hgmma=case.needs_wgmma and architecture == "sm_90",
+    )
+
+
+def _target(architecture: str) -> GPUTarget:
+    if architecture.startswith("gfx"):
+        return GPUTarget("hip", architecture, 64)
+    return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+
+
+def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int]:
+    """(registers, bytes of stack, HGMMA instructions)"""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         machine_code = _tool("cuobjdump", "--dump-sass", file.name)
     registers, stack = (int(re.findall(rf"{name}:(\d+)", usage)[0]) for name in ("REG", "STACK"))
-    return Row(
-        kernel=case.kernel.fn.__name__.strip("_"),
-        config=case.config,
-        target=f"sm_{capability}",
-        triton=triton.__version__,
-        registers=registers,
-        spills=stack,
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=CARDS[divmod(capability, 10)].shared_bytes,
-        hgmma=machine_code.count("HGMMA"),
-        needs_hgmma=case.needs_wgmma and capability == 90,
+    return registers, stack, machine_code.count("HGMMA")
+
+
+def _amd(asm: dict[str, Any]) -> tuple[int, int, int]:
+    """(vector registers, bytes of them that spill, 0)"""
+    registers, spilled = (
+        int(re.findall(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[0]) for name in ("vgpr_count", "vgpr_spill_count")
     )
+    return registers, 4 * spilled, 0
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(_TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
 
 
+def _compile_share(architecture: str, share: int, shares: int) -> list[tuple[int, Row]]:
+    """Every `shares`-th case from `share` on, with its place: kernels cannot be sent to another process."""
+    numbered = list(enumerate(cases(architecture)))[share::shares]
+    return [(number, compile_case(case, architecture)) for number, case in numbered]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", type=int, action="append", help="compute capability, 80 and 90 by default")
+    parser.add_argument("--target", choices=list(CARDS), action="append", help="sm_80 and sm_90 by default")
     parser.add_argument("--json", action="store_true", help="a list of objects on stdout, nothing else")
     args = parser.parse_args()
-    rows = []
-    for capability in args.target or (80, 90):
-        if divmod(capability, 10) not in CARDS:
-            known = ", ".join(f"{major}{minor}" for major, minor in CARDS)
-            parser.error(f"target {capability} is not known; expected one of {known}.")
-        rows += [compile_case(case, capability) for case in cases(divmod(capability, 10))]
+    workers = os.cpu_count() or 1
+    rows: list[Row] = []
+    with ProcessPoolExecutor(workers) as pool:
+        for architecture in args.target or ("sm_80", "sm_90"):
+            shares = [pool.submit(_compile_share, architecture, share, workers) for share in range(workers)]
+            rows += [row for _, row in sorted((pair for share in shares for pair in share.result()), key=itemgetter(0))]
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
     else:
-        print(f"{'kernel':26}{'configuration':38}{'target':8}{'regs':>6}{'spills':>8}{'shared':>9}{'HGMMA':>7}")
+        print(f"{'kernel':26}{'configuration':46}{'target':8}{'regs':>6}{'spills':>8}{'shared':>9}{'HGMMA':>7}")
         for row in rows:
             print(
-                f"{row.kernel:26}{row.config:38}{row.target:8}{row.registers:6}{row.spills:8}{row.shared_bytes:9}"
+                f"{row.kernel:26}{row.config:46}{row.target:8}{row.registers:6}{row.spills:8}{row.shared_bytes:9}"
                 f"{row.hgmma:7}  {row.problem()}"
             )
         print(f"{len(rows)} kernels compiled with Triton {triton.__version__}")

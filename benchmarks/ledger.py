@@ -3,11 +3,12 @@
 import datetime
 import json
 import math
-import re
 import subprocess
 from pathlib import Path
 
 import torch
+
+from globe_kernels.ops.tuning import slug
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -50,11 +51,6 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def slug(name: str) -> str:
-    """A device or a model as part of a path."""
-    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
-
-
 def append(op: str, device: str, rows: list[dict]) -> Path:
     """Append rows to the ledger of `op` on `device`; returns its path."""
     path = RESULTS / slug(device) / f"{op}.jsonl"
@@ -89,7 +85,7 @@ def _damaged(row: object) -> str:
     sound |= {name: _number(row.get(name)) > 0 for name in _POSITIVE}
     sound["relative_error"] = _number(row.get("relative_error")) >= 0
     sound["shape"] = isinstance(shape, dict)
-    if isinstance(shape, dict) and row.get("op") == "moe_ffn":
+    if isinstance(shape, dict) and str(row.get("op")).startswith("moe_ffn"):
         sound["shape.tokens"] = _number(shape.get("tokens")) > 0
     return ", ".join(name for name, is_sound in sound.items() if not is_sound)
 

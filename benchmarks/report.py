@@ -13,7 +13,9 @@ import math
 import os
 from pathlib import Path
 
-from ledger import RESULTS, read_all, slug
+from ledger import RESULTS, read_all
+
+from globe_kernels.ops.tuning import slug
 
 _BEGIN, _END = "<!-- ledger:begin -->", "<!-- ledger:end -->"
 _README_LINES = 149
@@ -44,7 +46,12 @@ def grouped(rows: list[dict]) -> list[list[dict]]:
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row["op"], row["model"], _layer(row)], sort_keys=True), []).append(row)
-    return sorted(groups.values(), key=lambda group: (group[0]["op"] != "moe_ffn", group[0]["op"], group[0]["model"]))
+    return sorted(groups.values(), key=lambda group: (not _is_ffn(group[0]), group[0]["op"], group[0]["model"]))
+
+
+def _is_ffn(row: dict) -> bool:
+    """Whole layers, called one by one or replayed as a CUDA graph."""
+    return row["op"].startswith("moe_ffn")
 
 
 def _layer(row: dict) -> dict:
@@ -103,7 +110,7 @@ def _other_lines(rows: list[dict]) -> list[Line]:
 def table(rows: list[dict]) -> list[str]:
     """One table in Markdown, with the conditions of its runs."""
     first = rows[0]
-    lines = (_ffn_lines(rows) if first["op"] == "moe_ffn" else []) or _other_lines(rows)
+    lines = (_ffn_lines(rows) if _is_ffn(first) else []) or _other_lines(rows)
     runs = {_run(row): row for row, _ in lines}
     if len(runs) > 1:
         lines = [(row, {**cells, "run": row["date"]}) for row, cells in lines]

@@ -148,14 +148,14 @@ def _rank(layer: Layer, op: str) -> int:
     return layer.weights.gate_adapter.shape[2] if op == "moe_ffn" else layer.shape.intermediate
 
 
-def write(path: Path, device: str, capability: tuple[int, int], entries: list[dict]) -> None:
+def write(path: Path, device: str, architecture: str, entries: list[dict]) -> None:
     """Put `entries` into a table, in the place of earlier ones for the same calls."""
     key = ("op", "shape", "rows_per_expert", "item_size", "triton")
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"entries": []}
     new = [[entry[name] for name in key] for entry in entries]
     kept = [entry for entry in table["entries"] if [entry[name] for name in key] not in new]
     lines = ",\n".join(json.dumps(entry) for entry in kept + entries)
-    head = f'{{"device": {json.dumps(device)}, "capability": {list(capability)}, "entries": [\n'
+    head = f'{{"device": {json.dumps(device)}, "architecture": {json.dumps(architecture)}, "entries": [\n'
     path.write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
 
 
@@ -172,7 +172,7 @@ def main() -> None:
     torch.manual_seed(0)
     layer = random_layer(shape, args.rank or shape.intermediate // 2, torch.bfloat16, "cuda")
     name, card = device_name("cuda"), tuning.card_of(device)
-    path = tuning.TABLES / f"{tuning.device_slug(name)}.json"
+    path = tuning.TABLES / f"{tuning.slug(name)}.json"
     for tokens in args.tokens or (1, 4, 16, 64, 256, 1024, 4096, 16384):
         inputs = random_inputs(shape, tokens, torch.bfloat16, "cuda")
         for op in ("moe_ffn", "dense_twin"):
@@ -181,7 +181,7 @@ def main() -> None:
                 print(f"{op}, {tokens} tokens: the default is the fastest found", flush=True)
                 continue
             # after every entry: a run that is cut short keeps what it found
-            write(path, name, torch.cuda.get_device_capability(), [entry])
+            write(path, name, tuning.architecture_of(device), [entry])
             print(f"{op}, {tokens} tokens: {entry['default_us']:.1f} -> {entry['median_us']:.1f} us", flush=True)
 
 

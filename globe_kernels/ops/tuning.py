@@ -30,17 +30,18 @@ class Card:
     accumulators: int = 64  # fp32 per thread, so that nothing spills: mma.sync holds its inputs in registers as well
 
 
-# By compute capability. wgmma and tcgen05 read their inputs from shared memory and leave registers to accumulators.
+# By architecture. wgmma and tcgen05 read their inputs from shared memory and leave registers to accumulators.
 CARDS = {
-    (8, 0): Card(163 * 1024),
-    (8, 6): Card(99 * 1024),
-    (8, 7): Card(163 * 1024),
-    (8, 9): Card(99 * 1024),
-    (9, 0): Card(227 * 1024, accumulators=128),
-    (10, 0): Card(227 * 1024, accumulators=128),
-    (12, 0): Card(99 * 1024),
+    "sm_80": Card(163 * 1024),
+    "sm_86": Card(99 * 1024),
+    "sm_87": Card(163 * 1024),
+    "sm_89": Card(99 * 1024),
+    "sm_90": Card(227 * 1024, accumulators=128),
+    "sm_100": Card(227 * 1024, accumulators=128),
+    "sm_120": Card(99 * 1024),
+    "gfx942": Card(64 * 1024),
 }
-SMALLEST_CARD = Card(64 * 1024)  # AMD gfx942, and whatever is not listed
+SMALLEST_CARD = Card(64 * 1024)  # what is not listed
 # A tuned entry whose sizes are further than this factor from those of a call says nothing about it.
 _NEAR = 2.0
 
@@ -161,11 +162,16 @@ def default_config(rows: int, item_size: int, card: Card) -> FfnConfig:
     return fit_to(next(config for limit, config in DEFAULTS if limit is None or rows <= limit), item_size, card)
 
 
+def architecture_of(device: torch.device) -> str:
+    """What a GPU's compiler calls it: "sm_90", "gfx942"."""
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
 @lru_cache
 def card_of(device: torch.device) -> Card:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return SMALLEST_CARD
-    return CARDS.get(torch.cuda.get_device_capability(device), SMALLEST_CARD)
+    return CARDS.get(architecture_of(device), SMALLEST_CARD) if device.type == "cuda" else SMALLEST_CARD
 
 
 @lru_cache
@@ -186,8 +192,8 @@ def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device,
     return FfnConfig.from_dict(entry["config"])
 
 
-def device_slug(name: str) -> str:
-    """A device's name as the name of a file."""
+def slug(name: str) -> str:
+    """A name of a device or a model as part of a path."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
@@ -198,7 +204,7 @@ def load_table(device_name: str) -> list[dict[str, Any]]:
     One entry: {"op": str, "shape": FfnShape, "rows_per_expert": int, "item_size": int, "triton": version,
     "config": FfnConfig}.
     """
-    path = TABLES / f"{device_slug(device_name)}.json"
+    path = TABLES / f"{slug(device_name)}.json"
     return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
 
 

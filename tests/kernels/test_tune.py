@@ -12,7 +12,7 @@ from globe_kernels.ops.tuning import CARDS, Card, FfnShape, default_config, near
 from tests.kernels.cases import DEVICE, needs_kernels
 from tests.kernels.test_benchmarks import BENCHMARKS
 
-H100 = CARDS[9, 0]
+H100 = CARDS["sm_90"]
 
 
 @pytest.fixture
@@ -71,12 +71,12 @@ def test_a_whole_run(tune, monkeypatch, tmp_path, op):
     assert entry["median_us"] < entry["default_us"]
 
     path = tmp_path / "card.json"
-    tune.write(path, "A card", (8, 9), [entry])
+    tune.write(path, "A card", "sm_89", [entry])
     other = {**entry, "rows_per_expert": 64}
-    tune.write(path, "A card", (8, 9), [other])
-    tune.write(path, "A card", (8, 9), [{**entry, "median_us": 1.0}])  # takes the place of the first
+    tune.write(path, "A card", "sm_89", [other])
+    tune.write(path, "A card", "sm_89", [{**entry, "median_us": 1.0}])  # takes the place of the first
     table = json.loads(path.read_text())
-    assert table["device"] == "A card" and table["capability"] == [8, 9]
+    assert table["device"] == "A card" and table["architecture"] == "sm_89"
     assert [e["rows_per_expert"] for e in table["entries"]] == [64, 2] and table["entries"][1]["median_us"] == 1.0
     found = nearest(table["entries"], FfnShape(**entry["shape"]), 2, 4, Card(99 * 1024))
     assert found is not None and found["rows_per_expert"] == 2
@@ -105,8 +105,8 @@ def test_without_a_gpu_it_says_so():
 def test_tables_that_ship_are_whole():
     for path in tuning.TABLES.glob("*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
-        card = CARDS[tuple(table["capability"])]
-        assert path.stem == tuning.device_slug(table["device"])
+        card = CARDS[table["architecture"]]
+        assert path.stem == tuning.slug(table["device"])
         for entry in table["entries"]:
             config = tuning.FfnConfig.from_dict(entry["config"])
             assert supports(config, entry["item_size"], card)

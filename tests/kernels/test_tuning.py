@@ -24,7 +24,7 @@ from globe_kernels.ops.tuning import (
 )
 
 QWEN = FfnShape(experts=128, hidden=2048, intermediate=768, rank=384)
-H100 = CARDS[9, 0]
+H100 = CARDS["sm_90"]
 
 
 @pytest.mark.parametrize("card", [*CARDS.values(), SMALLEST_CARD], ids=str)
