@@ -144,6 +144,14 @@ ARCHITECTURES = {
         Architecture("deepseek_v2"),
         Architecture("deepseek_v3"),
         Architecture("glm4_moe"),
+        Architecture(
+            "gpt_oss",
+            intermediate_key="intermediate_size",
+            has_bias=True,
+            transposed=True,
+            interleaved=True,
+            activation="clamped_swiglu",
+        ),
     )
 }
 
