@@ -14,7 +14,7 @@ from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.families import FAMILIES
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.replacement import globe_modules
 
@@ -72,14 +72,13 @@ def _run(out: Path, stage: Stage) -> dict:
 def _svd_model(model_dir: Path, source: ExpertSource, rank: int) -> nn.Module:
     """The dense model with every gate and up matrix replaced by its truncated SVD, factors rounded to bf16."""
     model = load_model(model_dir)
-    live = dict(architecture_of(source.base.model_type).live_experts(model))
-    inner = source.base.intermediate_size
+    live = dict(source.architecture.live_experts(model))
     for layer in source.layers:
         experts: Any = model.get_submodule(live[layer.layer])
-        target = experts.gate_up_proj
-        for family, rows in zip(FAMILIES, (slice(0, inner), slice(inner, None)), strict=True):
+        for family in FAMILIES:
             left, right = truncated_svd(source.read(layer, family), rank)
-            target.data[:, rows] = left.bfloat16().float().bmm(right.bfloat16().float()).to(target.dtype)
+            weights = left.bfloat16().float().bmm(right.bfloat16().float())
+            source.architecture.part(experts.gate_up_proj.data, family).copy_(weights)
     return model
 
 

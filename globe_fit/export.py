@@ -64,15 +64,16 @@ def export_globe(
 ) -> None:
     """Write a Hugging Face directory that `from_pretrained` loads as GloBE once globe_kernels is imported.
 
-    The tensors of the base other than gate and up experts are copied, one shard in memory at a time. Floating
-    tensors are cast to `dtype` when it is given. Raises RequestError when the checkpoint is of another model.
+    The tensors of the base other than gate and up experts are copied, fused down experts and biases in the layout of
+    GlobeMoEFFN, one shard in memory at a time. Floating tensors are cast to `dtype` when it is given. Raises
+    RequestError when the checkpoint is of another model.
     """
     _require_same_model(checkpoint.config, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
-            yield key, base.files.read(key)
+            yield from _kept(base, key)
         for family in FAMILIES:
             yield exported_bank_key(family), checkpoint.bank(family)
         for layer in checkpoint.config.base.num_experts:
@@ -82,7 +83,8 @@ def export_globe(
                 yield exported_key(layer, f"{family}_code_index"), factors.code.index
                 yield exported_key(layer, f"{family}_code_value"), factors.code.value
 
-    count = len(kept) + len(checkpoint.config.tensor_shapes())
+    split = sum(key.matrix == "gate_up_bias" for key in base.expert_keys.values())
+    count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
     needed = _bytes(base, kept) + checkpoint.bytes_on_disk
     _write_model(base, Path(out), tensors(), count, needed, dtype, quantization, on_tensor)
@@ -117,9 +119,10 @@ def export_dense(
         for name in keys:
             key, original = base.expert_keys.get(name), base.files.read(name)
             if key is not None and _is_compressed(key):
-                families = FAMILIES if key.matrix == "gate_up" else (key.matrix,)
-                weights = torch.cat([dense(key, family) for family in families], dim=1)
-                original = weights.view(original.shape).to(original.dtype)
+                original = torch.empty_like(original)
+                for family in FAMILIES if key.matrix == "gate_up" else (key.matrix,):
+                    part = original[None] if key.expert is not None else base.architecture.part(original, family)
+                    part.copy_(dense(key, family))
             yield name, original
 
     _write_model(base, Path(out), tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
@@ -127,6 +130,17 @@ def export_dense(
 
 def _is_compressed(key: ExpertKey | None) -> bool:
     return key is not None and key.matrix in ("gate", "up", "gate_up")
+
+
+def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor of the base that is not compressed, under its names in the model that runs as GloBE."""
+    parsed, tensor = base.expert_keys.get(key), base.files.read(key)
+    if parsed is None or parsed.expert is not None:
+        yield key, tensor
+        return
+    prefix, _, name = key.rpartition(".")
+    for own, view in base.architecture.kept(name, tensor).items():
+        yield f"{prefix}.{own}", view
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

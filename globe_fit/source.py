@@ -1,7 +1,7 @@
 """Streams the experts of a Hugging Face checkpoint from its safetensors files, one layer at a time.
 
 Reads both layouts: one 2-D tensor per expert (`experts.{e}.gate_proj.weight`) and fused 3-D tensors
-(`experts.gate_up_proj`, gate rows first). Nothing is read before it is asked for.
+(`experts.gate_up_proj`, laid out as the architecture says). Nothing is read before it is asked for.
 """
 
 import math
@@ -101,7 +101,7 @@ class ExpertLayer:
 
     layer: int
     num_experts: int
-    keys: dict[str, list[str]]  # matrix ("gate", "up", "down", "gate_up") -> a key per expert, or one fused key
+    keys: dict[str, list[str]]  # matrix (as in ExpertKey) -> a key per expert, or one fused key
 
 
 class ExpertSource:
@@ -123,7 +123,7 @@ class ExpertSource:
         try:
             num_experts = self.architecture.num_experts(config)
             expected_layers = self.architecture.moe_layers(config)
-            expected_shape = (self.architecture.intermediate_size(config), int(config["hidden_size"]))
+            inner, width = self.architecture.intermediate_size(config), int(config["hidden_size"])
         except (KeyError, TypeError) as error:
             raise GlobeError(
                 f"config.json in {self.model_dir} is not a complete {self.architecture.model_type} configuration "
@@ -132,17 +132,17 @@ class ExpertSource:
         self.files = TensorFiles(self.model_dir)
         self.expert_keys: dict[str, ExpertKey] = {}
         for key in self.files.weight_map:
+            if ".experts." in key and key.endswith(("_blocks", "_scales")):
+                raise RequestError(
+                    f"{key} in {self.model_dir} is of an MXFP4 checkpoint and GloBE reads {', '.join(_READABLE)}; load "
+                    "it in transformers with Mxfp4Config(dequantize=True) and save it with save_original_format=False."
+                )
             parsed = self.architecture.parse_key(key)
             # layers past num_hidden_layers are prediction heads that transformers does not load
             if parsed is not None and parsed.layer < config["num_hidden_layers"]:
                 self.expert_keys[key] = parsed
         self.layers = self._group(num_experts, expected_layers)
-        inner, width = self._check_shapes()
-        if (inner, width) != expected_shape:
-            raise GlobeError(
-                f"The experts of {self.model_dir} are {inner} x {width} and config.json says {expected_shape[0]} x "
-                f"{expected_shape[1]}; the files are of different models, download them again."
-            )
+        self._check_shapes(inner, width)
         self.base = BaseModel(
             name=self.model_dir.resolve().name,
             model_type=self.architecture.model_type,
@@ -190,34 +190,44 @@ class ExpertSource:
             layers.append(ExpertLayer(layer, num_experts, keys))
         return layers
 
-    def _check_shapes(self) -> tuple[int, int]:
-        """(P, D), the same for every gate and up expert, read from the headers."""
+    def _check_shapes(self, inner: int, width: int) -> None:
+        """Every gate and up expert is (P, D) = (inner, width), by the headers, and so is what is fused."""
         shapes: dict[tuple[int, int], str] = {}
         for layer in self.layers:
+            if "gate_up" in layer.keys:
+                self._check_fused(layer, inner, width)
             for matrix in ("gate", "up", "gate_up"):
                 for key in layer.keys.get(matrix, ()):
                     view = self.files.view(key)
-                    shape = tuple(view.get_shape())
                     if view.get_dtype() not in _READABLE:
                         raise RequestError(
                             f"{key} is stored as {view.get_dtype()} and GloBE reads {', '.join(_READABLE)}; convert "
                             "the model to bf16 first."
                         )
-                    if matrix == "gate_up":
-                        if len(shape) != 3 or shape[0] != layer.num_experts or shape[1] % 2:
-                            raise GlobeError(
-                                f"{key} has shape {shape} and ({layer.num_experts}, 2P, D) was expected; the files "
-                                "are of different models, download them again."
-                            )
-                        shape = (shape[1] // 2, shape[2])
-                    shapes.setdefault(shape, key)
+                    if matrix != "gate_up":
+                        shapes.setdefault(tuple(view.get_shape()), key)
         if len(shapes) > 1:
             (first, key), (second, other) = list(shapes.items())[:2]
             raise RequestError(
                 f"The experts differ in shape: {key} is {first} and {other} is {second}; one bank needs one shape, so "
                 "this model cannot be fitted as a whole."
             )
-        return next(iter(shapes))
+        for rows, columns in shapes:
+            if (rows, columns) != (inner, width):
+                raise GlobeError(
+                    f"The experts of {self.model_dir} are {rows} x {columns} and config.json says {inner} x {width}; "
+                    "the files are of different models, download them again."
+                )
+
+    def _check_fused(self, layer: ExpertLayer, inner: int, width: int) -> None:
+        for name, shape in self.architecture.fused_shapes(layer.num_experts, inner, width).items():
+            found = [tuple(self.files.view(key).get_shape()) for key in layer.keys.get(name.replace("_proj", ""), ())]
+            if found != [shape]:
+                raise GlobeError(
+                    f"{name} of the experts of layer {layer.layer} in {self.model_dir} is "
+                    f"{', '.join(map(str, found)) or 'missing'} and config.json says {shape}; the files are incomplete "
+                    "or of different models, download them again."
+                )
 
     def read(self, layer: ExpertLayer, family: str, experts: range | None = None) -> torch.Tensor:
         """(E, P, D) float32: the given experts of one layer and family, by default all."""
@@ -247,7 +257,11 @@ class ExpertSource:
         view = self.files.view(layer.keys["gate_up"][0])
         start = 0 if family == "gate" else self.base.intermediate_size
         for expert in experts:
-            yield view[expert, start : start + self.base.intermediate_size]
+            if self.architecture.transposed or self.architecture.interleaved:
+                # rows that are not contiguous on disk: the expert is read whole
+                yield self.architecture.part(view[expert : expert + 1], family)[0]
+            else:
+                yield view[expert, start : start + self.base.intermediate_size]
 
     @cached_property
     def blocks(self) -> list[tuple[ExpertLayer, slice]]:

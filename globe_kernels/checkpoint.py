@@ -13,7 +13,8 @@ A directory with
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
 index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
-and `exported_bank_key`, and the same configuration as `quantization_config`.
+and `exported_bank_key`, and the same configuration as `quantization_config`; what was fused in the base beside gate and
+up stands there as GlobeMoEFFN has it: down_proj (E, D, P), {family}_bias (E, P), down_bias (E, D).
 
 Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
 """

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from globe_kernels.errors import RequestError
 
 # The two families of matrices that GloBE compresses; each has its own bank, adapters and codes.
@@ -25,7 +27,7 @@ class ExpertKey:
 
     layer: int
     expert: int | None
-    matrix: str  # "gate", "up", "down" or "gate_up"
+    matrix: str  # "gate", "up", "down", and of fused tensors "gate_up", "gate_up_bias" or "down_bias"
 
 
 @dataclass(frozen=True)
@@ -39,25 +41,56 @@ class Architecture:
     block: str = "mlp"
     intermediate_key: str = "moe_intermediate_size"
     has_bias: bool = False  # gate, up and down of every expert have one
+    transposed: bool = False  # fused weights have the input dimension first
+    interleaved: bool = False  # the fused outputs are g0, u0, g1, u1, ... instead of gate first
+    activation: str | None = None  # None: hidden_act of the configuration names it
 
     def parse_key(self, key: str) -> ExpertKey | None:
         """The routed-expert tensor that `key` names in a checkpoint, or None (router, shared expert, ...)."""
         match = re.fullmatch(
             rf"(?:model\.)?layers\.(\d+)\.(?:mlp|{self.block})\.experts\."
-            rf"(?:(\d+)\.({self.gate}|{self.up}|{self.down})\.weight|(gate_up_proj|down_proj))",
+            rf"(?:(\d+)\.({self.gate}|{self.up}|{self.down})\.weight|((?:gate_up_proj|down_proj)(?:_bias)?))",
             key,
         )
         if match is None:
             return None
         layer, expert, name, fused = match.groups()
         if fused:
-            return ExpertKey(int(layer), None, "gate_up" if fused == "gate_up_proj" else "down")
+            return ExpertKey(int(layer), None, fused.replace("_proj", ""))
         matrix = {self.gate: "gate", self.up: "up", self.down: "down"}[name]
         return ExpertKey(int(layer), int(expert), matrix)
 
     def live_key(self, key: str) -> str:
         """`key` as the live base model names it: transformers renames blocks and the prefix when it saves."""
         return key.replace(f".{self.block}.experts.", ".mlp.experts.").removeprefix("model.")
+
+    def fused_shapes(self, num_experts: int, inner: int, width: int) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of one layer's experts, in a live module and in a fused checkpoint."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "gate_up_proj": (num_experts, 2 * inner, width),
+            "down_proj": (num_experts, width, inner),
+        }
+        if self.transposed:
+            shapes = {name: (num_experts, columns, rows) for name, (_, rows, columns) in shapes.items()}
+        if self.has_bias:
+            shapes |= {"gate_up_proj_bias": (num_experts, 2 * inner), "down_proj_bias": (num_experts, width)}
+        return shapes
+
+    def canonical(self, weights: torch.Tensor) -> torch.Tensor:
+        """A view of fused weights with the output dimension first: (E, 2P, D) or (E, D, P)."""
+        return weights.mT if self.transposed else weights
+
+    def part(self, fused: torch.Tensor, family: str) -> torch.Tensor:
+        """A family's view of `gate_up_proj`, (E, P, D), or of its bias, (E, P)."""
+        rows = self.canonical(fused) if fused.ndim == 3 else fused
+        place = FAMILIES.index(family)
+        return rows[:, place::2] if self.interleaved else rows.chunk(2, dim=1)[place]
+
+    def kept(self, name: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is not compressed, as GlobeMoEFFN has it: {its parameter: view} of the fused tensor `name`."""
+        if name == "gate_up_proj_bias":
+            return {f"{family}_bias": self.part(fused, family) for family in FAMILIES}
+        return {"down_bias": fused} if name == "down_proj_bias" else {"down_proj": self.canonical(fused)}
 
     def num_experts(self, config: dict) -> int:
         for key in _NUM_EXPERTS_KEYS:
@@ -111,6 +144,14 @@ ARCHITECTURES = {
         Architecture("deepseek_v2"),
         Architecture("deepseek_v3"),
         Architecture("glm4_moe"),
+        Architecture(
+            "gpt_oss",
+            intermediate_key="intermediate_size",
+            has_bias=True,
+            transposed=True,
+            interleaved=True,
+            activation="clamped_swiglu",
+        ),
     )
 }
 

@@ -10,7 +10,7 @@ from torch import nn
 from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.replacement import (
@@ -32,7 +32,7 @@ class PatchReport:
     """What `patch` did.
 
     `replaced` and `skipped` are module paths; bytes count the experts of the replaced layers (gate,
-    up and down), the bank included where it stays on the device of the model.
+    up, down and biases), the bank included where it stays on the device of the model.
     """
 
     replaced: tuple[str, ...]
@@ -122,7 +122,7 @@ def _checkpoint_path(model: nn.Module) -> Path:
 def _check_shapes(target: Target, config: GlobeConfig) -> None:
     num_experts = config.base.num_experts[target.layer]
     inner, width = config.base.intermediate_size, config.base.hidden_size
-    expected = {"gate_up_proj": (num_experts, 2 * inner, width), "down_proj": (num_experts, width, inner)}
+    expected = architecture_of(config.base.model_type).fused_shapes(num_experts, inner, width)
     for name, shape in expected.items():
         tensor = getattr(target.experts, name, None)
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
@@ -143,13 +143,13 @@ def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
 
     One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
     """
-    weights = target.experts.gate_up_proj.detach()
     config = checkpoint.config
+    weights = architecture_of(config.base.model_type).part(target.experts.gate_up_proj.detach(), "gate")
     factors = checkpoint.layer(target.layer, "gate")
     basis = compose_basis_ref(
         factors.code.index, factors.code.value, checkpoint.bank("gate"), config.phi, torch.float32
     )
-    gate = weights[:, : config.base.intermediate_size].float().cpu()
+    gate = weights.float().cpu()
     error = ((gate - factors.adapter.float() @ basis).square().sum() / gate.square().sum()).item()
     if not error < 1.0:
         raise RequestError(
@@ -163,6 +163,7 @@ def _build(
 ) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
     """The bank and the replacements, composed, on the devices and in the dtypes of the experts they replace."""
     config = checkpoint.config
+    architecture = architecture_of(config.base.model_type)
     bank = GlobeBank(config, "meta")
     for family in FAMILIES:
         atoms = _finite(checkpoint.bank(family), f"bank.{family}", checkpoint)
@@ -171,7 +172,12 @@ def _build(
     for target in targets:
         down = target.experts.down_proj
         module = GlobeMoEFFN(config, target.layer, activation, down.dtype, "meta")
-        module.down_proj = down
+        for name in ("down_proj", "gate_up_proj_bias", "down_proj_bias"):
+            fused = getattr(target.experts, name, None)
+            for own, tensor in architecture.kept(name, fused).items() if fused is not None else ():
+                if not isinstance(tensor, nn.Parameter):  # a view: in another layout than GlobeMoEFFN's
+                    tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
+                setattr(module, own, tensor)
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
             adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)

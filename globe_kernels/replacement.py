@@ -10,7 +10,7 @@ from globe_kernels.checkpoint import BANK_NAME, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.families import architecture_of
 from globe_kernels.modules import GlobeMoEFFN
-from globe_kernels.ops.activations import GATED_ACTIVATIONS
+from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
 
 _HOOK_NAME = "_globe_load_hook"
 
@@ -21,7 +21,7 @@ class Target:
 
     layer: int
     path: str
-    experts: Any  # nn.Module with gate_up_proj (E, 2P, D) and down_proj (E, D, P)
+    experts: Any  # nn.Module with the tensors of Architecture.fused_shapes
 
 
 def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
@@ -50,10 +50,17 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def activation_of(model: nn.Module) -> str:
-    """Name of the gate's activation. Raises RequestError for one that GloBE does not have."""
-    name = _text_config(model).hidden_act
+    """Name of the experts' activation. Raises RequestError for one that GloBE does not have."""
+    config = _text_config(model)
+    name = architecture_of(config.model_type).activation or config.hidden_act
     if name not in GATED_ACTIVATIONS:
         raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(GATED_ACTIVATIONS)}.")
+    for key, expected in ACTIVATION_SETTINGS.get(name, {}).items():
+        if (found := getattr(config, key, expected)) != expected:
+            raise RequestError(
+                f"The experts use the activation {name!r} with {key} {found} and GloBE has it with {expected}; export "
+                "the checkpoint with --dense and run that."
+            )
     return name
 
 

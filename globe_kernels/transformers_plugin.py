@@ -4,6 +4,7 @@ Importing this module registers the quantization method "globe". The experts are
 model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from safetensors import safe_open
@@ -53,14 +54,14 @@ class GlobeHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
         config = self.globe
         targets = plan_replacement(model, config)
-        if checkpoint_files:
-            _check_exported_files(checkpoint_files, config)
         activation = activation_of(model)
         for target in targets:
             # the meta tensors have the dtype that the model was asked for
             self.dtype = target.experts.down_proj.dtype
             model.set_submodule(target.path, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
+        if checkpoint_files:
+            _check_exported_files(checkpoint_files, config, globe_modules(model).values())
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
@@ -89,17 +90,22 @@ class GlobeHfQuantizer(HfQuantizer):
         return True
 
 
-def _check_exported_files(files: list[str], config: GlobeConfig) -> None:
+def _check_exported_files(files: list[str], config: GlobeConfig, modules: Iterable[GlobeMoEFFN]) -> None:
     """transformers neither stops at a missing tensor nor, under a quantizer, checks shapes: do both here."""
-    live_key = architecture_of(config.base.model_type).live_key
+    architecture = architecture_of(config.base.model_type)
+    live_key = architecture.live_key
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
             found |= {live_key(key): tuple(handle.get_slice(key).get_shape()) for key in keys}
-    expected = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
-    for layer in config.base.num_experts:
-        expected |= {exported_key(layer, name): shape for name, (shape, _) in config.layer_shapes(layer).items()}
+    expected: dict[str, tuple[int, ...]] = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            key = exported_key(module.layer, name)
+            # a base that is not transposed may keep it expert by expert
+            if name != "down_proj" or architecture.transposed or live_key(key) in found:
+                expected[key] = tuple(tensor.shape)
     for key, shape in expected.items():
         actual = found.get(live_key(key))
         if actual != shape:

@@ -31,6 +31,9 @@ GATED_ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     "clamped_swiglu": _clamped_swiglu,
 }
 
+# What a model's configuration must say of an activation, where it says anything.
+ACTIVATION_SETTINGS = {"clamped_swiglu": {"swiglu_alpha": SWIGLU_ALPHA, "swiglu_limit": SWIGLU_LIMIT}}
+
 
 @triton.jit
 def apply_gated(gate, up, ACTIVATION: tl.constexpr):

@@ -17,15 +17,16 @@ from globe_kernels.testing import tiny_model
 def test_reads_what_the_live_model_holds(save_tiny, model_type, fused):
     path = save_tiny(model_type, fused)
     source = ExpertSource(path)
-    model = tiny_model(model_type)
-    live = dict(ARCHITECTURES[model_type].live_experts(model))
+    architecture, model = ARCHITECTURES[model_type], tiny_model(model_type)
+    live = dict(architecture.live_experts(model))
     assert len(source.files.names) > 1, "the checkpoint should be sharded"
     assert [layer.layer for layer in source.layers] == sorted(live)
-    assert ("gate_up" in source.layers[0].keys) == fused
+    assert ("gate_up" in source.layers[0].keys) == (fused or architecture.transposed)
     assert source.base.intermediate_size == 48 and source.base.hidden_size == 64
     for layer in source.layers:
         experts = model.get_submodule(live[layer.layer])
-        gate, up = experts.gate_up_proj.detach().chunk(2, dim=1)
+        both = experts.gate_up_proj.detach()
+        gate, up = (both[..., ::2].mT, both[..., 1::2].mT) if architecture.interleaved else both.chunk(2, dim=1)
         assert torch.equal(source.read(layer, "gate"), gate)
         assert torch.equal(source.read(layer, "up"), up)
     assert source.blocks[-1][1].stop == source.base.total_experts
@@ -149,6 +150,46 @@ def test_experts_of_different_shapes(model_dir):
 def test_a_dtype_that_it_does_not_read(model_dir):
     change_tensor(model_dir, KEY, lambda tensor: tensor.to(torch.float8_e4m3fn))
     with pytest.raises(RequestError, match="is stored as F8_E4M3"):
+        ExpertSource(model_dir)
+
+
+FUSED = "model.layers.1.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "sentence"),
+    [
+        (FUSED, lambda t: t.mT.contiguous(), r"gate_up_proj .* layer 1 .* is \(8, 96, 64\) .* says \(8, 64, 96\)"),
+        (FUSED, lambda t: t[:, :, :95].contiguous(), r"is \(8, 64, 95\) and config.json says \(8, 64, 96\)"),
+        (f"{FUSED}_bias", lambda t: t[:7].clone(), r"is \(7, 96\) and config.json says \(8, 96\)"),
+        (FUSED.replace("gate_up", "down"), lambda t: t.mT.contiguous(), r"is \(8, 64, 48\) .* says \(8, 48, 64\)"),
+    ],
+    ids=["not transposed", "an odd width", "an expert's bias", "down not transposed"],
+)
+def test_fused_experts_of_another_shape(save_tiny, tmp_path, key, change, sentence):
+    model_dir = Path(shutil.copytree(save_tiny("gpt_oss"), tmp_path / "model"))
+    change_tensor(model_dir, key, change)
+    with pytest.raises(GlobeError, match=sentence):
+        ExpertSource(model_dir)
+
+
+def test_fused_experts_without_their_biases(save_tiny, tmp_path):
+    model_dir = Path(shutil.copytree(save_tiny("gpt_oss"), tmp_path / "model"))
+    drop_keys(model_dir, lambda key: key == f"{FUSED}_bias")
+    with pytest.raises(GlobeError, match=r"gate_up_proj_bias of .* layer 1 .* is missing and config.json says"):
+        ExpertSource(model_dir)
+
+
+def test_an_mxfp4_checkpoint(save_tiny, tmp_path):
+    model_dir = Path(shutil.copytree(save_tiny("gpt_oss"), tmp_path / "model"))
+    drop_keys(model_dir, lambda key: key.endswith(("gate_up_proj", "down_proj")))
+    packed = {f"{FUSED}_{part}": torch.zeros(8, 96, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
+    save_file(packed, model_dir / "packed.safetensors", {"format": "pt"})
+    index_path = model_dir / "model.safetensors.index.json"
+    index = json.loads(index_path.read_text())
+    index["weight_map"] |= dict.fromkeys(packed, "packed.safetensors")
+    index_path.write_text(json.dumps(index))
+    with pytest.raises(RequestError, match=r"gate_up_proj_\w+ in .* is of an MXFP4 .* BF16, F16, F32; .*dequantize"):
         ExpertSource(model_dir)
 
 

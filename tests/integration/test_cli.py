@@ -34,9 +34,9 @@ def globe(monkeypatch, capsys):
 
 
 @pytest.fixture
-def model_dir(save_tiny, tmp_path) -> Path:
+def model_dir(save_tiny, tmp_path, request) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(save_tiny("qwen3_moe"), tmp_path / "model"))
+    return Path(shutil.copytree(save_tiny(getattr(request, "param", "qwen3_moe")), tmp_path / "model"))
 
 
 @pytest.fixture
@@ -52,6 +52,7 @@ def with_tokenizer(model_dir) -> Path:
 QUICK = ("--ratio", "0.8", "--support", "4", "--steps", "3", "--device", "cpu")
 
 
+@pytest.mark.parametrize("model_dir", ["qwen3_moe", "gpt_oss"], indirect=True)
 def test_the_whole_way(globe, with_tokenizer, tmp_path):
     out, hf, dense = tmp_path / "globe", tmp_path / "hf", tmp_path / "dense"
     code, stdout, stderr = globe("fit", with_tokenizer, "-o", out, *QUICK)

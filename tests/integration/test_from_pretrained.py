@@ -80,16 +80,23 @@ def test_everything_else_of_the_base_is_copied(save_tiny, export_tiny):
     assert "import globe_kernels" in (export_tiny() / "README.md").read_text()
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
-def test_dense_export_in_the_layout_of_the_base(fused, save_tiny, fit_tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("model_type", "fused"),
+    [("qwen3_moe", False), ("qwen3_moe", True), ("gpt_oss", True)],
+    ids=["per expert", "fused", "fused, transposed and interleaved"],
+)
+def test_dense_export_in_the_layout_of_the_base(model_type, fused, save_tiny, fit_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MAX_SHARD_BYTES", 200_000)
-    base = ExpertSource(save_tiny("qwen3_moe", fused))
-    export_dense(GlobeCheckpoint(fit_tiny()[0]), base, tmp_path / "dense")
+    base = ExpertSource(save_tiny(model_type, fused))
+    export_dense(GlobeCheckpoint(fit_tiny(model_type)[0]), base, tmp_path / "dense")
     exported = ExpertSource(tmp_path / "dense")
     assert exported.files.weight_map.keys() == base.files.weight_map.keys()
     assert len(exported.files.names) > 3
-    patched = tiny_model("qwen3_moe")
-    globe_kernels.patch(patched, fit_tiny()[0])
+    for key in base.files.weight_map:
+        if key.endswith("_bias") or ".down_proj" in key:
+            assert torch.equal(exported.files.read(key), base.files.read(key))
+    patched = tiny_model(model_type)
+    globe_kernels.patch(patched, fit_tiny(model_type)[0])
     model = load(tmp_path / "dense")
     assert not any(isinstance(module, GlobeMoEFFN) for module in model.modules())
     assert (logits(model) - logits(patched)).abs().max() <= 1e-4
@@ -173,6 +180,26 @@ def rewrite(path, change) -> None:
 )
 def test_a_damaged_export_is_refused(exported, change, sentence):
     rewrite(exported, change)
+    with pytest.raises(GlobeError, match=sentence):
+        load(exported)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda t, at: t.pop(f"{at}.up_bias"), "experts.up_bias is missing"),
+        (lambda t, at: t.pop(f"{at}.down_proj"), "experts.down_proj is missing"),
+        (lambda t, at: t.update({f"{at}.down_bias": t[f"{at}.down_bias"][:4].clone()}), r"down_bias is \(4, 64\)"),
+        (
+            lambda t, at: t.update({f"{at}.down_proj": t[f"{at}.down_proj"].mT.contiguous()}),
+            r"down_proj is \(8, 48, 64\) .* says \(8, 64, 48\)",
+        ),
+    ],
+    ids=["a missing bias", "a missing down", "a bias of another shape", "down in the layout of the base"],
+)
+def test_a_damaged_export_with_biases_is_refused(export_tiny, tmp_path, change, sentence):
+    exported = shutil.copytree(export_tiny("gpt_oss"), tmp_path / "hf")
+    rewrite(exported, lambda tensors: change(tensors, "model.layers.1.mlp.experts"))
     with pytest.raises(GlobeError, match=sentence):
         load(exported)
 

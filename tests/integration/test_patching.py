@@ -33,7 +33,9 @@ def dense_reconstruction(model_type: str, path):
             reconstruct(checkpoint.layer(layer, family), checkpoint.bank(family), checkpoint.config.phi)
             for family in ("gate", "up")
         ]
-        model.get_submodule(experts_path).gate_up_proj.data = torch.cat(both, dim=1)
+        interleaved = ARCHITECTURES[model_type].interleaved
+        fused = torch.stack(both, dim=2).flatten(1, 2).mT if interleaved else torch.cat(both, dim=1)
+        model.get_submodule(experts_path).gate_up_proj.data = fused.contiguous()
     return model
 
 
@@ -95,10 +97,11 @@ def test_patch_and_cast_in_either_order(fit_tiny):
     assert_close(logits(first), logits(second), rms=2e-2, peak=5e-2)
 
 
-def test_bytes_in_the_report_are_those_of_the_tensors(fit_tiny):
-    path, result = fit_tiny()
-    model = tiny_model("qwen3_moe")
-    experts = [model.get_submodule(path) for _, path in ARCHITECTURES["qwen3_moe"].live_experts(model)]
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_bytes_in_the_report_are_those_of_the_tensors(model_type, fit_tiny):
+    path, result = fit_tiny(model_type)
+    model = tiny_model(model_type)
+    experts = [model.get_submodule(path) for _, path in ARCHITECTURES[model_type].live_experts(model)]
     before = sum(tensor.nbytes for module in experts for tensor in module.parameters())
     report = globe_kernels.patch(model, path)
     assert report.bytes_before == before
@@ -108,13 +111,15 @@ def test_bytes_in_the_report_are_those_of_the_tensors(fit_tiny):
     down = n * base.hidden_size * base.intermediate_size * 4
     codes = 2 * n * result.config.support * 8
     bank = 2 * result.config.num_atoms * result.config.rank * base.hidden_size * 2
-    assert report.bytes_after == adapters + composed + down + codes + bank
+    biases = n * (2 * base.intermediate_size + base.hidden_size) * 4 if ARCHITECTURES[model_type].has_bias else 0
+    assert report.bytes_after == adapters + composed + down + biases + codes + bank
 
 
-def test_unpatch_restores_the_dense_model_bitwise(fit_tiny):
-    model = tiny_model("qwen3_moe")
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_unpatch_restores_the_dense_model_bitwise(model_type, fit_tiny):
+    model = tiny_model(model_type)
     keys, original = list(model.state_dict()), logits(model)
-    globe_kernels.patch(model, fit_tiny()[0], keep_dense=True)
+    globe_kernels.patch(model, fit_tiny(model_type)[0], keep_dense=True)
     assert not any("gate_up" in key for key in model.state_dict()), "dense experts stay out of the state_dict"
     globe_kernels.unpatch(model)
     assert list(model.state_dict()) == keys
@@ -182,6 +187,28 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_touched(case, f
     assert [type(module) for module in model.modules()] == modules
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda model: setattr(model.config, "swiglu_limit", 5.0), "with swiglu_limit 5.0 and GloBE has it with 7.0"),
+        (lambda model: setattr(model.config, "swiglu_alpha", 1.0), "swiglu_alpha 1.0 .* with 1.702; export .* --dense"),
+        (
+            lambda model: setattr(
+                model.model.layers[1].mlp.experts, "gate_up_proj_bias", torch.nn.Parameter(torch.zeros(8, 48))
+            ),
+            r"layers.1.mlp.experts.gate_up_proj_bias is \(8, 48\) .* expects \(8, 96\)",
+        ),
+    ],
+    ids=["limit", "alpha", "bias"],
+)
+def test_an_activation_or_a_bias_of_another_model_is_refused(change, sentence, fit_tiny):
+    model = tiny_model("gpt_oss")
+    change(model)
+    with pytest.raises(RequestError, match=sentence):
+        globe_kernels.patch(model, fit_tiny("gpt_oss")[0])
+    assert not is_patched(model)
 
 
 def test_a_failure_while_building_touches_nothing(fit_tiny, monkeypatch):
