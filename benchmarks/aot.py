@@ -65,7 +65,11 @@ class Case:
                 types[name] = "*i32"
             elif name == "index_ptr":
                 types[name] = "*i32" if "PHI" in self.constexprs else "*i64"
-            elif name in ("value_ptr", "scale_ptr", "row_weight_ptr"):
+            elif (
+                name in ("value_ptr", "scale_ptr", "row_weight_ptr")
+                or name == "out_ptr"
+                and self.constexprs.get("ATOMIC")
+            ):
                 types[name] = "*fp32"
             else:
                 types[name] = "*bf16"
@@ -179,7 +183,7 @@ def compile_case(case: Case, architecture: str) -> Row:
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("depth", "num_columns", "row_stride", "num_values", "width")
+        if kind.startswith("*") or name in ("depth", "num_columns", "row_stride", "num_values", "padded", "width")
     }
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     compiled = triton.compile(source, target=_target(architecture), options=case.options)

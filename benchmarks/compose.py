@@ -45,7 +45,8 @@ def main() -> None:
     index = torch.rand(shape.experts, args.atoms, device=device).topk(args.support).indices.int()
     value = torch.randn(shape.experts, args.support, device=device)
     code = layer_code(index, value)
-    used, dense = code.palette.numel(), (code.value * code.scale[:, None]).to(dtype)
+    used = code.palette.numel()
+    dense = (code.value[:, :used] * code.scale[:, None]).to(dtype)
     gathered = bank[code.palette].flatten(1)
     calls = {
         "compose_layer": lambda: compose_layer(*code, bank, "identity", dtype),

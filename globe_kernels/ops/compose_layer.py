@@ -18,6 +18,7 @@ import torch
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS, apply_phi
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
+_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
 _REFERENCE_VALUES = 2**16  # of each atom at a time: the palette of a large layer in fp32 would not fit
 
 
@@ -25,14 +26,15 @@ class LayerCode(NamedTuple):
     """The codes of one layer as a dense matrix over its palette."""
 
     palette: torch.Tensor  # (U,) int32, the distinct atoms, ascending
-    value: torch.Tensor  # (E, U) float32, the largest magnitude of each row is 1
+    value: torch.Tensor  # (E, U padded with zeros) float32, the largest magnitude of each row is 1
     scale: torch.Tensor  # (E,) float32
 
 
 def layer_code(code_index: torch.Tensor, code_value: torch.Tensor) -> LayerCode:
     """From code_index (E, C) int32 and code_value (E, C) float32. Waits for the device: done when a model is loaded."""
     palette, place = code_index.unique(return_inverse=True)
-    value = code_value.new_zeros(code_index.shape[0], palette.numel())
+    padded = -(-palette.numel() // _PADDING) * _PADDING
+    value = code_value.new_zeros(code_index.shape[0], padded)
     value.scatter_add_(1, place.view(code_index.shape), code_value)
     scale = value.abs().amax(1)
     value /= torch.where(scale > 0, scale, 1.0)[:, None]
@@ -75,12 +77,13 @@ def choose_compose(num_experts: int) -> ComposeConfig:
 @triton.jit
 def _compose_layer_kernel(
     palette_ptr,  # (U,) int32
-    value_ptr,  # (E, U) float32
+    value_ptr,  # (E, padded) float32
     scale_ptr,  # (E,) float32
     bank_ptr,  # (M, num_values)
     out_ptr,  # (E, num_values)
     num_experts,
     num_atoms,  # U
+    padded,  # a multiple of BLOCK_U
     num_values,  # R * D
     PHI: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -103,11 +106,7 @@ def _compose_layer_kernel(
         atoms = tl.load(
             bank_ptr + atom[:, None] * num_values + values[None, :], mask=used[:, None] & value_mask[None, :], other=0.0
         )
-        code = tl.load(
-            value_ptr + experts[:, None] * num_atoms + places[None, :],
-            mask=expert_mask[:, None] & used[None, :],
-            other=0.0,
-        )
+        code = tl.load(value_ptr + experts[:, None] * padded + places[None, :], mask=expert_mask[:, None], other=0.0)
         if atoms.dtype == tl.float32:
             acc = tl.dot(code, atoms, acc, input_precision="ieee")
         else:
@@ -124,12 +123,20 @@ def launch_compose_layer(
     code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype, config: ComposeConfig
 ) -> torch.Tensor:
     """The kernel on contiguous inputs, in the configuration given."""
-    num_experts, num_atoms = code.value.shape
+    num_experts, padded = code.value.shape
     num_values = bank.shape[1] * bank.shape[2]
     out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype, device=bank.device)
     grid = (triton.cdiv(num_experts, config.block_e) * triton.cdiv(num_values, config.block_v),)
     _compose_layer_kernel[grid](
-        code.palette, code.value, code.scale, bank, out, num_experts, num_atoms, num_values, PHI=phi, **config.launch()
+        *code,
+        bank,
+        out,
+        num_experts,
+        code.palette.numel(),
+        padded,
+        num_values,
+        PHI=phi,
+        **config.launch(),
     )
     return out
 
@@ -157,7 +164,7 @@ def _(palette, value, scale, bank, phi, out_dtype):
 
 def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype) -> torch.Tensor:
     """As `compose_layer`."""
-    flat, value = bank.flatten(1), code.value * code.scale[:, None]
+    flat, value = bank.flatten(1), code.value[:, : code.palette.numel()] * code.scale[:, None]
     out = torch.empty(value.shape[0], flat.shape[1], dtype=out_dtype, device=bank.device)
     for start in range(0, flat.shape[1], _REFERENCE_VALUES):
         part = slice(start, start + _REFERENCE_VALUES)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from globe_kernels.ops.compose_layer import (
+    _PADDING,
     CONFIGS,
     ComposeConfig,
     choose_compose,
@@ -20,7 +21,7 @@ SMALL = ComposeConfig(block_e=16, block_v=32, block_u=16, num_warps=4, num_stage
 SHAPES = {
     "smaller than a tile": (5, 3, 7, 4, 5),
     "full tiles": (32, 4, 32, 8, 8),
-    "ragged in experts, atoms and values": (19, 3, 37, 5, 13),
+    "ragged in experts, atoms and values": (19, 3, 70, 5, 13),
     "one expert": (1, 2, 20, 4, 10),
     "one atom": (6, 1, 1, 4, 10),
 }
@@ -71,7 +72,8 @@ def test_the_code_of_a_layer():
     assert code.palette.tolist() == [0, 2, 7] and code.palette.dtype == torch.int32
     assert code.scale.tolist() == [4.0, 0.0, 3.0]
     # a row of zeros stays one; an atom named twice counts twice
-    assert code.value.tolist() == [[0.0, -0.25, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert code.value[:, :3].tolist() == [[0.0, -0.25, 1.0], [0.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+    assert code.value.shape[1] % 32 == 0 and not code.value[:, 3:].any()
 
 
 @pytest.mark.parametrize("run", RUNNERS)
@@ -93,6 +95,7 @@ def test_saturates_without_overflow(run):
 def test_every_number_of_experts_has_a_configuration():
     assert [choose_compose(experts).block_e for experts in (1, 16, 17, 64, 65, 512)] == [16, 16, 64, 64, 128, 128]
     assert CONFIGS[-1][0] is None
+    assert all(_PADDING % config.block_u == 0 for _, config in CONFIGS)
 
 
 def test_opcheck():
