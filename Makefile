@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo check lint types test aot gpu report clean
+.PHONY: demo check lint types test aot gpu tune report clean
 
 demo: $(INSTALLED)
 	$(BIN)/globe demo
@@ -30,15 +30,24 @@ aot: $(INSTALLED)
 # skipped by name.
 gpu: export PYTHONPATH = $(CURDIR)
 gpu:
-	$(PYTHON) -m pytest tests/kernels -q -p no:cacheprovider
+	$(PYTHON) -m pytest tests/kernels -q -n 8 -p no:cacheprovider
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
 	else echo "compute-sanitizer is missing: skipped"; fi
-	$(PYTHON) benchmarks/aot.py --target sm_90
 	$(PYTHON) benchmarks/ffn.py --ledger
-	$(PYTHON) benchmarks/ffn.py --ledger --model olmoe --tokens 1 --tokens 64 --tokens 1024
+	$(PYTHON) benchmarks/ffn.py --ledger --graph --tokens 1 --tokens 8 --tokens 64
+	for model in olmoe deepseek-v2-lite mixtral-8x7b qwen3-235b-a22b; do \
+	  $(PYTHON) benchmarks/ffn.py --ledger --model $$model --tokens 1 --tokens 64 --tokens 4096 || exit 1; \
+	done
 	$(PYTHON) benchmarks/compose.py --ledger
+	$(PYTHON) benchmarks/compose.py --ledger --atoms 1000
 	$(PYTHON) benchmarks/report.py
+
+# there too: the fastest configurations of this card, into globe_kernels/ops/tables
+tune: export PYTHONPATH = $(CURDIR)
+tune:
+	$(PYTHON) benchmarks/tune.py
+	$(PYTHON) benchmarks/aot.py --target sm_90
 
 # the tables of README.md and the plots, from the ledger as it is
 report: $(INSTALLED)

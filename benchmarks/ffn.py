@@ -143,6 +143,9 @@ def main() -> None:
         parser.error(f"--rank is {rank}; expected 1 to {min(shape.intermediate, shape.hidden)} for {model}.")
     torch.manual_seed(0)
     names = [name for name, provider in PROVIDERS.items() if provider.runs(device)]
+    for name, provider in PROVIDERS.items():
+        if name not in names and (provider.cpu or not args.cpu):
+            print(f"{name} is left out: it needs {provider.package}, which is not installed", file=sys.stderr)
     layer, ceilings = random_layer(shape, rank, dtype, device), measure_ceilings(device, dtype)
     tokens = args.tokens or ([1, 16, 128, 512] if args.cpu else [1, 4, 16, 64, 256, 1024, 4096, 16384])
     with torch.inference_mode():

@@ -4,35 +4,48 @@ compute-sanitizer --error-exitcode 1 python benchmarks/sanitize.py
 """
 
 import torch
-from providers import dense_twin, globe, random_inputs, random_layer, reference
+from providers import dense_twin, globe, globe_atomic, random_inputs, random_layer, reference
 from shapes import LayerShape
 
-from globe_kernels.ops.compose_basis import compose_basis
+from globe_kernels.functional import moe_ffn
+from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
+from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.moe_ffn import moe_ffn_ref
 from globe_kernels.testing import assert_close
 
+SHAPE = LayerShape(hidden=176, intermediate=80, experts=9, choices=3)
+RANK = 48
 
-def main() -> None:
+
+def run(device: str, dtype: torch.dtype) -> None:
+    """Raises AssertionError when a result is wrong."""
     torch.manual_seed(0)
-    layer = random_layer(LayerShape(hidden=176, intermediate=80, experts=9, choices=3), 48, torch.bfloat16, "cuda")
+    layer = random_layer(SHAPE, RANK, dtype, device)
+    biases = [torch.randn(9, size, device=device).to(dtype) for size in (80, 80, 176)]
+    with_biases = layer.weights._replace(gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
     for tokens in (1, 30, 200, 1500):
-        inputs = random_inputs(layer.shape, tokens, torch.bfloat16, "cuda")
-        inputs.index[0, 0] = layer.shape.experts  # a sentinel
-        expected = reference(layer, random_without_sentinels(inputs, layer.shape.experts))
-        for build in (globe, dense_twin):
+        inputs = random_inputs(SHAPE, tokens, dtype, device)
+        inputs.index[0, 0] = SHAPE.experts  # a sentinel
+        expected = reference(layer, without_sentinels(inputs))
+        for build in (globe, globe_atomic, dense_twin):
             assert_close(build(layer)(inputs), expected, rms=2e-2, peak=5e-2)
-    index = torch.randint(7, (9, 3), device="cuda", dtype=torch.int32)
-    value, bank = torch.randn(9, 3, device="cuda"), torch.randn(7, 48, 176, device="cuda").bfloat16()
+        case = (inputs.hidden, inputs.index, inputs.weights, with_biases, "clamped_swiglu")
+        assert_close(moe_ffn(*case), moe_ffn_ref(*case), rms=2e-2, peak=5e-2)
+    index = torch.randint(7, (9, 3), device=device, dtype=torch.int32)
+    value, bank = torch.randn(9, 3, device=device), torch.randn(7, RANK, 176, device=device).to(dtype)
     for phi in ("identity", "silu", "tanh"):
-        assert torch.isfinite(compose_basis(index, value, bank, phi, torch.bfloat16)).all()
-    torch.cuda.synchronize()
-    print("sanitize: every kernel ran")
+        composed = compose_basis_ref(index, value, bank, phi, torch.float32)
+        assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
+        assert_close(compose_layer(*layer_code(index, value), bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
 
 
-def random_without_sentinels(inputs, experts: int):
+def without_sentinels(inputs):
     """The same inputs with sentinels turned into choices of weight zero, which the reference understands."""
-    sentinel = inputs.index >= experts
+    sentinel = inputs.index >= SHAPE.experts
     return type(inputs)(inputs.hidden, inputs.index.masked_fill(sentinel, 0), inputs.weights.masked_fill(sentinel, 0))
 
 
 if __name__ == "__main__":
-    main()
+    run("cuda", torch.bfloat16)
+    torch.cuda.synchronize()
+    print("sanitize: every kernel ran")

@@ -10,7 +10,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -180,15 +180,20 @@ def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device,
     rows, card = rows_per_expert(num_rows, shape.experts), card_of(device)
     if device.type != "cuda":
         return default_config(rows, item_size, card)
+    odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size and size % 16}
+    if odd:
+        _warn_once(
+            f"{odd} are not multiples of 16: the kernels load such weights one value at a time, several times slower."
+        )
     name = torch.cuda.get_device_name(device)
     entries = [entry for entry in load_table(name) if entry["op"] == op]
     entry = nearest(entries, shape, rows, item_size, card)
     if entry is None:
-        _warn_once(name, shape, "configurations that suit any card are used")
+        _warn_once(_untuned(name, shape, "configurations that suit any card are used"))
         return default_config(rows, item_size, card)
     tuned = FfnShape(**entry["shape"])
     if any(tuned.factors_to(shape)) or _minor(entry["triton"]) != _minor(triton.__version__):
-        _warn_once(name, shape, f"those of {tuned} with Triton {entry['triton']} are used")
+        _warn_once(_untuned(name, shape, f"those of {tuned} with Triton {entry['triton']} are used"))
     return FfnConfig.from_dict(entry["config"])
 
 
@@ -237,10 +242,13 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-@lru_cache
-def _warn_once(device_name: str, shape: FfnShape, used: str) -> None:
-    warnings.warn(
+def _untuned(device_name: str, shape: FfnShape, used: str) -> str:
+    return (
         f"GloBE has no configurations of {shape} tuned on {device_name} with Triton {triton.__version__}; {used}. "
-        "Results are the same, speed may not be; benchmarks/tune.py measures and writes them.",
-        stacklevel=3,
+        "Results are the same, speed may not be; benchmarks/tune.py measures and writes them."
     )
+
+
+@lru_cache
+def _warn_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=3)

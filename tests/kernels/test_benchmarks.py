@@ -83,3 +83,12 @@ def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
 def test_without_a_gpu_the_way_out_is_named(script):
     done = run(script)
     assert done.returncode == 2 and "torch sees no CUDA device; use --cpu" in done.stderr
+
+
+@needs_kernels
+@pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer runs it there")
+def test_what_the_sanitizer_watches_is_right(providers, monkeypatch):
+    import sanitize
+
+    monkeypatch.setattr(providers, "choose", lambda *_: same_tiles(64, 64, 64, group_m=2))
+    sanitize.run("cpu", torch.float32)

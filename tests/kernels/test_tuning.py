@@ -127,3 +127,11 @@ def test_a_near_entry_is_used_with_a_warning(h100, shape, version, sentence):
     config, caught = chosen(shape=shape)
     assert config.down.block_n == 32
     assert len(caught) == 1 and sentence in caught[0]
+
+
+def test_sizes_that_run_slowly_are_named_once(h100):
+    odd = replace(QWEN, rank=100)
+    h100.write_text(json.dumps({"entries": [entry(odd, 4, 32, tuning.triton.__version__)]}))
+    _, caught = chosen(shape=odd)
+    assert len(caught) == 1 and "{'rank': 100} are not multiples of 16" in caught[0]
+    assert chosen(rows=64, shape=odd)[1] == []
