@@ -182,9 +182,7 @@ def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device,
         return default_config(rows, item_size, card)
     odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size and size % 16}
     if odd:
-        _warn_once(
-            f"{odd} are not multiples of 16: the kernels load such weights one value at a time, several times slower."
-        )
+        _warn_once(f"{odd}: not multiples of 16, so the kernels load weights one value at a time, which is slow.")
     name = torch.cuda.get_device_name(device)
     entries = [entry for entry in load_table(name) if entry["op"] == op]
     entry = nearest(entries, shape, rows, item_size, card)

@@ -133,5 +133,5 @@ def test_sizes_that_run_slowly_are_named_once(h100):
     odd = replace(QWEN, rank=100)
     h100.write_text(json.dumps({"entries": [entry(odd, 4, 32, tuning.triton.__version__)]}))
     _, caught = chosen(shape=odd)
-    assert len(caught) == 1 and "{'rank': 100} are not multiples of 16" in caught[0]
+    assert len(caught) == 1 and "{'rank': 100}: not multiples of 16" in caught[0]
     assert chosen(rows=64, shape=odd)[1] == []
