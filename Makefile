@@ -30,7 +30,7 @@ aot: $(INSTALLED)
 # skipped by name.
 gpu: export PYTHONPATH = $(CURDIR)
 gpu:
-	$(PYTHON) -m pytest tests/kernels -q -n 8 -p no:cacheprovider
+	$(PYTHON) -m pytest tests/kernels -q -n 6 -p no:cacheprovider
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
 	else echo "compute-sanitizer is missing: skipped"; fi

@@ -127,8 +127,8 @@ def test_composing_a_layer_at_real_sizes(atoms):
 
 def test_rows_past_int32():
     """400,000 tokens of 8 choices: the rows of S3 alone have 6.5e9 values."""
-    if torch.cuda.mem_get_info()[0] < 45e9:
-        pytest.skip("needs 45 GB of free memory")
+    if torch.cuda.mem_get_info()[0] < 25e9:
+        pytest.skip("needs 25 GB of free memory")
     torch.manual_seed(0)
     experts, choices, hidden, inner, rank = 16, 8, 2048, 64, 32
     w = ExpertWeights(
