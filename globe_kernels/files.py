@@ -56,7 +56,7 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
 def replacing_file(target: Path) -> Iterator[Path]:
     """Write one file: yields another name beside it, and gives it its own once it is on the disk. After a failure or a
     kill `target` is what it was."""
-    temporary = target.with_name(f"{_STAGING_PREFIX}{target.name}")
+    temporary = target.with_name(f"{target.name}.partial")
     try:
         yield temporary
         _sync(temporary)
