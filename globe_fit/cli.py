@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
@@ -52,6 +53,9 @@ def fit_command(
     seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
     device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
+    calibrate_on: Annotated[
+        Path | None, typer.Option("--calibrate", help="UTF-8 text: fit what the experts compute on it.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
     snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
     as_json: Json = False,
@@ -75,9 +79,22 @@ def fit_command(
     require_room(out, sizes.tensor_bytes)
     if restart:
         discard_snapshots(out)
-    snapshots = open_snapshots(out, source, settings, snapshot_minutes)
+    if calibrate_on is not None and not calibrate_on.is_file():
+        raise RequestError(f"{calibrate_on} is not a file; give a text file to calibrate on.")
+    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on)
     with progress(as_json) as stage:
-        result = fit_with_progress(source, settings, stage, snapshots)
+        calibration = None
+        if calibrate_on is not None:
+            stage.begin("inputs", 1)
+            target = resolve_device(settings.device)
+            calibration = calibrate(
+                source,
+                calibrate_on,
+                target,
+                snapshots=snapshots,
+                on_batch=lambda done, total: stage.advance(done / total),
+            )
+        result = fit_with_progress(source, settings, stage, snapshots, calibration)
     save_fit(result, source, out)
     discard_snapshots(out)
     checkpoint = GlobeCheckpoint(out)
@@ -103,7 +120,9 @@ def _print_fit(figures: dict, out: Path, advice: str) -> None:
             ("GloBE", "relative_error"),
             (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
             (f"lower bound of rank {figures['rank']}", "rank_bound"),
+            ("GloBE, in the metric of the text", "calibrated_error"),
         )
+        if families["gate"][key] is not None
     ]
     print_table("Relative squared error", ["", *FAMILIES], rows)
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]

@@ -6,6 +6,9 @@ For one family, over all n experts i with weights W_i (P, D):
 
 A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights normalised by one mean and
 one scale per family; errors that are reported are always those of the stored factors on the raw weights.
+
+A calibrated fit measures each row of an error in the metric of its layer (globe_fit.calibration): every matrix of D
+columns is multiplied by L_l, C_l = L_l L_l^T, before it enters the norm.
 """
 
 from collections.abc import Iterator
@@ -59,10 +62,17 @@ class FamilyWeights:
     family: str
     device: str
     statistics: Statistics
+    roots: dict[int, torch.Tensor] | None = None  # layer id -> L (D, D) of a calibrated fit
+    normalised_energy: float = 1.0  # sum of squares of the normalised weights, in the metric
 
     @classmethod
-    def measure(cls, source: ExpertSource, family: str, device: str) -> "FamilyWeights":
-        """One pass over the weights for their statistics. Raises GlobeError when one is NaN or infinite."""
+    def measure(
+        cls, source: ExpertSource, family: str, device: str, roots: dict[int, torch.Tensor] | None = None
+    ) -> "FamilyWeights":
+        """A pass over the weights for their statistics, with `roots` another for their energy in the metric.
+
+        Raises GlobeError when a weight is NaN or infinite.
+        """
         total, energy, count = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0), 0
         for block in _blocks(source, family):
             source.require_finite(block.layer, family, block.experts, block.weights)
@@ -73,7 +83,20 @@ class FamilyWeights:
             del block  # before the next block is read
         mean = total / count
         scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
-        return cls(source, family, device, Statistics(mean, scale or 1.0, energy))
+        if roots is not None:
+            roots = {layer: root.to(device) for layer, root in roots.items()}
+        # without a metric: one per weight, by definition of the scale
+        measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), roots, float(count))
+        if roots is None:
+            return measured
+        in_metric = sum(
+            measured.in_metric(block, block.weights).square().sum().item() for block in measured.normalised()
+        )
+        return replace(measured, normalised_energy=in_metric)
+
+    def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
+        """`matrices` (..., D) of the experts of a block, as their squares are to be summed."""
+        return matrices if self.roots is None else matrices @ self.roots[block.layer.layer]
 
     def raw(self) -> Iterator[Block]:
         """All experts as they are stored."""
@@ -90,12 +113,6 @@ class FamilyWeights:
     def _normalise(self, block: Block) -> Block:
         block.weights.sub_(self.statistics.mean).div_(self.statistics.scale)
         return block
-
-    @property
-    def normalised_energy(self) -> float:
-        """Sum of squares of the normalised weights: one per weight, by definition of the scale."""
-        base = self.source.base
-        return float(base.total_experts * base.intermediate_size * base.hidden_size)
 
 
 def _blocks(source: ExpertSource, family: str) -> Iterator[Block]:

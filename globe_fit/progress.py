@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from globe_fit.config import FitConfig
 from globe_fit.factors import FitResult
@@ -9,6 +10,9 @@ from globe_fit.snapshots import Snapshots
 from globe_fit.solver import fit
 from globe_fit.source import ExpertSource
 from globe_kernels.families import FAMILIES
+
+if TYPE_CHECKING:
+    from globe_fit.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,11 @@ class Stage:
 
 
 def fit_with_progress(
-    source: ExpertSource, config: FitConfig, stage: Stage, snapshots: Snapshots | None = None
+    source: ExpertSource,
+    config: FitConfig,
+    stage: Stage,
+    snapshots: Snapshots | None = None,
+    calibration: "Calibration | None" = None,
 ) -> FitResult:
     """`fit`, as one stage of all steps of both families."""
     passes = config.varpro.steps + 1
@@ -29,4 +37,4 @@ def fit_with_progress(
     def on_step(record: dict) -> None:
         stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"]))
 
-    return fit(source, config, on_step=on_step, snapshots=snapshots)
+    return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=calibration)

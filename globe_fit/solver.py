@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
 import torch
@@ -27,8 +28,12 @@ from globe_fit.warm_start import grouped_svd, initial_codes
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
+from globe_kernels.files import sha256
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from globe_fit.calibration import Calibration  # imports transformers, which takes seconds
 
 _LOG_EVERY = 10
 
@@ -42,21 +47,26 @@ def fit(
     start: dict[str, BankState] | None = None,
     on_step: OnStep | None = None,
     snapshots: Snapshots | None = None,
+    calibration: "Calibration | None" = None,
 ) -> FitResult:
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
 
     `start` replaces the grouped-SVD start of a family. `on_step` is called after every step with a record of
     globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on where an interrupted one was, with the
-    same result as if it had not been interrupted, bitwise on a CPU. Deterministic: one seed gives one result on one
+    same result as if it had not been interrupted, bitwise on a CPU. With `calibration` the error is measured
+    on what the experts compute for the inputs of its text. Deterministic: one seed gives one result on one
     machine. Memory: six times the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state,
     best), the factors, and one block of experts.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
     sizes = resolve_sizes(source.base, config)
-    sizes = replace(sizes, provenance=_provenance(config))
+    sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
-        fits = {family: _fit_family(source, family, sizes, config, start, on_step, snapshots) for family in FAMILIES}
+        roots = None if calibration is None else calibration.roots()
+        fits = {
+            family: _fit_family(source, family, sizes, config, roots, start, on_step, snapshots) for family in FAMILIES
+        }
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
     if diverged:
@@ -68,9 +78,13 @@ def fit(
     return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
 
 
-def open_snapshots(out: str | Path, source: ExpertSource, config: FitConfig, minutes: float = 5.0) -> Snapshots:
-    """Snapshots in `out` for `fit(source, config)`. Raises RequestError when `out` holds those of another fit."""
+def open_snapshots(
+    out: str | Path, source: ExpertSource, config: FitConfig, minutes: float = 5.0, text: Path | None = None
+) -> Snapshots:
+    """Snapshots in `out` for `fit(source, config)`, calibrated on `text`. Raises RequestError when `out` holds those of
+    another fit."""
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
+    identity["calibration"] = None if text is None else sha256(text)
     return Snapshots(out, identity, minutes)
 
 
@@ -98,6 +112,7 @@ def _fit_family(
     family: str,
     sizes: GlobeConfig,
     config: FitConfig,
+    roots: dict[int, torch.Tensor] | None,
     start: dict[str, BankState] | None,
     on_step: OnStep | None,
     snapshots: Snapshots | None,
@@ -106,7 +121,7 @@ def _fit_family(
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    weights = FamilyWeights.measure(source, family, config.device)
+    weights = FamilyWeights.measure(source, family, config.device, roots)
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
@@ -135,7 +150,7 @@ def _fit_family(
     return done
 
 
-def _provenance(config: FitConfig) -> dict:
+def _provenance(config: FitConfig, calibration: "Calibration | None") -> dict:
     versions = {
         "globe": __version__,
         "torch": torch.__version__,
@@ -144,7 +159,8 @@ def _provenance(config: FitConfig) -> dict:
     }
     # through JSON, so that a saved and reloaded configuration is equal to this one
     settings = json.loads(json.dumps(asdict(config)))
-    return {"seed": config.seed, "fit": settings, "versions": versions}
+    facts = None if calibration is None else calibration.facts
+    return {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
 
 
 def _start(weights: FamilyWeights, sizes: GlobeConfig, seed: int) -> BankState:
@@ -238,15 +254,19 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
     bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
     adapter = torch.empty(base.total_experts, base.intermediate_size, sizes.rank, dtype=dtype)
     lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
+    lost_in_metric, energy_in_metric = 0.0, 0.0
     for block in weights.raw():
         # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
         basis = compose_basis_ref(code.index[block.places], code.value[block.places], bank, sizes.phi, dtype)
-        stored = refit_adapters(block.weights, basis).to(dtype)
+        target = weights.in_metric(block, block.weights)
+        stored = refit_adapters(target, weights.in_metric(block, basis.float())).to(dtype)
         adapter[block.places] = stored.cpu()
         residual = block.weights - stored.float() @ basis.float()
+        lost_in_metric += weights.in_metric(block, residual).square().sum(dtype=torch.float64).item()
+        energy_in_metric += target.square().sum(dtype=torch.float64).item()
         lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
         residual_sum += residual.sum(dtype=torch.float64).item()
-        del block, basis, stored, residual  # before the next block is read
+        del block, basis, target, stored, residual  # before the next block is read
     factors = FamilyFactors(bank.cpu(), Code(code.index.cpu(), code.value.cpu()), adapter)
     count = base.total_experts * base.intermediate_size * base.hidden_size
     statistics = weights.statistics
@@ -254,6 +274,7 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
     svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
     return factors, {
         "relative_error": share(sum(lost.values()), statistics.total_energy),
+        "calibrated_error": None if weights.roots is None else share(lost_in_metric, energy_in_metric),
         "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
         "svd_equal_bytes": svd,
         "svd_equal_bytes_rank": svd_rank,

@@ -95,13 +95,14 @@ def _backward(weights: FamilyWeights, state: BankState, ridge: float) -> float:
     """Accumulate the gradients of the relative error, block by block; returns it."""
     total = 0.0
     for block in weights.normalised():
-        basis = state.basis(block.places)
+        basis = weights.in_metric(block, state.basis(block.places))
+        target = weights.in_metric(block, block.weights)
         with torch.no_grad():
-            adapters = solve_adapters(block.weights, basis, ridge)
-        loss = (block.weights - adapters @ basis).square().sum() / weights.normalised_energy
+            adapters = solve_adapters(target, basis, ridge)
+        loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
         loss.backward()
         total += loss.item()
-        del block, basis, adapters, loss  # before the next block is read
+        del block, basis, target, adapters, loss  # before the next block is read
     return total
 
 
