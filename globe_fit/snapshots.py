@@ -68,8 +68,12 @@ class Snapshots:
         """Replace the snapshot of a family. Raises GlobeError for a full disk, and the one before is kept."""
         self.directory.mkdir(parents=True, exist_ok=True)
         metadata = {"facts": json.dumps(facts | {"identity": self._identity})}
-        with replacing_file(self.directory / f"{family}.safetensors") as path:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        try:
+            with replacing_file(self.directory / f"{family}.safetensors") as path:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+        finally:
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()
         self._last = time.monotonic()
 
     def due(self) -> bool:
