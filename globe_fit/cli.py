@@ -11,6 +11,7 @@ from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
+from globe_fit.estimate import Estimate, estimate
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
@@ -18,7 +19,7 @@ from globe_fit.progress import fit_with_progress
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
+from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import require_room
@@ -56,6 +57,10 @@ def fit_command(
     calibrate_on: Annotated[
         Path | None, typer.Option("--calibrate", help="UTF-8 text: fit what the experts compute on it.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time, and stop.")] = False,
+    memory_limit: Annotated[
+        float | None, typer.Option(help="GiB; refuse a fit that needs more at its peak.", min=0)
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
     snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
     as_json: Json = False,
@@ -77,6 +82,16 @@ def fit_command(
     source = ExpertSource(model_dir)
     sizes = resolve_sizes(source.base, settings)
     require_room(out, sizes.tensor_bytes)
+    if dry_run or memory_limit is not None:
+        needs = estimate(source, sizes, settings)
+        if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
+            raise RequestError(
+                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB at its peak and the limit is {memory_limit:g}; give "
+                "a smaller ratio, fewer atoms or a smaller rank."
+            )
+        if dry_run:
+            _print_estimate(sizes, source, needs, as_json)
+            return
     if restart:
         discard_snapshots(out)
     if calibrate_on is not None and not calibrate_on.is_file():
@@ -110,6 +125,27 @@ def fit_command(
         _print_fit(figures, out, result.status.advice)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} It is saved in {out}.")
+
+
+def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, as_json: bool) -> None:
+    figures = {
+        "rank": sizes.rank,
+        "atoms": sizes.num_atoms,
+        "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": sizes.tensor_bytes},
+        **asdict(needs),
+        "peak_bytes": needs.peak_bytes,
+    }
+    if as_json:
+        _print_json(figures)
+        return
+    print(
+        f"rank {sizes.rank}, {sizes.num_atoms} atoms per family: {megabytes(source.base.dense_bytes)} of gate and up "
+        f"experts -> {megabytes(sizes.tensor_bytes)} on disk"
+    )
+    print(
+        f"peak memory {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block of experts "
+        f"{megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {needs.seconds:.0f} s"
+    )
 
 
 def _print_fit(figures: dict, out: Path, advice: str) -> None:

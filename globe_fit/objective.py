@@ -12,6 +12,7 @@ columns is multiplied by L_l, C_l = L_l L_l^T, before it enters the norm.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,8 +48,9 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-# A pass holds the weights of one block and up to five temporaries of its size. An eighth of a layer keeps all of that
-# below one layer; below the minimum blocks only cost launches, above the maximum they only cost memory.
+# A pass holds the weights of two blocks, one in use and one being read, and up to five temporaries of that size. An
+# eighth of a layer keeps all of that below one layer; below the minimum blocks only cost launches, above the maximum
+# they only cost memory.
 _BLOCKS_PER_LAYER = 8
 _MIN_BLOCK_BYTES = 4 * 2**20
 _MAX_BLOCK_BYTES = 256 * 2**20
@@ -100,8 +102,8 @@ class FamilyWeights:
 
     def raw(self) -> Iterator[Block]:
         """All experts as they are stored."""
-        # map, not a loop: a loop variable would keep a block alive while the next one is read
-        return map(self._to_device, _blocks(self.source, self.family))
+        # map, not a loop: a loop variable would keep a block alive while the next one is waited for
+        return map(self._to_device, _read_ahead(_blocks(self.source, self.family)))
 
     def normalised(self) -> Iterator[Block]:
         """All experts with mean 0 and standard deviation 1 over the family."""
@@ -115,11 +117,26 @@ class FamilyWeights:
         return block
 
 
+def block_experts(num_experts: int, inner: int, width: int) -> int:
+    """Experts in a block of a layer of `num_experts`."""
+    expert_bytes = inner * width * 4
+    wanted = min(max(num_experts * expert_bytes // _BLOCKS_PER_LAYER, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES)
+    return min(max(1, wanted // expert_bytes), num_experts)
+
+
+def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
+    """The same blocks; while one is in use a thread reads the next."""
+    with ThreadPoolExecutor(1, "reader") as reader:
+        coming = reader.submit(next, blocks, None)
+        while (block := coming.result()) is not None:
+            coming = reader.submit(next, blocks, None)
+            yield block
+            del block  # before the next one is waited for
+
+
 def _blocks(source: ExpertSource, family: str) -> Iterator[Block]:
-    expert_bytes = source.base.intermediate_size * source.base.hidden_size * 4
     for layer, places in source.blocks:
-        share_of_layer = layer.num_experts * expert_bytes // _BLOCKS_PER_LAYER
-        size = max(1, min(max(share_of_layer, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES) // expert_bytes)
+        size = block_experts(layer.num_experts, source.base.intermediate_size, source.base.hidden_size)
         for first in range(0, layer.num_experts, size):
             experts = range(first, min(first + size, layer.num_experts))
             own = slice(places.start + experts.start, places.start + experts.stop)

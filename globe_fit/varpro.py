@@ -16,7 +16,7 @@ import torch
 from globe_fit.adapters import SingularBasisError, solve_adapters
 from globe_fit.codes import largest_support, layer_palettes
 from globe_fit.config import VarProConfig
-from globe_fit.objective import FamilyWeights
+from globe_fit.objective import Block, FamilyWeights
 from globe_fit.state import BankState
 from globe_fit.warm_start import allowed_atoms
 from globe_kernels.checkpoint import GlobeConfig
@@ -95,15 +95,20 @@ def _backward(weights: FamilyWeights, state: BankState, ridge: float) -> float:
     """Accumulate the gradients of the relative error, block by block; returns it."""
     total = 0.0
     for block in weights.normalised():
-        basis = weights.in_metric(block, state.basis(block.places))
-        target = weights.in_metric(block, block.weights)
-        with torch.no_grad():
-            adapters = solve_adapters(target, basis, ridge)
-        loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
-        loss.backward()
-        total += loss.item()
-        del block, basis, target, adapters, loss  # before the next block is read
+        total += backward_block(weights, block, state, ridge)
+        del block  # before the next block is read
     return total
+
+
+def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge: float) -> float:
+    """Accumulate the gradients of what one block adds to the relative error; returns it."""
+    basis = weights.in_metric(block, state.basis(block.places))
+    target = weights.in_metric(block, block.weights)
+    with torch.no_grad():
+        adapters = solve_adapters(target, basis, ridge)
+    loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
+    loss.backward()
+    return loss.item()
 
 
 def _schedule(step: int, config: VarProConfig) -> float:

@@ -266,3 +266,14 @@ def test_the_module_is_the_command():
     assert done.returncode == 0
     for command in ("fit", "export", "eval", "inspect", "demo"):
         assert command in done.stdout
+
+
+def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tmp_path):
+    code, out, _ = globe("fit", model_dir, "-o", tmp_path / "out", "--dry-run", "--json", *QUICK)
+    figures = json.loads(out)
+    assert code == 0 and not (tmp_path / "out").exists()
+    parts = (figures[name] for name in ("solver_bytes", "block_bytes", "factor_bytes"))
+    assert figures["peak_bytes"] == sum(parts) > figures["bytes"]["globe_on_disk"] / 2
+    assert figures["seconds"] > 0 and figures["rank"] > 0
+    refused = globe("fit", model_dir, "-o", tmp_path / "out", "--memory-limit", "0.0001", *QUICK)
+    assert_refused(refused, 2, "GiB at its peak and the limit is 0.0001; give a smaller ratio")

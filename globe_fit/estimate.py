@@ -1,0 +1,72 @@
+"""What a fit will take, before it runs: bytes at its peak and seconds, by the sizes and by timing one block."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from globe_fit.config import FitConfig, resolve_device
+from globe_fit.objective import FamilyWeights, Statistics, block_experts
+from globe_fit.source import ExpertSource
+from globe_fit.state import BankState
+from globe_fit.varpro import backward_block
+from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.families import FAMILIES
+
+_OTHER_PASSES = 4  # statistics, start, refit, baselines
+# What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to
+# the bank's, two of Adam and the best state; a step holds two blocks of weights, what the adapters make of one, the
+# residual, its square and its gradient, and of the bases mixture, gradient and product with the weights.
+_BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of the fit of both families, one after the other."""
+
+    solver_bytes: int  # on the device of the fit
+    block_bytes: int  # likewise
+    factor_bytes: int  # in host memory
+    seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """On the device and in host memory together: on a CPU, what the process grows by."""
+        return self.solver_bytes + self.block_bytes + self.factor_bytes
+
+
+def estimate(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> Estimate:
+    """Reads one block of experts and takes the step of that block twice; holds a bank and its gradient meanwhile."""
+    base = sizes.base
+    bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
+    codes = base.total_experts * sizes.num_atoms * 4
+    experts = block_experts(max(base.num_experts.values()), base.intermediate_size, base.hidden_size)
+    weights = experts * base.intermediate_size * base.hidden_size * 4
+    bases = experts * sizes.rank * base.hidden_size * 4
+    adapters = base.total_experts * base.intermediate_size * sizes.rank * sizes.torch_dtype.itemsize
+    return Estimate(
+        solver_bytes=_BANKS * bank + _CODES * codes,
+        block_bytes=_BLOCKS * weights + _BASES * bases,
+        factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
+        seconds=len(FAMILIES) * (config.varpro.steps + _OTHER_PASSES) * _seconds_per_pass(source, sizes, config),
+    )
+
+
+def _seconds_per_pass(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> float:
+    device = resolve_device(config.device)
+    bank = torch.randn(sizes.bank_shape(), device=device, requires_grad=True)
+    codes = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device, requires_grad=True)
+    state = BankState(bank, codes, sizes.phi)
+    weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}))
+    took = experts = 0
+    for _ in range(2):  # the first reads from the disk and warms up
+        began = time.perf_counter()
+        blocks = weights.normalised()
+        block = next(blocks)
+        backward_block(weights, block, state, config.varpro.ridge)
+        if device != "cpu":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - began
+        experts = len(block.experts)
+        del blocks, block
+    return took * sizes.base.total_experts / experts
