@@ -4,12 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo check lint types test aot gpu tune report clean
+.PHONY: demo check lint types test aot csrc gpu tune report clean
 
 demo: $(INSTALLED)
 	$(BIN)/globe demo
 
-check: lint types test aot
+check: lint types test aot csrc
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -26,10 +26,16 @@ test: $(INSTALLED)
 aot: $(INSTALLED)
 	$(BIN)/python benchmarks/aot.py
 
+# the CUDA kernels, where there is an nvcc
+csrc: $(INSTALLED)
+	$(BIN)/python csrc/check.py
+
 # In the Python of a machine with a GPU, not in .venv: parity first, then the ledger. Tools that are missing there are
 # skipped by name.
 gpu: export PYTHONPATH = $(CURDIR)
 gpu:
+	GLOBE_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace || \
+	  echo "the CUDA extension was not built: its tests are skipped and its benchmark lacks it"
 	$(PYTHON) -m pytest tests/kernels -q -n 6 -p no:cacheprovider
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
@@ -41,6 +47,7 @@ gpu:
 	done
 	$(PYTHON) benchmarks/compose.py --ledger
 	$(PYTHON) benchmarks/compose.py --ledger --atoms 1000
+	$(PYTHON) benchmarks/spd.py --ledger
 	$(PYTHON) benchmarks/report.py
 
 # there too: the fastest configurations of this card, into globe_kernels/ops/tables

@@ -4,7 +4,7 @@
     python benchmarks/report.py --check            exit code 1 when they are not what the ledger yields
 
 Of each (device, op, model, shape, provider) the newest row counts. README.md has room for the model and rank of the
-newest run of each device; the page of the device has everything.
+newest layer measured on each device; the page of the device has everything.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def block(devices: dict[str, list[list[dict]]], links: dict[str, str], room: int
     room -= len(lines) + 2 * len(devices) - 1  # the last blank line ends the one before it
     for device, groups in devices.items():
         lines += [f"**{device}** ([all tables and rooflines]({links[device]}))", ""]
-        newest = max((row for rows in groups for row in rows), key=_run)
+        newest = max((row for rows in groups for row in rows), key=lambda row: (_is_ffn(row), _run(row)))
         for rows in groups:
             lines_of_table = table(rows)
             if _subject(rows[0]) == _subject(newest) and len(lines_of_table) <= room:

@@ -8,6 +8,7 @@ from providers import dense_twin, globe, globe_atomic, random_inputs, random_lay
 from shapes import LayerShape
 
 from globe_kernels.functional import moe_ffn
+from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.ops.moe_ffn import moe_ffn_ref
@@ -33,6 +34,12 @@ def run(device: str, dtype: torch.dtype) -> None:
         assert_close(moe_ffn(*case), moe_ffn_ref(*case), rms=2e-2, peak=5e-2)
     index = torch.randint(7, (9, 3), device=device, dtype=torch.int32)
     value, bank = torch.randn(9, 3, device=device), torch.randn(7, RANK, 176, device=device).to(dtype)
+    if device == "cuda" and load_extension():
+        for k in (1, 12, 31, 50, 101):
+            gram, rhs = torch.randn(9, k, 2 * k, device=device), torch.randn(9, k, 5, device=device)
+            gram = gram @ gram.mT
+            solved = launch_batched_spd_solve(gram, rhs).solution
+            assert_close(solved, batched_spd_solve_ref(gram, rhs).solution, rms=1e-4, peak=1e-4)
     for phi in ("identity", "silu", "tanh"):
         composed = compose_basis_ref(index, value, bank, phi, torch.float32)
         assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)

@@ -67,6 +67,15 @@ def test_compose_on_a_cpu():
         assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0 and 0 <= row["relative_error"] < 1e-6
 
 
+def test_solves_on_a_cpu():
+    done = run("spd.py", "--cpu", "--json", "--repeats", "1", "--systems", "3")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["provider"] for row in rows} == {"globe", "torch_cholesky", "torch_solve"} and len(rows) == 24
+    for row in rows:
+        assert row["shape"]["systems"] == 3 and row["gb_per_s"] > 0 and 0 < row["relative_error"] < 1e-5
+
+
 def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
     import ffn
 
@@ -78,7 +87,7 @@ def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
         ffn.main()
 
 
-@pytest.mark.parametrize("script", ["ffn.py", "compose.py"])
+@pytest.mark.parametrize("script", ["ffn.py", "compose.py", "spd.py"])
 @pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
 def test_without_a_gpu_the_way_out_is_named(script):
     done = run(script)

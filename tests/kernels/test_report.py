@@ -147,10 +147,13 @@ def test_the_page_has_all_models_and_the_readme_those_of_the_newest_run(place):
     compose = row("globe", 20.0, LATE, op="compose_basis", shape={"atoms": 5})
     del compose["shape"]["tokens"], compose["matmul_share"]
     place.put([compose], f"{FOLDER}/compose.jsonl")
+    # what is no layer does not take the place of the layers, however new
+    solves = row("globe", 20.0, "2030-01-03T00:00:00+00:00", op="batched_spd_solve", model="any")
+    place.put([solves], f"{FOLDER}/spd.jsonl")
     assert not place.report()
     page, readme = (place.results / FOLDER / "README.md").read_text(), place.readme.read_text()
     assert f"(results/{FOLDER}/README.md)" in readme
-    for text, count in ((page, 4), (readme, 2)):
+    for text, count in ((page, 5), (readme, 2)):
         assert text.count("error |") == text.count(": copy 1000 GB/s") == count
         assert ["provider", "us", "GB/s", "% copy", "error"] in cells(text)
         assert ["globe", "20.0", "2000", "200", "2.3e-03"] in cells(text)
