@@ -22,6 +22,7 @@ from the paper's description, so what it leaves open is our choice and in its fa
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,8 @@ from globe_kernels.checkpoint import PHIS, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
+
+Clock = Callable[[], float]
 
 _START_RMS = 0.3
 _WARM_LOGIT = 3.0
@@ -68,7 +71,7 @@ class MobeLayer:
 
 @dataclass(frozen=True)
 class MobeFit:
-    """One family. `history` has (step, seconds since the start, error of the best state so far, before the refit)."""
+    """One family. `history` has (step, seconds, error of the best state so far, before the refit)."""
 
     phi: str
     layers: dict[int, MobeLayer]
@@ -88,11 +91,13 @@ class MobeFit:
         return own.adapter[places].float() @ _basis(own.bank.float(), own.codes[places], self.phi)
 
 
-def fit_mobe(weights: FamilyWeights, sizes: GlobeConfig, config: MobeConfig) -> MobeFit:
+def fit_mobe(
+    weights: FamilyWeights, sizes: GlobeConfig, config: MobeConfig, clock: Clock = time.perf_counter
+) -> MobeFit:
     """MoBE with the rank, the number of atoms and the dtype of `sizes`, one layer in memory at a time.
 
-    Deterministic: one seed gives one result on one machine. Raises RequestError when a layer would be left without an
-    atom, GlobeError when the start itself is not finite.
+    `clock` tells the seconds of the history. Deterministic: one seed gives one result on one machine. Raises
+    RequestError when a layer would be left without an atom, GlobeError when the start itself is not finite.
     """
     sizes = replace(sizes, scope="layer")
     base, statistics = sizes.base, weights.statistics
@@ -100,11 +105,11 @@ def fit_mobe(weights: FamilyWeights, sizes: GlobeConfig, config: MobeConfig) -> 
         raise RequestError(
             f"{sizes.num_atoms} atoms leave a layer of {base.name} without one; give at least one per layer."
         )
-    began = time.perf_counter()
+    began = clock()
     generator = torch.Generator().manual_seed(config.seed + FAMILIES.index(weights.family))
     groups = group_of_experts(base, sizes.num_atoms, "layer").to(weights.device)
     svd_atoms = grouped_svd(weights, sizes).mul_(_START_RMS) if config.warm_start else None
-    seconds = [time.perf_counter() - began] * (config.steps + 1)
+    seconds = [clock() - began] * (config.steps + 1)
     lost_at, lost, completed, layers = [0.0] * (config.steps + 1), 0.0, True, {}
     for layer, places in weights.source.blocks:
         raw = weights.source.read(layer, weights.family).to(weights.device)
@@ -113,7 +118,7 @@ def fit_mobe(weights: FamilyWeights, sizes: GlobeConfig, config: MobeConfig) -> 
         atoms = slice(int(groups[places][0]), int(groups[places][-1]) + 1)
         own = None if svd_atoms is None else svd_atoms[atoms]
         start = _start(target, sizes.rank, group, own, config.phi, generator)
-        best, trace = _descend(target, start, config)
+        best, trace = _descend(target, start, config, clock)
         for step in range(config.steps + 1):
             took, error = trace[min(step, len(trace) - 1)]
             seconds[step] += took
@@ -154,12 +159,12 @@ def _start(
 
 
 def _descend(
-    target: torch.Tensor, start: list[torch.Tensor], config: MobeConfig
+    target: torch.Tensor, start: list[torch.Tensor], config: MobeConfig, clock: Clock
 ) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
     """The best state, and (seconds, its squared error) at each step; the list ends early where Adam diverged."""
     adapter, bank, logits = parameters = [tensor.contiguous().requires_grad_() for tensor in start]
     optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
-    best, lowest, trace, began = [tensor.detach().clone() for tensor in parameters], math.inf, [], time.perf_counter()
+    best, lowest, trace, began = [tensor.detach().clone() for tensor in parameters], math.inf, [], clock()
     for step in range(config.steps + 1):
         loss = (target - adapter @ _basis(bank, logits.softmax(1), config.phi)).square().sum()
         lost = loss.item()
@@ -169,7 +174,7 @@ def _descend(
             lowest = lost
             for kept, tensor in zip(best, parameters, strict=True):
                 kept.copy_(tensor.detach())
-        trace.append((time.perf_counter() - began, lowest))
+        trace.append((clock() - began, lowest))
         if step < config.steps:
             optimizer.zero_grad()
             loss.backward()
