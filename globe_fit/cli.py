@@ -14,6 +14,8 @@ from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.progress import fit_with_progress
+from globe_fit.snapshots import discard_snapshots
+from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
@@ -43,20 +45,24 @@ def fit_command(
     rank: Annotated[int | None, typer.Option(help="Inner dimension r.")] = None,
     atoms: Annotated[int | None, typer.Option(help="Atoms of each family's bank.")] = None,
     support: Annotated[int | None, typer.Option(help="Atoms that each expert mixes (12).")] = None,
+    palette: Annotated[int | None, typer.Option(help="Most atoms that one layer uses (no limit).")] = None,
     phi: Annotated[str | None, typer.Option(help="identity, silu or tanh.")] = None,
     scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
     steps: Annotated[int | None, typer.Option(help="Passes over the experts (500).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
     device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
+    snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
     as_json: Json = False,
 ) -> None:
-    """Fit a GloBE checkpoint to the gate and up experts of a model."""
+    """Fit a GloBE checkpoint to the gate and up experts of a model; the same command goes on after an interruption."""
     options = {
         "ratio": ratio,
         "rank": rank,
         "atoms": atoms,
         "support": support,
+        "palette": palette,
         "phi": phi,
         "scope": scope,
         "seed": seed,
@@ -67,9 +73,13 @@ def fit_command(
     source = ExpertSource(model_dir)
     sizes = resolve_sizes(source.base, settings)
     require_room(out, sizes.tensor_bytes)
+    if restart:
+        discard_snapshots(out)
+    snapshots = open_snapshots(out, source, settings, snapshot_minutes)
     with progress(as_json) as stage:
-        result = fit_with_progress(source, settings, stage)
+        result = fit_with_progress(source, settings, stage, snapshots)
     save_fit(result, source, out)
+    discard_snapshots(out)
     checkpoint = GlobeCheckpoint(out)
     figures = {
         **result.report,

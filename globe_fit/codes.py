@@ -2,14 +2,21 @@
 
 import torch
 
-from globe_kernels.checkpoint import Code
+from globe_kernels.checkpoint import BaseModel, Code
 
 
-def largest_support(codes: torch.Tensor, atom_norms: torch.Tensor, support: int) -> torch.Tensor:
-    """(n, M) bool: for each expert its `support` atoms of largest |alpha_ij| * ||B_j||."""
-    weight = codes.abs() * atom_norms
-    keep = torch.zeros_like(codes, dtype=torch.bool)
-    return keep.scatter_(1, weight.topk(min(support, codes.shape[1]), dim=1).indices, True)
+def largest_support(weight: torch.Tensor, support: int) -> torch.Tensor:
+    """(n, M) bool: for each expert its `support` atoms of largest weight (n, M), such as |alpha_ij| ||B_j||."""
+    keep = torch.zeros_like(weight, dtype=torch.bool)
+    return keep.scatter_(1, weight.topk(min(support, weight.shape[1]), dim=1).indices, True)
+
+
+def layer_palettes(weight: torch.Tensor, base: BaseModel, palette: int) -> torch.Tensor:
+    """(n, M) bool: for the experts of each layer the `palette` atoms of largest squared weight over that layer."""
+    counts = list(base.num_experts.values())
+    by_layer = torch.stack([part.square().sum(0) for part in weight.split(counts)])
+    kept = largest_support(by_layer, palette)
+    return kept.repeat_interleave(torch.tensor(counts, device=weight.device), dim=0)
 
 
 def pack_codes(codes: torch.Tensor, support: int) -> Code:

@@ -63,6 +63,7 @@ class FitConfig:
     rank: int | None = None  # R
     atoms: int | None = None  # M, per family
     support: int = 12  # C, non-zero codes per expert
+    palette: int | None = None  # U, distinct atoms per layer and family; None is no limit
     phi: str = "identity"
     scope: str = "global"  # "layer": each layer uses atoms of its own
     seed: int = 0
@@ -73,7 +74,7 @@ class FitConfig:
         for name, value, allowed in (("phi", self.phi, PHIS), ("scope", self.scope, SCOPES)):
             if value not in allowed:
                 raise RequestError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
-        for name in ("rank", "atoms"):
+        for name in ("rank", "atoms", "palette"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), int, 1)
         _require("support", self.support, int, 1)
@@ -161,8 +162,19 @@ def resolve_sizes(base: BaseModel, config: FitConfig) -> GlobeConfig:
                 f"With scope layer, {atoms} atoms leave a layer with {fewest} of its own and support is "
                 f"{config.support}; give a support of at most {max(fewest, 1)}, or more atoms."
             )
+    if config.palette is not None and not config.support <= config.palette <= atoms:
+        raise RequestError(
+            f"palette is {config.palette}, support is {config.support} and the bank has {atoms} atoms; give a palette "
+            f"from {config.support} to {atoms}."
+        )
     return GlobeConfig(
-        base=base, rank=rank, num_atoms=atoms, support=config.support, phi=config.phi, scope=config.scope
+        base=base,
+        rank=rank,
+        num_atoms=atoms,
+        support=config.support,
+        phi=config.phi,
+        scope=config.scope,
+        palette=config.palette,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from globe_fit.config import FitConfig
 from globe_fit.factors import FitResult
+from globe_fit.snapshots import Snapshots
 from globe_fit.solver import fit
 from globe_fit.source import ExpertSource
 from globe_kernels.families import FAMILIES
@@ -18,7 +19,9 @@ class Stage:
     advance: Callable[[float], None]
 
 
-def fit_with_progress(source: ExpertSource, config: FitConfig, stage: Stage) -> FitResult:
+def fit_with_progress(
+    source: ExpertSource, config: FitConfig, stage: Stage, snapshots: Snapshots | None = None
+) -> FitResult:
     """`fit`, as one stage of all steps of both families."""
     passes = config.varpro.steps + 1
     stage.begin("fit", passes * len(FAMILIES))
@@ -26,4 +29,4 @@ def fit_with_progress(source: ExpertSource, config: FitConfig, stage: Stage) -> 
     def on_step(record: dict) -> None:
         stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"]))
 
-    return fit(source, config, on_step=on_step)
+    return fit(source, config, on_step=on_step, snapshots=snapshots)

@@ -5,7 +5,9 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import safetensors
 import torch
@@ -17,11 +19,13 @@ from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.metrics import check_names
 from globe_fit.objective import FamilyWeights, share
+from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
-from globe_fit.varpro import BankState, solve
+from globe_fit.state import BankState, Solver
+from globe_fit.varpro import VarPro
 from globe_fit.warm_start import grouped_svd, initial_codes
 from globe_kernels.checkpoint import Code, GlobeConfig
-from globe_kernels.errors import GlobeError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.version import __version__
@@ -37,19 +41,22 @@ def fit(
     *,
     start: dict[str, BankState] | None = None,
     on_step: OnStep | None = None,
+    snapshots: Snapshots | None = None,
 ) -> FitResult:
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
 
     `start` replaces the grouped-SVD start of a family. `on_step` is called after every step with a record of
-    globe_fit.metrics. Deterministic: one seed gives one result on one machine. Memory: six times the bank
-    of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), the factors, and one block
-    of experts.
+    globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on where an interrupted one was, with the
+    same result as if it had not been interrupted, bitwise on a CPU. Deterministic: one seed gives one result on one
+    machine. Memory: six times the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state,
+    best), the factors, and one block of experts.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config))
-    fits = {family: _fit_family(source, family, sizes, config, start, on_step) for family in FAMILIES}
+    with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
+        fits = {family: _fit_family(source, family, sizes, config, start, on_step, snapshots) for family in FAMILIES}
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
     if diverged:
@@ -61,12 +68,29 @@ def fit(
     return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
 
 
+def open_snapshots(out: str | Path, source: ExpertSource, config: FitConfig, minutes: float = 5.0) -> Snapshots:
+    """Snapshots in `out` for `fit(source, config)`. Raises RequestError when `out` holds those of another fit."""
+    identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
+    return Snapshots(out, identity, minutes)
+
+
 @dataclass(frozen=True)
 class _FamilyFit:
     factors: FamilyFactors
     report: dict
     history: list[dict]
     completed: bool
+
+    def save(self, snapshots: Snapshots, family: str) -> None:
+        f = self.factors
+        tensors = {"bank": f.bank, "adapter": f.adapter, "index": f.code.index, "value": f.code.value}
+        facts = {"done": True, "report": self.report, "history": self.history, "completed": self.completed}
+        snapshots.save(family, tensors, facts)
+
+    @classmethod
+    def load(cls, tensors: dict[str, torch.Tensor], facts: dict) -> "_FamilyFit":
+        factors = FamilyFactors(tensors["bank"], Code(tensors["index"], tensors["value"]), tensors["adapter"])
+        return cls(factors, facts["report"], facts["history"], facts["completed"])
 
 
 def _fit_family(
@@ -76,15 +100,39 @@ def _fit_family(
     config: FitConfig,
     start: dict[str, BankState] | None,
     on_step: OnStep | None,
+    snapshots: Snapshots | None,
 ) -> _FamilyFit:
     """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
+    saved = None if snapshots is None else snapshots.load(family)
+    if saved is not None and saved[1]["done"]:
+        return _FamilyFit.load(*saved)
     weights = FamilyWeights.measure(source, family, config.device)
-    given = (start or {}).get(family)
-    state = _start(weights, sizes, config.seed + FAMILIES.index(family)) if given is None else given.copy()
-    best, history, completed = _optimise(weights, state, config, on_step)
-    del state
+    if saved is not None:
+        tensors, facts = saved
+        if facts["energy"] != weights.statistics.total_energy:
+            raise RequestError(
+                f"The {family} experts of {source.base.name} are not those that the unfinished fit began with; fit "
+                "with --restart."
+            )
+        state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
+    elif start is not None and family in start:
+        state = start[family].copy()
+    else:
+        state = _start(weights, sizes, config.seed + FAMILIES.index(family))
+    run = _Run(weights, VarPro(weights, state, sizes, config.varpro), config)
+    if saved is not None:
+        run.restore(*saved)
+    del state, saved
+    completed = run.to_the_end(on_step, snapshots)
+    best, history = run.best, run.history
+    assert best is not None
+    del run
     factors, report = _finalise(weights, best, sizes)
-    return _FamilyFit(factors, report, history, completed)
+    done = _FamilyFit(factors, report, history, completed)
+    if snapshots is not None:
+        done.save(snapshots, family)
+        snapshots.stop_if_asked()
+    return done
 
 
 def _provenance(config: FitConfig) -> dict:
@@ -105,42 +153,83 @@ def _start(weights: FamilyWeights, sizes: GlobeConfig, seed: int) -> BankState:
     return BankState(grouped_svd(weights, sizes), codes, sizes.phi)
 
 
-def _optimise(
-    weights: FamilyWeights, start: BankState, config: FitConfig, on_step: OnStep | None
-) -> tuple[BankState, list[dict], bool]:
-    """The best state with the asked support, the history, and whether all steps ran."""
-    best: BankState | None = None
-    best_error, history = math.inf, []
-    began = time.perf_counter()
-    for step, error, state in solve(weights, start, config.support, config.scope, config.varpro):
-        if not math.isfinite(error):
-            if best is None:
-                raise GlobeError(
-                    f"The fit of {weights.family} diverged at step {step}, before its support was fixed; lower the lr."
-                )
-            return best, history, False
+class _Run:
+    """The steps of one family: the best state with the asked support, the history."""
+
+    def __init__(self, weights: FamilyWeights, solver: Solver, config: FitConfig):
+        self._weights, self._solver, self._config = weights, solver, config
+        self.best: BankState | None = None
+        self.history: list[dict] = []
+        self._best_error, self._step, self._seconds = math.inf, 0, 0.0
+
+    def to_the_end(self, on_step: OnStep | None, snapshots: Snapshots | None) -> bool:
+        """Whether all steps ran; False when the state diverged after `best` was found."""
+        solver, steps = self._solver, self._config.varpro.steps
+        began = time.perf_counter() - self._seconds
+        while True:
+            error = solver.evaluate()
+            if not math.isfinite(error):
+                if self.best is None:
+                    raise GlobeError(
+                        f"The fit of {self._weights.family} diverged at step {self._step}, before its support was "
+                        "fixed; lower the lr."
+                    )
+                return False
+            self._seconds = time.perf_counter() - began
+            self._record(error, on_step)
+            if self._step == steps:
+                return True
+            solver.update()
+            self._step += 1
+            if snapshots is not None and snapshots.due():
+                snapshots.save(self._weights.family, self._tensors(), self._facts())
+                snapshots.stop_if_asked()
+
+    def _record(self, error: float, on_step: OnStep | None) -> None:
+        state = self._solver.state
         supports = (state.codes.detach() != 0).sum(1)
-        if error < best_error and int(supports.max()) <= config.support:
-            best_error = error
-            if best is None:
-                best = state.copy()
+        if error < self._best_error and int(supports.max()) <= self._config.support:
+            self._best_error = error
+            if self.best is None:
+                self.best = state.copy()
             else:
-                best.copy_(state)
+                self.best.copy_(state)
         record = check_names(
             {
-                "step": step,
-                "family": weights.family,
+                "step": self._step,
+                "family": self._weights.family,
                 "relative_error": error,
                 "support_median": supports.median().item(),
-                "seconds": time.perf_counter() - began,
+                "seconds": self._seconds,
             }
         )
-        if step % _LOG_EVERY == 0 or step == config.varpro.steps:
-            history.append(record)
+        if self._step % _LOG_EVERY == 0 or self._step == self._config.varpro.steps:
+            self.history.append(record)
         if on_step is not None:
             on_step(record)
-    assert best is not None
-    return best, history, True
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        best = {} if self.best is None else {"best.bank": self.best.bank, "best.codes": self.best.codes}
+        return self._solver.tensors() | best
+
+    def _facts(self) -> dict:
+        return {
+            "done": False,
+            "step": self._step,
+            "seconds": self._seconds,
+            "best_error": self._best_error,
+            "history": self.history,
+            "energy": self._weights.statistics.total_energy,
+        }
+
+    def restore(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """Go on from a snapshot."""
+        self._solver.restore(tensors)
+        self._step, self._seconds = facts["step"], facts["seconds"]
+        self._best_error, self.history = facts["best_error"], facts["history"]
+        if "best.bank" in tensors:
+            self.best = self._solver.state.copy()
+            self.best.copy_(BankState(tensors["best.bank"], tensors["best.codes"], self.best.phi))
 
 
 def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:

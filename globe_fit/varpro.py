@@ -10,84 +10,85 @@ state and one block of weights.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 
 from globe_fit.adapters import SingularBasisError, solve_adapters
-from globe_fit.codes import largest_support
+from globe_fit.codes import largest_support, layer_palettes
 from globe_fit.config import VarProConfig
 from globe_fit.objective import FamilyWeights
+from globe_fit.state import BankState
 from globe_fit.warm_start import allowed_atoms
-from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
+from globe_kernels.checkpoint import GlobeConfig
 
 
-@dataclass
-class BankState:
-    """What a solver improves: atoms (M, R, D) and dense codes (n, M), zero outside each support."""
+class VarPro:
+    """The solver, from `state` on, which it changes in place. From the step at which the support is fixed on, no expert
+    has more than its support and no layer more than its palette."""
 
-    bank: torch.Tensor
-    codes: torch.Tensor
-    phi: str
+    def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: VarProConfig):
+        self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
+        bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
+        self._allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(codes.device)
+        rms = bank.detach().square().mean().sqrt().item()
+        self._rates = (config.lr * rms, config.lr * config.code_lr_scale)
+        # fused: without temporaries of the size of the bank
+        self._adam = torch.optim.Adam([{"params": [bank]}, {"params": [codes]}], betas=config.betas, fused=True)
+        self._step, self._fixed = 0, False
 
-    def basis(self, places: slice) -> torch.Tensor:
-        """(E, R, D) composed bases of the experts at `places`."""
-        mixture = self.codes[places] @ self.bank.flatten(1)
-        return PHI_FUNCTIONS[self.phi](mixture).view(-1, *self.bank.shape[1:])
+    def evaluate(self) -> float:
+        if not self._fixed and self._step >= self._config.support_at * self._config.steps:
+            self._fix_support()
+        self._adam.zero_grad(set_to_none=True)
+        try:
+            return _backward(self._weights, self.state, self._config.ridge)
+        except SingularBasisError:
+            return math.nan
 
-    def copy(self) -> "BankState":
-        """A copy of the values, without gradients."""
-        return BankState(self.bank.detach().clone(), self.codes.detach().clone(), self.phi)
+    def update(self) -> None:
+        codes = self.state.codes
+        assert codes.grad is not None
+        codes.grad.mul_(self._allowed)
+        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
+            group["lr"] = rate * _schedule(self._step, self._config)
+        self._adam.step()
+        with torch.no_grad():
+            codes.mul_(self._allowed)  # momentum from before the support was fixed
+        self._step += 1
 
     @torch.no_grad()
-    def copy_(self, other: "BankState") -> None:
-        """Take over the values of `other`."""
-        self.bank.copy_(other.bank)
-        self.codes.copy_(other.codes)
+    def _fix_support(self) -> None:
+        weight = self.state.codes.abs() * self.state.bank.flatten(1).norm(dim=1)
+        if self._sizes.palette is not None:
+            self._allowed &= layer_palettes(weight, self._sizes.base, self._sizes.palette)
+        self._allowed &= largest_support(weight * self._allowed, self._sizes.support)
+        self.state.codes.mul_(self._allowed)
+        self._fixed = True
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        counters = torch.tensor([self._step, self._fixed])
+        rates = torch.tensor(self._rates, dtype=torch.float64)
+        own = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed}
+        own |= {"counters": counters, "rates": rates}
+        for name, parameter in (("bank", self.state.bank), ("codes", self.state.codes)):
+            own |= {f"adam.{name}.{key}": value for key, value in self._adam.state[parameter].items()}
+        return {name: tensor.detach() for name, tensor in own.items()}
 
-def solve(
-    weights: FamilyWeights, start: BankState, support: int, scope: str, config: VarProConfig
-) -> Iterator[tuple[int, float, BankState]]:
-    """Yields (step, relative error before the step, BankState) for steps 0..config.steps.
-
-    The state is `start` itself, changed in place: copy what must be kept. A step that diverged yields NaN. From the
-    step at which the support is fixed on, no expert has more than `support` codes. Exact and deterministic: one seed
-    gives one result on one machine.
-    """
-    state = start
-    bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
-    allowed = allowed_atoms(weights.source.base, bank.shape[0], scope).to(codes.device)
-    rms = bank.detach().square().mean().sqrt().item()
-    optimizer = torch.optim.Adam(
-        [{"params": [bank], "base": config.lr * rms}, {"params": [codes], "base": config.lr * config.code_lr_scale}],
-        betas=config.betas,
-        fused=True,  # without temporaries of the size of the bank
-    )
-    fixed = False
-    for step in range(config.steps + 1):
-        if not fixed and step >= config.support_at * config.steps:
-            with torch.no_grad():
-                norms = bank.flatten(1).norm(dim=1)
-                allowed &= largest_support(codes, norms, support)
-                codes.mul_(allowed)
-            fixed = True
-        optimizer.zero_grad(set_to_none=True)
-        try:
-            error = _backward(weights, state, config.ridge)
-        except SingularBasisError:
-            error = math.nan
-        yield step, error, state
-        if step == config.steps:
-            return
-        assert codes.grad is not None
-        codes.grad.mul_(allowed)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * _schedule(step, config)
-        optimizer.step()
-        with torch.no_grad():
-            codes.mul_(allowed)  # momentum from before the support was fixed
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.state.bank.copy_(tensors["bank"])
+        self.state.codes.copy_(tensors["codes"])
+        self._allowed.copy_(tensors["allowed"])
+        self._step, self._fixed = int(tensors["counters"][0]), bool(tensors["counters"][1])
+        first, second = tensors["rates"].tolist()
+        self._rates = (first, second)
+        for name, parameter in (("bank", self.state.bank), ("codes", self.state.codes)):
+            prefix = f"adam.{name}."
+            self._adam.state[parameter] = {
+                key.removeprefix(prefix): value.to(parameter.device)
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
 
 
 def _backward(weights: FamilyWeights, state: BankState, ridge: float) -> float:

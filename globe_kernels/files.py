@@ -52,6 +52,22 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
             target.rmdir()
 
 
+@contextmanager
+def replacing_file(target: Path) -> Iterator[Path]:
+    """Write one file: yields another name beside it, and gives it its own once it is on the disk. After a failure or a
+    kill `target` is what it was."""
+    temporary = target.with_name(f"{target.name}.partial")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, target)
+        _sync(target.parent)
+    except (OSError, SafetensorError) as error:
+        raise _as_user_error(error, target) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)

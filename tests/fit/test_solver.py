@@ -7,9 +7,10 @@ import torch
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
 from globe_fit.metrics import METRICS, check_names
-from globe_fit.solver import _optimise
-from globe_fit.varpro import BankState
-from globe_kernels.checkpoint import GlobeCheckpoint
+from globe_fit.solver import _Run
+from globe_fit.state import BankState
+from globe_fit.varpro import VarPro
+from globe_kernels.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError
 from tests.conftest import TINY_FIT
 
@@ -90,10 +91,11 @@ def test_the_best_state_is_kept(planted):
     """From a fixed point, a step size that is far too large only makes things worse."""
     start = BankState(planted.bank, planted.codes, "identity").copy()
     config = FitConfig(support=2, varpro=VarProConfig(steps=8, lr=5.0, warmup_steps=1, support_at=0.0))
-    best, history, completed = _optimise(planted.family(), start, config, None)
-    assert completed
-    assert history[-1]["relative_error"] > history[0]["relative_error"]
-    assert torch.equal(best.bank, planted.bank)
+    sizes = GlobeConfig(planted.source.base, rank=6, num_atoms=5, support=2)
+    run = _Run(planted.family(), VarPro(planted.family(), start, sizes, config.varpro), config)
+    assert run.to_the_end(None, None)
+    assert run.history[-1]["relative_error"] > run.history[0]["relative_error"]
+    assert run.best is not None and torch.equal(run.best.bank, planted.bank)
 
 
 def test_a_start_can_be_given(source):

@@ -5,7 +5,8 @@ import torch
 
 from globe_fit.config import VarProConfig
 from globe_fit.objective import FamilyWeights
-from globe_fit.varpro import BankState, _backward, solve
+from globe_fit.state import BankState
+from globe_fit.varpro import VarPro, _backward
 from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.testing import assert_close
@@ -17,14 +18,25 @@ def start_of(source, atoms: int = 4, rank: int = 3, phi: str = "identity", scope
     return BankState(grouped_svd(weights, config), initial_codes(config, torch.Generator().manual_seed(0)), phi)
 
 
-def run(source, start: BankState, support: int = 2, scope: str = "global", **settings):
-    """(errors, last state) of a whole run."""
+def solver_of(
+    source, start: BankState, support: int = 2, scope: str = "global", palette: int | None = None, **settings
+):
     weights = FamilyWeights.measure(source, "gate", "cpu")
-    errors, last = [], start
-    for _, error, state in solve(weights, start.copy(), support, scope, VarProConfig(**settings)):
-        errors.append(error)
-        last = state.copy()
-    return errors, last
+    atoms, rank, _ = start.bank.shape
+    sizes = GlobeConfig(
+        source.base, rank=rank, num_atoms=atoms, support=support, phi=start.phi, scope=scope, palette=palette
+    )
+    return VarPro(weights, start.copy(), sizes, VarProConfig(**settings))
+
+
+def run(source, start: BankState, steps: int, **settings):
+    """(errors, last state) of a whole run."""
+    solver = solver_of(source, start, steps=steps, **settings)
+    errors = [solver.evaluate()]
+    for _ in range(steps):
+        solver.update()
+        errors.append(solver.evaluate())
+    return errors, solver.state.copy()
 
 
 @pytest.mark.parametrize("phi", ["identity", "silu", "tanh"])
@@ -107,12 +119,39 @@ def test_scope_layer_keeps_every_code_inside_its_layer(noise):
 
 
 def test_the_support_is_fixed_once(noise):
-    weights = FamilyWeights.measure(noise, "gate", "cpu")
-    supports = [
-        state.codes.detach() != 0
-        for _, _, state in solve(weights, start_of(noise), 2, "global", VarProConfig(steps=20, support_at=0.5))
-    ]
+    solver, supports = solver_of(noise, start_of(noise), steps=20, support_at=0.5), []
+    for _ in range(20):
+        solver.evaluate()
+        supports.append(solver.state.codes.detach() != 0)
+        solver.update()
     assert int(supports[9].sum(1).min()) == 4, "dense before the support is fixed"
     for support in supports[10:]:
         assert torch.equal(support, supports[10])
     assert int(supports[10].sum(1).max()) == 2
+
+
+def test_no_layer_uses_more_atoms_than_its_palette(noise):
+    start = start_of(noise, atoms=6)
+    free, limited = (run(noise, start, steps=20, palette=palette)[1].codes != 0 for palette in (None, 3))
+    layers = (slice(0, 6), slice(6, 10))
+    assert max(int(free[layer].any(0).sum()) for layer in layers) > 3
+    for layer in layers:
+        assert 2 <= int(limited[layer].any(0).sum()) <= 3
+        assert limited[layer].sum(1).tolist() == [2] * (layer.stop - layer.start)
+
+
+@pytest.mark.parametrize("stop", [1, 9, 10, 15], ids=["at first", "before the support", "after it", "late"])
+def test_a_restored_solver_goes_on_bitwise(noise, stop):
+    settings = {"steps": 20, "support_at": 0.5, "palette": 3}
+    _, expected = run(noise, start_of(noise), **settings)
+    solver = solver_of(noise, start_of(noise), **settings)
+    for _ in range(stop):
+        solver.evaluate()
+        solver.update()
+    saved = {name: tensor.clone() for name, tensor in solver.tensors().items()}
+    other = solver_of(noise, BankState(saved["bank"], saved["codes"], "identity"), **settings)
+    other.restore(saved)
+    for _ in range(stop, 20):
+        other.evaluate()
+        other.update()
+    assert torch.equal(other.state.bank, expected.bank) and torch.equal(other.state.codes, expected.codes)
