@@ -149,16 +149,16 @@ def _draw(path: Path, title: str, methods: dict[str, Method]) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    for number, (axes, family) in enumerate(zip(figure.subplots(1, 2, sharey=True), FAMILIES, strict=True)):
+    plots = figure.subplots(1, len(FAMILIES), sharey=True)
+    for axes, family in zip(plots, FAMILIES, strict=True):
         for color, (name, method) in enumerate(methods.items()):
             if trace := method.traces.get(family):
                 axes.plot(*zip(*trace, strict=True), color=f"C{color}", label=name)
             else:
                 axes.axhline(method.errors[family], color=f"C{color}", linestyle=":", label=name)
         axes.set(title=family, xscale="log", yscale="log", xlabel="seconds")
-        if number == 0:
-            axes.set_ylabel("relative squared error")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    plots[0].set_ylabel("relative squared error")
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=110)
 
