@@ -14,6 +14,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 _TEXTS = ("op", "provider", "model", "device", "commit", "torch", "triton", "date")
 _POSITIVE = ("median_us", "gb_per_s", "tflop_per_s", "copy_gb_per_s", "matmul_tflop_per_s")
+_FIT_POSITIVE = ("seconds", "bytes")  # rows of op "fit" time no kernel
+_FIT_ERRORS = ("gate_error", "up_error")
 # what a run writes itself does not change what the next one measures
 _MEASURED = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 
@@ -81,9 +83,10 @@ def _damaged(row: object) -> str:
     if not isinstance(row, dict):
         return "object"
     shape = row.get("shape")
-    sound = {name: isinstance(row.get(name), str) for name in _TEXTS}
-    sound |= {name: _number(row.get(name)) > 0 for name in _POSITIVE}
-    sound["relative_error"] = _number(row.get("relative_error")) >= 0
+    is_fit = row.get("op") == "fit"
+    sound = {name: isinstance(row.get(name), str) for name in ((*_TEXTS, "settings") if is_fit else _TEXTS)}
+    sound |= {name: _number(row.get(name)) > 0 for name in (_FIT_POSITIVE if is_fit else _POSITIVE)}
+    sound |= {name: _number(row.get(name)) >= 0 for name in (_FIT_ERRORS if is_fit else ("relative_error",))}
     sound["shape"] = isinstance(shape, dict)
     if isinstance(shape, dict) and str(row.get("op")).startswith("moe_ffn"):
         sound["shape.tokens"] = _number(shape.get("tokens")) > 0

@@ -89,6 +89,29 @@ def _ffn_lines(rows: list[dict]) -> list[Line]:
     return lines
 
 
+def _fit_lines(rows: list[dict]) -> list[Line]:
+    """One line per method; a quality that was not measured, or an error that was never reached, is a dash."""
+
+    def cell(row: dict, name: str, form: str) -> str:
+        return "-" if row.get(name) is None else format(row[name], form)
+
+    columns = {
+        "error, gate": ("gate_error", ".4f"),
+        "error, up": ("up_error", ".4f"),
+        "s": ("seconds", ".1f"),
+        "s to MoBE's, gate": ("gate_seconds_to_mobe", ".1f"),
+        "s to MoBE's, up": ("up_seconds_to_mobe", ".1f"),
+        "bytes": ("bytes", "d"),
+        "perplexity": ("perplexity", ".2f"),
+        "KL": ("kl", ".4f"),
+        "top-1": ("top1", ".3f"),
+    }
+    return [
+        (row, {"method": row["provider"], **{title: cell(row, *column) for title, column in columns.items()}})
+        for row in rows
+    ]
+
+
 def _other_lines(rows: list[dict]) -> list[Line]:
     """One line per row."""
     return [
@@ -110,7 +133,8 @@ def _other_lines(rows: list[dict]) -> list[Line]:
 def table(rows: list[dict]) -> list[str]:
     """One table in Markdown, with the conditions of its runs."""
     first = rows[0]
-    lines = (_ffn_lines(rows) if _is_ffn(first) else []) or _other_lines(rows)
+    is_fit = first["op"] == "fit"
+    lines = _fit_lines(rows) if is_fit else (_ffn_lines(rows) if _is_ffn(first) else []) or _other_lines(rows)
     runs = {_run(row): row for row, _ in lines}
     if len(runs) > 1:
         lines = [(row, {**cells, "run": row["date"]}) for row, cells in lines]
@@ -123,7 +147,11 @@ def table(rows: list[dict]) -> list[str]:
         "",
         *(
             f"{row['device']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {row['date']}: "
-            f"copy {row['copy_gb_per_s']:.0f} GB/s, matmul {row['matmul_tflop_per_s']:.2f} TFLOP/s."
+            + (
+                f"{row['settings']}."
+                if is_fit
+                else f"copy {row['copy_gb_per_s']:.0f} GB/s, matmul {row['matmul_tflop_per_s']:.2f} TFLOP/s."
+            )
             for row in runs.values()
         ),
         "",
@@ -244,7 +272,9 @@ def main() -> None:
         texts[folder / "README.md"] = page(device, groups, list(own_plots))
         links[device] = Path(os.path.relpath(folder / "README.md", args.readme.parent)).as_posix()
     room = _README_LINES - len(f"{head}{begin}\n{end}{tail}".splitlines())
-    texts[args.readme] = f"{head}{begin}\n{block(devices, links, room)}{end}{tail}"
+    timed = {device: [rows for rows in groups if rows[0]["op"] != "fit"] for device, groups in devices.items()}
+    timed = {device: groups for device, groups in timed.items() if groups}
+    texts[args.readme] = f"{head}{begin}\n{block(timed, links, room)}{end}{tail}"
 
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if args.check:

@@ -6,7 +6,8 @@ document in twenty is held out; a document is a whole module or topic, so no mod
 
     python examples/train_tiny_moe.py --out examples/tiny_moe
 
-Prints the held-out perplexity beside a unigram model's and writes both to `training.json`.
+Prints the held-out perplexity beside a unigram model's and writes both to `training.json`. Another size or
+architecture: `--architecture olmoe --layers 4 --experts 32 --hidden 160 --intermediate 96`.
 """
 
 import argparse
@@ -19,10 +20,11 @@ import sysconfig
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
 SEQUENCE = 256
@@ -87,20 +89,29 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def model_config(vocab_size: int) -> Qwen3MoeConfig:
-    return Qwen3MoeConfig(
-        vocab_size=vocab_size,
-        hidden_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,  # pyright: ignore[reportCallIssue]
-        num_experts=20,
+def model_config(args):
+    """The transformers configuration; heads of 32, and two key-value heads where they divide."""
+    own = {
+        "qwen3_moe": {
+            "moe_intermediate_size": args.intermediate,
+            "intermediate_size": 256,
+            "head_dim": 32,
+            "decoder_sparse_step": 1,
+        },
+        "olmoe": {"intermediate_size": args.intermediate},
+    }
+    heads = args.hidden // 32
+    return AutoConfig.for_model(
+        args.architecture,
+        **own[args.architecture],
+        vocab_size=args.vocab,
+        hidden_size=args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, 2),
+        num_experts=args.experts,
         num_experts_per_tok=4,
-        moe_intermediate_size=64,
-        intermediate_size=256,
         norm_topk_prob=True,
-        decoder_sparse_step=1,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         router_aux_loss_coef=0.01,
@@ -120,7 +131,7 @@ def unigram_perplexity(train: torch.Tensor, held_out: torch.Tensor, vocab_size: 
 
 
 @torch.no_grad()
-def perplexity(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> float:
+def perplexity(model: Any, tokens: torch.Tensor) -> float:
     model.eval()
     rows = tokens[: len(tokens) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
     total = 0.0
@@ -131,7 +142,7 @@ def perplexity(model: Qwen3MoeForCausalLM, tokens: torch.Tensor) -> float:
     return math.exp(total / (rows.shape[0] * (SEQUENCE - 1)))
 
 
-def train(model: Qwen3MoeForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, args) -> dict:
+def train(model: Any, tokens: torch.Tensor, held_out: torch.Tensor, args) -> dict:
     """AdamW with a linear warm-up and a cosine to zero; keeps the best held-out state."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -172,6 +183,11 @@ def train(model: Qwen3MoeForCausalLM, tokens: torch.Tensor, held_out: torch.Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--architecture", choices=["qwen3_moe", "olmoe"], default="qwen3_moe")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--experts", type=int, default=20)
+    parser.add_argument("--hidden", type=int, default=192)
+    parser.add_argument("--intermediate", type=int, default=64)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
@@ -192,7 +208,7 @@ def main() -> None:
     unigram = unigram_perplexity(tokens, held_out, args.vocab)
     print(f"{len(tokens)} training tokens, {len(held_out)} held out, unigram perplexity {unigram:.1f}")
 
-    model = Qwen3MoeForCausalLM(model_config(args.vocab))
+    model: Any = AutoModelForCausalLM.from_config(model_config(args))
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
     figures = train(model, tokens, held_out, args)
 

@@ -23,6 +23,12 @@ def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
     return left, left.mT @ weights
 
 
+def stored_svd(weights: torch.Tensor, rank: int) -> torch.Tensor:
+    """(E, P, D) float32: what the truncated SVD stands for once its factors are stored in bf16."""
+    left, right = truncated_svd(weights, rank)
+    return left.bfloat16().float() @ right.bfloat16().float()
+
+
 def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
     """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936)."""
     lost = [0.0] * len(ranks)

@@ -2,13 +2,12 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from globe_fit.baselines import truncated_svd
+from globe_fit.baselines import stored_svd
 from globe_fit.config import FitConfig, VarProConfig
-from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, token_windows
+from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, token_windows, with_experts
 from globe_fit.export import export_globe, save_fit
 from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.source import ExpertSource
@@ -59,7 +58,8 @@ def _run(out: Path, stage: Stage) -> dict:
     dense = load_model(model_dir)
     compressed = load_model(out / "globe-hf")
     svd_rank = result.report["families"]["gate"]["svd_equal_bytes_rank"]
-    models = {"dense": dense, "globe": compressed, "svd": _svd_model(model_dir, source, svd_rank)}
+    svd = with_experts(source, lambda layer, family: stored_svd(source.read(layer, family), svd_rank))
+    models = {"dense": dense, "globe": compressed, "svd": svd}
     windows = token_windows(model_dir, model_dir / "heldout.txt")
     stage.begin("measure", 1)
     quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
@@ -67,19 +67,6 @@ def _run(out: Path, stage: Stage) -> dict:
         raise AssertionError("the GloBE experts never ran")
     texts = {name: continue_text(models[name], model_dir, PROMPT, NEW_TOKENS) for name in ("dense", "globe", "svd")}
     return _figures(result.report, quality, checkpoint, compressed, texts)
-
-
-def _svd_model(model_dir: Path, source: ExpertSource, rank: int) -> nn.Module:
-    """The dense model with every gate and up matrix replaced by its truncated SVD, factors rounded to bf16."""
-    model = load_model(model_dir)
-    live = dict(source.architecture.live_experts(model))
-    for layer in source.layers:
-        experts: Any = model.get_submodule(live[layer.layer])
-        for family in FAMILIES:
-            left, right = truncated_svd(source.read(layer, family), rank)
-            weights = left.bfloat16().float().bmm(right.bfloat16().float())
-            source.architecture.part(experts.gate_up_proj.data, family).copy_(weights)
-    return model
 
 
 def _figures(

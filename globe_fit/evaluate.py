@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from globe_fit.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
 
 WINDOW = 256
 _BATCH = 16
@@ -44,6 +46,19 @@ def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str =
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
     return model.to(device).eval()
+
+
+def with_experts(
+    source: ExpertSource, weights: Callable[[ExpertLayer, str], torch.Tensor], device: str = "cpu"
+) -> nn.Module:
+    """The dense model of `source` with the gate and up experts (E, P, D) that `weights` gives per layer and family."""
+    model = load_model(source.model_dir, device)
+    live = dict(source.architecture.live_experts(model))
+    for layer in source.layers:
+        experts: Any = model.get_submodule(live[layer.layer])
+        for family in FAMILIES:
+            source.architecture.part(experts.gate_up_proj.data, family).copy_(weights(layer, family))
+    return model
 
 
 def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:

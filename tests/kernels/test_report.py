@@ -47,6 +47,13 @@ def run_of(date: str = EARLY, scale: float = 1.0, **changes) -> list[dict]:
     return [row(name, scale * us, date, **changes) for name, us in US.items()]
 
 
+def fit_row(provider: str, **changes) -> dict:
+    names = ("device", "commit", "torch", "triton", "date", "model", "shape")
+    own = {"op": "fit", "provider": provider, "seconds": 5.0, "bytes": 366, "settings": "5 steps"}
+    own |= {"gate_error": 0.03, "up_error": 0.02, "gate_seconds_to_mobe": 1.5, "up_seconds_to_mobe": None}
+    return {name: value for name, value in row("", 1.0).items() if name in names} | own | changes
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A README and an empty ledger, and what to do with them."""
@@ -164,6 +171,20 @@ def test_the_page_has_all_models_and_the_readme_those_of_the_newest_run(place):
         assert f"]({name})" in page
 
 
+def test_fits_are_on_the_page_only(place):
+    place.put([fit_row("globe"), fit_row("svd", kl=0.0579)], f"{FOLDER}/fit.jsonl")
+    assert not place.report()
+    assert "No GPU measurement" in place.readme.read_text() and not cells(place.readme.read_text())
+    page = (place.results / FOLDER / "README.md").read_text()
+    _, globe, svd = cells(page)
+    assert globe == ["globe", "0.0300", "0.0200", "5.0", "1.5", "-", "366", "-", "-", "-"]
+    assert svd[0] == "svd" and svd[-2] == "0.0579"
+    assert f"{DEVICE}, torch 2.0, triton 3.0, commit abc1234, {EARLY}: 5 steps." in page
+    place.put(run_of())
+    assert not place.report()
+    assert "`moe_ffn`" in place.readme.read_text() and "`fit`" not in place.readme.read_text()
+
+
 def test_nothing_else_changes_and_a_second_run_changes_nothing(place):
     place.put(run_of())
     place.report()
@@ -203,6 +224,7 @@ def test_check(place):
         (json.dumps(row("globe", 1.0, relative_error=float("nan"))), "sound relative_error;"),
         (json.dumps(row("globe", 1.0, median_us=0)), "sound median_us;"),
         (json.dumps(row("globe", 1.0) | {"shape": {}}), "sound shape.tokens;"),
+        (json.dumps(fit_row("globe", up_error=None, seconds=0)), "sound seconds, up_error;"),
     ],
 )
 def test_a_damaged_line_is_named(place, line, complaint):

@@ -1,0 +1,218 @@
+"""GloBE against MoBE and the truncated SVD of every expert, at equal bytes, one after the other in one process.
+
+    python benchmarks/fit.py                                  the shipped model
+    python benchmarks/fit.py MODEL_DIR --text TEXT --curves out.png --ledger
+
+Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds are of the process on a CPU,
+on one thread, so that other work of the machine counts for no method; on a GPU of the wall. They are those of both
+families, start and refit included. "s to MoBE's" is per family, start included: when the error under way first was at
+most the final error of the better MoBE; for MoBE itself, when it found the state that it returned. A GloBE step counts
+only once its supports are chosen. Perplexity, KL(dense || compressed) and top-1 agreement are of dense models whose
+gate and up experts are what each method stands for.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from ledger import append, conditions
+from measure import device_name
+from report import table
+
+from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
+from globe_fit.baselines import stored_svd
+from globe_fit.config import DEFAULT_RATIO, resolve_device
+from globe_fit.demo import shipped_model
+from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
+from globe_fit.factors import reconstruct
+from globe_fit.mobe import Clock, MobeConfig, fit_mobe
+from globe_fit.objective import FamilyWeights, share
+from globe_fit.source import ExpertLayer
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
+
+Trace = list[tuple[float, float]]  # (seconds, relative error)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one method made of a model."""
+
+    weights: Callable[[ExpertLayer, str], torch.Tensor]  # (E, P, D) of a layer and family
+    errors: dict[str, float]
+    traces: dict[str, Trace]
+    seconds: float
+    num_bytes: int
+
+
+def globe(source: ExpertSource, config: FitConfig, clock: Clock) -> tuple[Method, FitResult]:
+    traces: dict[str, Trace] = {family: [] for family in FAMILIES}
+    began, first = clock(), {}
+
+    def on_step(record: dict) -> None:
+        family, now = record["family"], clock()
+        # the start of up cannot be told from the end of gate: it is taken to last as long as that of gate
+        seconds = now - first.setdefault(family, now) + first["gate"] - began
+        if record["support_median"] <= config.support:
+            traces[family].append((seconds, record["relative_error"]))
+
+    result = fit(source, config, on_step=on_step)
+    seconds = clock() - began
+    places = {layer.layer: own for layer, own in source.blocks}
+
+    def weights(layer: ExpertLayer, family: str) -> torch.Tensor:
+        factors = result.families[family]
+        return reconstruct(factors.at(places[layer.layer]), factors.bank, result.config.phi)
+
+    errors = {family: result.report["families"][family]["relative_error"] for family in FAMILIES}
+    return Method(weights, errors, traces, seconds, result.config.tensor_bytes), result
+
+
+def svd(source: ExpertSource, families: dict[str, FamilyWeights], rank: int, clock: Clock) -> Method:
+    errors, began = {}, clock()
+
+    def weights(layer: ExpertLayer, family: str) -> torch.Tensor:
+        return stored_svd(source.read(layer, family).to(families[family].device), rank).cpu()
+
+    for family, whole in families.items():
+        lost = sum(
+            (source.read(layer, family) - weights(layer, family)).square().sum(dtype=torch.float64).item()
+            for layer in source.layers
+        )
+        errors[family] = share(lost, whole.statistics.total_energy)
+    num_bytes = 2 * len(FAMILIES) * source.base.total_experts * rank
+    num_bytes *= source.base.intermediate_size + source.base.hidden_size
+    return Method(weights, errors, {}, clock() - began, num_bytes)
+
+
+def mobe(families: dict[str, FamilyWeights], result: FitResult, config: MobeConfig, clock: Clock) -> Method:
+    began = clock()
+    fits = {family: fit_mobe(weights, result.config, config, clock) for family, weights in families.items()}
+    seconds = clock() - began
+    for family, one in fits.items():
+        if not one.completed:
+            print(f"mobe: a layer of {family} diverged; its best state before is kept", file=sys.stderr)
+    return Method(
+        lambda layer, family: fits[family].reconstruct(layer),
+        {family: one.relative_error for family, one in fits.items()},
+        {family: [(took, error) for _, took, error in one.history] for family, one in fits.items()},
+        seconds,
+        sum(one.num_bytes for one in fits.values()),
+    )
+
+
+def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Method], FitResult]:
+    """Every method by name, and the GloBE fit that set the bytes."""
+    device, varpro = resolve_device(args.device), VarProConfig(steps=args.steps)
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    methods: dict[str, Method] = {}
+
+    def add(name: str, method: Method) -> None:
+        methods[name] = method
+        print(f"{name}: {method.seconds:.1f} s", file=sys.stderr, flush=True)
+
+    settings = {"ratio": args.ratio, "support": args.support, "device": device, "varpro": varpro}
+    method, result = globe(source, FitConfig(**settings), clock)
+    add("globe", method)
+    add("globe_tanh", globe(source, FitConfig(**settings, phi="tanh"), clock)[0])
+    families = {family: FamilyWeights.measure(source, family, device) for family in FAMILIES}
+    add("svd", svd(source, families, result.report["families"]["gate"]["svd_equal_bytes_rank"], clock))
+    for name, warm in (("mobe", False), ("mobe_warm", True)):
+        add(name, mobe(families, result, MobeConfig(steps=args.mobe_steps, warm_start=warm), clock))
+    return methods, result
+
+
+def _seconds_to(trace: Trace, error: float) -> float | None:
+    return next((seconds for seconds, reached in trace if reached <= error), None)
+
+
+def _row(name: str, method: Method, methods: dict[str, Method]) -> dict:
+    row = {"op": "fit", "provider": name, "seconds": method.seconds, "bytes": method.num_bytes}
+    for family in FAMILIES:
+        trace = method.traces.get(family, [])
+        # MoBE ends with a refit that the error under way lacks
+        target = min(one.errors[family] for other, one in methods.items() if other.startswith("mobe"))
+        if name.startswith("mobe"):
+            target = min(error for _, error in trace)
+        row |= {f"{family}_error": method.errors[family], f"{family}_seconds_to_mobe": _seconds_to(trace, target)}
+    return row
+
+
+def _draw(path: Path, title: str, methods: dict[str, Method]) -> None:
+    """The error against the seconds, a plot per family; a method without steps is a dotted line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    plots = figure.subplots(1, len(FAMILIES), sharey=True)
+    for axes, family in zip(plots, FAMILIES, strict=True):
+        for color, (name, method) in enumerate(methods.items()):
+            if trace := method.traces.get(family):
+                axes.plot(*zip(*trace, strict=True), color=f"C{color}", label=name)
+            else:
+                axes.axhline(method.errors[family], color=f"C{color}", linestyle=":", label=name)
+        axes.set(title=family, xscale="log", yscale="log", xlabel="seconds")
+    plots[0].set_ylabel("relative squared error")
+    figure.legend(*plots[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model_dir", type=Path, nargs="?", help="the shipped model by default")
+    parser.add_argument("--ratio", type=float, default=DEFAULT_RATIO)
+    parser.add_argument("--support", type=int, default=FitConfig.support)
+    parser.add_argument("--steps", type=int, default=VarProConfig.steps, help="of GloBE")
+    parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--text", type=Path, help="measure perplexity, KL and top-1 agreement on it")
+    parser.add_argument("--curves", type=Path, help="a plot of the errors over time")
+    parser.add_argument("--ledger", action="store_true", help="append the rows to benchmarks/results")
+    parser.add_argument("--json", action="store_true", help="a list of rows on stdout, nothing else")
+    args = parser.parse_args()
+    if args.curves and find_spec("matplotlib") is None:
+        parser.error("--curves needs matplotlib; install it.")
+    torch.set_num_threads(1)
+    try:
+        source = ExpertSource(args.model_dir or shipped_model())
+        windows = token_windows(source.model_dir, args.text) if args.text else None
+        methods, result = run(source, args)
+    except RequestError as error:
+        parser.error(str(error))
+    except GlobeError as error:
+        raise SystemExit(f"fit: {error}") from error
+    sizes, base = result.config, source.base
+    shape = {"layers": len(base.num_experts), "experts": base.total_experts, "intermediate": base.intermediate_size}
+    shape |= {"hidden": base.hidden_size, "rank": sizes.rank, "atoms": sizes.num_atoms, "support": sizes.support}
+    device = resolve_device(args.device)
+    settings = f"{args.steps} steps, MoBE {args.mobe_steps}"
+    facts = conditions(device_name(device)) | {"model": base.name, "shape": shape, "settings": settings}
+    rows = [_row(name, method, methods) | facts for name, method in methods.items()]
+    if windows is not None:
+        models = {"dense": load_model(source.model_dir, device)}
+        models |= {name: with_experts(source, method.weights, device) for name, method in methods.items()}
+        quality = evaluate(models, windows)
+        for row in rows:
+            own = quality[row["provider"]]
+            row |= {"perplexity": own.perplexity, "kl": own.kl, "top1": own.top1}
+            row |= {"dense_perplexity": quality["dense"].perplexity}
+    if args.curves:
+        _draw(args.curves, f"{base.name}: {', '.join(f'{name} {value}' for name, value in shape.items())}", methods)
+    if args.ledger:
+        append("fit", facts["device"], rows)
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print("\n".join(table(rows)))
+        if windows is not None:
+            print(f"perplexity of the dense model {rows[0]['dense_perplexity']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
