@@ -1,6 +1,7 @@
 """Where an interrupted fit goes on: one file per family beside the checkpoint to be, replaced whole or not at all."""
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file
 
 _DIRECTORY = ".snapshot"
@@ -32,8 +34,16 @@ class Snapshots:
         self._identity, self._seconds = json.loads(json.dumps(identity)), 60 * minutes
         self._last = time.monotonic()
         self._stop = False
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in self._paths():
             self._require_same(path)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob("[!.]*.safetensors"))  # a kill leaves .staging-*
+
+    def reached(self) -> dict[str, float]:
+        """{family: the step with which its fit goes on, infinite when it is finished}"""
+        facts = {path.stem: self._facts(path) for path in self._paths() if path.stem in FAMILIES}
+        return {family: math.inf if one["done"] else one["step"] for family, one in facts.items()}
 
     def _require_same(self, path: Path) -> None:
         found = _flat(self._facts(path)["identity"])
