@@ -1,4 +1,4 @@
-"""The `globe` command: fit, export, eval, inspect, demo."""
+"""The `globe` command: fit, export, eval, inspect, report, demo."""
 
 import json
 from dataclasses import asdict
@@ -17,6 +17,7 @@ from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
 from globe_fit.progress import fit_with_progress
+from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
@@ -276,6 +277,22 @@ def inspect_command(
         for layer in families["gate"]["effective_rank_95"]
     ]
     print_table("Families", ["", *FAMILIES], rows)
+
+
+@app.command("report")
+def report_command(
+    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint, or of an unfinished fit.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page (report.html in the directory).")] = None,
+    base: Annotated[Path | None, typer.Option(help="The dense model: spectra of more experts.")] = None,
+    png: Annotated[bool, typer.Option("--png", help="Every figure as a PNG file beside the page too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a checkpoint, to look at: errors, curves, atoms, spectra, run time."""
+    figures = write_report(globe_dir, out, base=base, png=png)
+    if as_json:
+        _print_json(figures)
+    else:
+        print("\n".join([figures["html"], *figures["png"]]))
 
 
 def _cell(value, spread: bool = False) -> str:

@@ -23,7 +23,6 @@ from globe_kernels.checkpoint import BaseModel, Code
 
 SMALL_CODE = 0.01
 SAMPLED_EXPERTS = 3
-_BINS = 32
 _CHUNK_BYTES = 8 * 2**20
 _ANGLES = 8
 _POINTS = 128  # of a spectrum that is kept
@@ -104,7 +103,7 @@ def coherence(gram: torch.Tensor) -> dict:
     return {
         "coherence_max": pairs.max().item(),
         "coherence_mean": pairs.mean().item(),
-        "coherence_histogram": histogram(pairs.clamp_max(1), (0.0, 1.0)),
+        "coherence_histogram": histogram(pairs.clamp_max(1), (0.0, 1.0), 100),
     }
 
 
@@ -126,9 +125,9 @@ def effective_rank(values: torch.Tensor, energy: float = 0.95) -> int:
     return int((held < energy * held[-1]).sum()) + 1
 
 
-def sampled_places(total: int) -> list[int]:
+def sampled_places(total: int, count: int = SAMPLED_EXPERTS) -> list[int]:
     """Places of a few experts among all n, the same in every fit of a model."""
-    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:SAMPLED_EXPERTS].tolist())
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
 def sampled(weights: FamilyWeights, state: BankState) -> dict:
@@ -199,13 +198,13 @@ def run_time(weights: FamilyWeights, seconds: float) -> dict:
     return found
 
 
-def histogram(values: torch.Tensor, limits: tuple[float, float] | None = None) -> dict[str, list]:
-    """{"counts", "edges"}: at most 32 bins of equal width; of integers, bins of a whole number of them."""
+def histogram(values: torch.Tensor, limits: tuple[float, float] | None = None, bins: int = 32) -> dict[str, list]:
+    """{"counts", "edges"}: at most `bins` bins of equal width; of integers, bins of a whole number of them."""
     found = values.detach().cpu().numpy()
-    edges: np.ndarray | int = _BINS
+    edges: np.ndarray | int = bins
     if not values.is_floating_point():
         low, high = int(found.min()), int(found.max())
-        width = -(-(high - low + 1) // _BINS)
+        width = -(-(high - low + 1) // bins)
         edges = np.arange(low, high + width + 1, width) - 0.5
     counts, edges = np.histogram(found, edges, limits)
     return {"counts": counts.tolist(), "edges": edges.tolist()}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from globe_fit.snapshots import Snapshots
+from globe_fit.snapshots import Snapshots, stream_path
 from globe_kernels.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
@@ -21,7 +21,7 @@ class Loggers:
     """
 
     def __init__(self, snapshots: Snapshots, wandb_project: str | None = None, config: dict | None = None):
-        self._path, reached = snapshots.directory / METRICS_NAME, snapshots.reached()
+        self._path, reached = stream_path(snapshots.directory.parent), snapshots.reached()
         self._kept = [one for one in read_stream(self._path) if one["step"] < reached.get(one["family"], 0)]
         self._file: Any = None  # opened with the first record: a fit that is refused leaves nothing
         self._run = None if wandb_project is None else _WandbRun(wandb_project, config)

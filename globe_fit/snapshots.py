@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from globe_kernels.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file
@@ -112,6 +113,11 @@ class Snapshots:
             yield
         finally:
             signal.signal(signal.SIGINT, usual)
+
+
+def stream_path(out: str | Path) -> Path:
+    """The metric stream of an unfinished fit in `out`."""
+    return Path(out) / _DIRECTORY / METRICS_NAME
 
 
 def discard_snapshots(out: str | Path) -> None:
