@@ -22,8 +22,11 @@ METRICS = {
     "family": Metric("", "", "gate or up"),
     # reconstruction
     "relative_error": Metric(
-        "", "lower", "squared error over energy: of the normalised weights in a record, of the raw ones in a report"
+        "",
+        "lower",
+        "squared error over energy: in a record as the solver sees it, in a report of the raw weights",
     ),
+    "calibrated_error": Metric("", "lower", "relative error in the metric of the calibration text"),
     "relative_error_by_layer": Metric("", "lower", "the same per layer, of the stored factors on the raw weights"),
     "mse": Metric("weight^2", "lower", "squared Frobenius error over the number of weights, in raw weights"),
     "svd_equal_bytes": Metric("", "lower", "relative error of the truncated SVD of every expert, in the same bytes"),

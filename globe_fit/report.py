@@ -15,7 +15,8 @@ from globe_fit.loggers import read_stream
 from globe_fit.metrics import METRICS
 from globe_fit.snapshots import stream_path
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
+from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
+from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file, require_room
 from globe_kernels.version import __version__
@@ -58,6 +59,10 @@ def write_report(directory: Path, out: Path | None = None, *, base: Path | None 
     facts = _collect(directory, base)
     drawn = _plots(facts)
     out = directory / "report.html" if out is None else out
+    if out.is_dir():
+        raise RequestError(
+            f"{out} is a directory; give the name of a file for the page, such as {out / 'report.html'}."
+        )
     require_room(out.parent, 0)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = _page(facts, drawn)
@@ -80,7 +85,7 @@ def _bytes(checkpoint: GlobeCheckpoint) -> dict[str, int]:
 
 def _collect(directory: Path, base: Path | None) -> _Facts:
     stream = stream_path(directory)
-    unfinished = stream.is_file() and not (directory / METRICS_NAME).is_file()
+    unfinished = stream.is_file() and not (directory / CONFIG_NAME).is_file()
     checkpoint = None if unfinished else GlobeCheckpoint(directory)
     records = read_stream(stream if checkpoint is None else directory / METRICS_NAME)
     history = {family: [one for one in records if one["family"] == family] for family in FAMILIES}

@@ -232,7 +232,8 @@ class _Run:
         if step % _LOG_EVERY == 0 or step == steps:
             dear = step % (_LOG_EVERY * max(1, steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or step == steps
             record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
-            record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
+            if self._weights.roots is None:
+                record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
             record["regularised"] = regularised_solves() - self._regularised
             self.history.append(record)
         check_names(record)
