@@ -2,8 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
@@ -12,9 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = dict(zip(FAMILIES, ("#2563eb", "#ea7317"), strict=True))
+COLOURS: dict[str, str] = dict(zip(FAMILIES, ("#2563eb", "#ea7317"), strict=True))
 _GREY, _FAINT = "#64748b", "#e2e8f0"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -184,7 +183,8 @@ def inline_svg(figure: "Figure", name: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": name}):
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
         figure.savefig(buffer, format="svg", transparent=True)
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
@@ -193,15 +193,10 @@ def inline_svg(figure: "Figure", name: str) -> str:
     return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", svg, count=1)
 
 
-def save_png(figure: "Figure", title: str, path) -> None:
+def save_png(figure: "Figure", title: str, path: str) -> None:
     """A PNG with a title of its own."""
     import matplotlib
 
     figure.suptitle(title, fontsize=11, color="#0f172a")
     with matplotlib.rc_context(_STYLE):
         figure.savefig(path, dpi=150, format="png")
-
-
-def drawable(records: Iterable[dict], name: str) -> bool:
-    """Whether any of `records` has a value of that metric."""
-    return any(record.get(name) is not None for record in records)

@@ -160,7 +160,7 @@ def _plots(facts: _Facts) -> list[_Plot]:
         ("energy_captured", "Energy in the composed bases", "Share of sampled experts that their bases can hold."),
         ("step_seconds", "Seconds of a step", "One pass over all experts, as it was logged."),
     ):
-        if any(plots.drawable(records, name) for records in facts.history.values()):
+        if any(one.get(name) is not None for records in facts.history.values() for one in records):
             add(
                 name.replace("_", "-"), title, caption, plots.curves(facts.history, name, METRICS[name].unit or "share")
             )
