@@ -1,4 +1,4 @@
-"""The `globe` command: fit, export, eval, inspect, demo."""
+"""The `globe` command: fit, export, eval, inspect, report, demo."""
 
 import json
 from dataclasses import asdict
@@ -15,7 +15,9 @@ from globe_fit.estimate import Estimate, estimate
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
+from globe_fit.loggers import Loggers
 from globe_fit.progress import fit_with_progress
+from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
@@ -63,6 +65,7 @@ def fit_command(
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
     snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
+    wandb: Annotated[str | None, typer.Option(help="Send the metrics to this Weights & Biases project.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fit a GloBE checkpoint to the gate and up experts of a model; the same command goes on after an interruption."""
@@ -97,7 +100,7 @@ def fit_command(
     if calibrate_on is not None and not calibrate_on.is_file():
         raise RequestError(f"{calibrate_on} is not a file; give a text file to calibrate on.")
     snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on)
-    with progress(as_json) as stage:
+    with Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) as log, progress(as_json) as stage:
         calibration = None
         if calibrate_on is not None:
             stage.begin("inputs", 1)
@@ -109,7 +112,7 @@ def fit_command(
                 snapshots=snapshots,
                 on_batch=lambda done, total: stage.advance(done / total),
             )
-        result = fit_with_progress(source, settings, stage, snapshots, calibration)
+        result = fit_with_progress(source, settings, stage, snapshots, calibration, log)
     save_fit(result, source, out)
     discard_snapshots(out)
     checkpoint = GlobeCheckpoint(out)
@@ -274,6 +277,22 @@ def inspect_command(
         for layer in families["gate"]["effective_rank_95"]
     ]
     print_table("Families", ["", *FAMILIES], rows)
+
+
+@app.command("report")
+def report_command(
+    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint, or of an unfinished fit.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page (report.html in the directory).")] = None,
+    base: Annotated[Path | None, typer.Option(help="The dense model: spectra of more experts.")] = None,
+    png: Annotated[bool, typer.Option("--png", help="Every figure as a PNG file beside the page too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One HTML page about a checkpoint, to look at: errors, curves, atoms, spectra, run time."""
+    figures = write_report(globe_dir, out, base=base, png=png)
+    if as_json:
+        _print_json(figures)
+    else:
+        print("\n".join([figures["html"], *figures["png"]]))
 
 
 def _cell(value, spread: bool = False) -> str:

@@ -68,7 +68,7 @@ def export_globe(
     GlobeMoEFFN, one shard in memory at a time. Floating tensors are cast to `dtype` when it is given. Raises
     RequestError when the checkpoint is of another model.
     """
-    _require_same_model(checkpoint.config, base)
+    require_same_model(checkpoint.config, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -99,7 +99,7 @@ def export_dense(
     on_tensor: OnTensor | None = None,
 ) -> None:
     """Write the reconstructed dense model, in the layout of the base: for engines that do not know GloBE."""
-    _require_same_model(checkpoint.config, base)
+    require_same_model(checkpoint.config, base)
     banks = {family: checkpoint.bank(family) for family in FAMILIES}
     keys = list(base.files.weight_map)
 
@@ -156,7 +156,8 @@ def _bytes(base: ExpertSource, keys: list[str]) -> int:
     return sum(base.files.num_bytes(key) for key in keys)
 
 
-def _require_same_model(config: GlobeConfig, base: ExpertSource) -> None:
+def require_same_model(config: GlobeConfig, base: ExpertSource) -> None:
+    """Raises RequestError when a checkpoint of that configuration was not fitted on a model like `base`."""
     for name in ("model_type", "hidden_size", "intermediate_size", "num_experts"):
         expected, found = getattr(config.base, name), getattr(base.base, name)
         if expected != found:

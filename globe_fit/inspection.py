@@ -2,11 +2,13 @@
 
 import torch
 
+from globe_fit.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.factors import reconstruct
 from globe_kernels.checkpoint import Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.families import FAMILIES
 
 _SAMPLED_LAYERS = 4
+_SPREAD = ("min", "median", "max")
 
 
 def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
@@ -33,16 +35,7 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
 def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:
     config, bank = checkpoint.config, checkpoint.bank(family)
     layers = sorted(config.base.num_experts)
-    use = torch.zeros(config.num_atoms, dtype=torch.long)
-    supports, palettes = [], []
-    for layer in layers:
-        code = checkpoint.layer(layer, family).code
-        used = code.value != 0
-        supports.append(used.sum(1))
-        atoms = code.index[used].long()
-        palettes.append(atoms.unique().numel())
-        use += torch.bincount(atoms, minlength=config.num_atoms)
-    support = torch.cat(supports)
+    found = sparsity(stored_codes(checkpoint, family), config.base)
     sampled = layers[:: max(1, len(layers) // _SAMPLED_LAYERS)]
     spectra = {str(layer): _effective_rank(checkpoint.layer(layer, family), bank, config.phi) for layer in sampled}
     report = checkpoint.report().get("families", {}).get(family, {})
@@ -51,10 +44,10 @@ def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:
         "svd_equal_bytes": report.get("svd_equal_bytes"),
         "rank_bound": report.get("rank_bound"),
         "relative_error_by_layer": report.get("relative_error_by_layer", {}),
-        "support": {"min": int(support.min()), "median": int(support.median()), "max": int(support.max())},
-        "atom_use": {"min": int(use.min()), "median": int(use.median()), "max": int(use.max())},
-        "dead_atoms": int((use == 0).sum()),
-        "largest_palette": max(palettes),
+        "support": {key: int(found[f"support_{key}"]) for key in _SPREAD},
+        "atom_use": {key: int(found[f"atom_use_{key}"]) for key in _SPREAD},
+        "dead_atoms": found["dead_atoms"],
+        "largest_palette": found["largest_palette"],
         "effective_rank_95": spectra,
     }
 
@@ -62,5 +55,10 @@ def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:
 def _effective_rank(factors: LayerFactors, bank: torch.Tensor, phi: str) -> int:
     """Singular values that hold 95 % of the energy of the layer's first expert, as reconstructed."""
     first = LayerFactors(factors.adapter[:1], Code(factors.code.index[:1], factors.code.value[:1]))
-    energy = torch.linalg.svdvals(reconstruct(first, bank, phi)[0]).square()
-    return int((energy.cumsum(0) < 0.95 * energy.sum()).sum()) + 1
+    return effective_rank(spectrum(reconstruct(first, bank, phi)[0]))
+
+
+def stored_codes(checkpoint: GlobeCheckpoint, family: str) -> torch.Tensor:
+    """(n, M) dense codes of a family."""
+    codes = [checkpoint.layer(layer, family).code for layer in checkpoint.config.base.num_experts]
+    return torch.cat([dense_codes(code, checkpoint.config.num_atoms) for code in codes])

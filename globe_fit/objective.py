@@ -105,6 +105,13 @@ class FamilyWeights:
         # map, not a loop: a loop variable would keep a block alive while the next one is waited for
         return map(self._to_device, _read_ahead(_blocks(self.source, self.family)))
 
+    def expert(self, place: int) -> Block:
+        """One expert as it is stored; `place` counts all n experts."""
+        layer, places = next(one for one in self.source.blocks if place < one[1].stop)
+        experts = range(place - places.start, place - places.start + 1)
+        weights = self.source.read(layer, self.family, experts)
+        return self._to_device(Block(layer, experts, slice(place, place + 1), weights))
+
     def normalised(self) -> Iterator[Block]:
         """All experts with mean 0 and standard deviation 1 over the family."""
         return map(self._normalise, self.raw())

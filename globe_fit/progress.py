@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from globe_fit.config import FitConfig
 from globe_fit.factors import FitResult
 from globe_fit.snapshots import Snapshots
-from globe_fit.solver import fit
+from globe_fit.solver import OnStep, fit
 from globe_fit.source import ExpertSource
 from globe_kernels.families import FAMILIES
 
@@ -29,12 +29,15 @@ def fit_with_progress(
     stage: Stage,
     snapshots: Snapshots | None = None,
     calibration: "Calibration | None" = None,
+    log: OnStep | None = None,
 ) -> FitResult:
-    """`fit`, as one stage of all steps of both families."""
+    """`fit`, as one stage of all steps of both families; `log` gets the record of each step."""
     passes = config.varpro.steps + 1
     stage.begin("fit", passes * len(FAMILIES))
 
     def on_step(record: dict) -> None:
         stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"]))
+        if log is not None:
+            log(record)
 
     return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=calibration)

@@ -1,6 +1,7 @@
 """Where an interrupted fit goes on: one file per family beside the checkpoint to be, replaced whole or not at all."""
 
 import json
+import math
 import shutil
 import signal
 import threading
@@ -13,7 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from globe_kernels.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file
 
 _DIRECTORY = ".snapshot"
@@ -32,8 +35,16 @@ class Snapshots:
         self._identity, self._seconds = json.loads(json.dumps(identity)), 60 * minutes
         self._last = time.monotonic()
         self._stop = False
-        for path in sorted(self.directory.glob("*.safetensors")):
+        for path in self._paths():
             self._require_same(path)
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.directory.glob("[!.]*.safetensors"))  # a kill leaves .staging-*
+
+    def reached(self) -> dict[str, float]:
+        """{family: the step with which its fit goes on, infinite when it is finished}"""
+        facts = {path.stem: self._facts(path) for path in self._paths() if path.stem in FAMILIES}
+        return {family: math.inf if one["done"] else one["step"] for family, one in facts.items()}
 
     def _require_same(self, path: Path) -> None:
         found = _flat(self._facts(path)["identity"])
@@ -102,6 +113,11 @@ class Snapshots:
             yield
         finally:
             signal.signal(signal.SIGINT, usual)
+
+
+def stream_path(out: str | Path) -> Path:
+    """The metric stream of an unfinished fit in `out`."""
+    return Path(out) / _DIRECTORY / METRICS_NAME
 
 
 def discard_snapshots(out: str | Path) -> None:

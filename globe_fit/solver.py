@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from globe_fit.adapters import refit_adapters
+from globe_fit.adapters import refit_adapters, regularised_solves
 from globe_fit.baselines import equal_byte_rank, svd_errors
 from globe_fit.codes import pack_codes
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.diagnostics import dense_codes, measure, palette_sizes, run_time, spot_checks, support_overlap
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.metrics import check_names
 from globe_fit.objective import FamilyWeights, share
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from globe_fit.calibration import Calibration  # imports transformers, which takes seconds
 
 _LOG_EVERY = 10
+_DEAR_TIMES = 4  # about how often a fit measures what takes as long as a step, beside its start and its end
 
 OnStep = Callable[[dict], None]
 
@@ -74,7 +76,13 @@ def fit(
     else:
         advice = _advice(history)
     status = FitStatus(not diverged, advice)
-    report = {"families": {family: one.report for family, one in fits.items()}, "status": asdict(status)}
+    reports = {family: one.report for family, one in fits.items()}
+    lost = sum(one["relative_error"] * one["energy"] for one in reports.values())
+    everything = {
+        "relative_error": share(lost, sum(one["energy"] for one in reports.values())),
+        "support_overlap": support_overlap(*(dense_codes(one.factors.code, sizes.num_atoms) for one in fits.values())),
+    }
+    report = {"families": reports, "status": asdict(status), **check_names(everything)}
     return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
 
 
@@ -176,7 +184,8 @@ class _Run:
         self._weights, self._solver, self._config = weights, solver, config
         self.best: BankState | None = None
         self.history: list[dict] = []
-        self._best_error, self._step, self._seconds = math.inf, 0, 0.0
+        self._best_error, self._step, self._seconds, self._pass_seconds = math.inf, 0, 0.0, 0.0
+        self._regularised = regularised_solves()
 
     def to_the_end(self, on_step: OnStep | None, snapshots: Snapshots | None) -> bool:
         """Whether all steps ran; False when the state diverged after `best` was found."""
@@ -191,8 +200,10 @@ class _Run:
                         "fixed; lower the lr."
                     )
                 return False
-            self._seconds = time.perf_counter() - began
+            now = time.perf_counter() - began
+            self._seconds, self._pass_seconds = now, now - self._seconds
             self._record(error, on_step)
+            began = time.perf_counter() - self._seconds
             if self._step == steps:
                 return True
             solver.update()
@@ -210,17 +221,22 @@ class _Run:
                 self.best = state.copy()
             else:
                 self.best.copy_(state)
-        record = check_names(
-            {
-                "step": self._step,
-                "family": self._weights.family,
-                "relative_error": error,
-                "support_median": supports.median().item(),
-                "seconds": self._seconds,
-            }
-        )
-        if self._step % _LOG_EVERY == 0 or self._step == self._config.varpro.steps:
+        step, steps = self._step, self._config.varpro.steps
+        record = {
+            "step": step,
+            "family": self._weights.family,
+            "relative_error": error,
+            "support_median": supports.median().item(),
+            "seconds": self._seconds,
+        }
+        if step % _LOG_EVERY == 0 or step == steps:
+            dear = step % (_LOG_EVERY * max(1, steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or step == steps
+            record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
+            if self._weights.roots is None:
+                record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
+            record["regularised"] = regularised_solves() - self._regularised
             self.history.append(record)
+        check_names(record)
         if on_step is not None:
             on_step(record)
 
@@ -272,17 +288,23 @@ def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tu
     statistics = weights.statistics
     svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
     svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
-    return factors, {
+    report = {
         "relative_error": share(sum(lost.values()), statistics.total_energy),
         "calibrated_error": None if weights.roots is None else share(lost_in_metric, energy_in_metric),
         "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
+        "mse": sum(lost.values()) / count,
+        "energy": statistics.total_energy,
         "svd_equal_bytes": svd,
         "svd_equal_bytes_rank": svd_rank,
         "rank_bound": bound,
         "mean": statistics.mean,
         "scale": statistics.scale,
         "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
+        **measure(weights, best, dear=True),
+        "palette_sizes": palette_sizes(best.codes, base),
+        "spot_checks": spot_checks(weights, factors, sizes.phi),
     }
+    return factors, check_names(report)
 
 
 def _advice(history: list[dict]) -> str:

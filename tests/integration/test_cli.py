@@ -186,7 +186,8 @@ def test_a_checkpoint_of_another_model(globe, fit_tiny, save_tiny, with_tokenize
 
 def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, tmp_path, monkeypatch):
     assert globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    out = tmp_path / "out"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -195,7 +196,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, tmp_path, monkey
         patched.setattr(os, "fsync", full)
         result = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--seed", "1")
     assert_refused(result, 1, "is full")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
@@ -243,6 +244,32 @@ def test_the_demo_does_not_write_over_the_work_of_others(globe, fit_tiny, tmp_pa
     assert (tmp_path / "globe" / CONFIG_NAME).read_text() == before
 
 
+def test_report(globe, model_dir, fit_tiny, tmp_path):
+    page = tmp_path / "new" / "page.html"
+    code, stdout, stderr = globe("report", fit_tiny()[0], "-o", page, "--base", model_dir, "--png", "--json")
+    assert (code, stderr) == (0, "") and json.loads(stdout)["html"] == str(page) and page.is_file()
+    checkpoint = Path(shutil.copytree(fit_tiny()[0], tmp_path / "globe"))
+    assert globe("report", checkpoint) == (0, f"{checkpoint / 'report.html'}\n", "")
+    assert globe("inspect", checkpoint, "--verify")[0] == 0
+
+
+def test_a_report_that_cannot_be_written(globe, fit_tiny, save_tiny, tmp_path, monkeypatch):
+    assert_refused(globe("report", tmp_path), 2, "holds no globe_config.json")
+    assert_refused(globe("report", fit_tiny()[0], "--base", save_tiny("olmoe")), 2, "model_type qwen3_moe and")
+    (tmp_path / "file").touch()
+    assert_refused(globe("report", fit_tiny()[0], "-o", tmp_path / "file" / "x.html"), 2, "is a file; give the path")
+    assert_refused(globe("report", fit_tiny()[0], "-o", tmp_path), 2, "is a directory; give the name of a file")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert_refused(globe("report", fit_tiny()[0]), 2, "draws with matplotlib; run `pip install matplotlib`")
+
+
+def test_wandb_that_is_not_installed(globe, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    result = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--wandb", "mine")
+    assert_refused(result, 2, "wandb is not installed; run `pip install wandb`, or fit without --wandb")
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_of_something_else(globe, tmp_path):
     assert_refused(globe("inspect", tmp_path), 2, "holds no globe_config.json")
 
@@ -264,7 +291,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for command in ("fit", "export", "eval", "inspect", "demo"):
+    for command in ("fit", "export", "eval", "inspect", "report", "demo"):
         assert command in done.stdout
 
 

@@ -1,0 +1,216 @@
+"""What a state of a fit is like: sparsity, atoms, conditioning, sampled experts, run time. Nothing here changes it.
+
+Names and units are those of globe_fit.metrics. With n experts, M atoms B_j (R, D) and codes alpha (n, M):
+
+    support C_i = |{j: alpha_ij != 0}|, use U_j = |{i: alpha_ij != 0}|
+    entropy of i = -sum_j p_ij log p_ij / log C_i, with p_ij = |alpha_ij| / sum_k |alpha_ik|; 0 for a single atom
+    coherence of i and j = |<B_i, B_j>| / (||B_i|| ||B_j||)
+"""
+
+import math
+import resource
+import sys
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from globe_fit.baselines import truncated_svd
+from globe_fit.factors import FamilyFactors, reconstruct
+from globe_fit.objective import FamilyWeights, share
+from globe_fit.state import BankState
+from globe_kernels.checkpoint import BaseModel, Code
+
+SMALL_CODE = 0.01
+SAMPLED_EXPERTS = 3
+_CHUNK_BYTES = 8 * 2**20
+_ANGLES = 8
+_POINTS = 128  # of a spectrum that is kept
+
+
+@torch.no_grad()
+def measure(weights: FamilyWeights, state: BankState, *, dear: bool) -> dict:
+    """The metrics of `state`; `dear` adds the coherence of the bank, the condition numbers and the sampled experts.
+    What is not finite is None."""
+    found = sparsity(state.codes, weights.source.base) | atom_norms(state.bank)
+    if dear:
+        gram = atom_gram(state.bank)
+        if torch.isfinite(gram).all():  # a state on its way to divergence cannot be decomposed
+            used = state.codes[:, (state.codes != 0).any(0)].double()
+            found |= coherence(gram) | {"codes_condition": condition(used.T @ used)} | sampled(weights, state)
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in found.items()}
+
+
+def sparsity(codes: torch.Tensor, base: BaseModel) -> dict:
+    """How codes (n, M) use the atoms."""
+    size = codes.detach().abs()
+    used = size > 0
+    supports, use = used.sum(1), used.sum(0)
+    part = size / size.sum(1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)
+    entropy = torch.special.entr(part).sum(1) / supports.clamp_min(2).log()
+    small = used & (size < SMALL_CODE * size.amax(1, keepdim=True))
+    return {
+        **_spread("support", supports),
+        "support_mean": supports.double().mean().item(),
+        "support_histogram": histogram(supports),
+        "code_entropy": entropy.mean().item(),
+        "small_codes": share(int(small.sum()), int(used.sum())),
+        **_spread("atom_use", use),
+        "atom_use_histogram": histogram(use),
+        "dead_atoms": int((use == 0).sum()),
+        "largest_palette": max(palette_sizes(codes, base).values()),
+    }
+
+
+def palette_sizes(codes: torch.Tensor, base: BaseModel) -> dict[str, int]:
+    """{layer: atoms that its experts use}"""
+    by_layer = (codes != 0).split(list(base.num_experts.values()))
+    return {str(layer): int(used.any(0).sum()) for layer, used in zip(base.num_experts, by_layer, strict=True)}
+
+
+def support_overlap(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Mean over the experts of |S and T| / |S or T| for their supports S, T in two codes (n, M) (Jaccard)."""
+    one, other = first != 0, second != 0
+    return ((one & other).sum(1) / (one | other).sum(1).clamp_min(1)).double().mean().item()
+
+
+def dense_codes(code: Code, num_atoms: int) -> torch.Tensor:
+    """(n, M) from the sparse storage."""
+    return torch.zeros(len(code.value), num_atoms).scatter_add_(1, code.index.long(), code.value)
+
+
+def atom_norms(bank: torch.Tensor) -> dict:
+    """Frobenius norms of the atoms."""
+    return _spread("atom_norm", torch.linalg.vector_norm(bank.detach(), dim=(1, 2)))
+
+
+def atom_gram(bank: torch.Tensor) -> torch.Tensor:
+    """(M, M) float64: <B_i, B_j>, without a temporary of the size of the bank."""
+    flat = bank.detach().flatten(1)
+    gram = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
+    for part in flat.split(max(1, _CHUNK_BYTES // (4 * len(flat))), dim=1):
+        gram += part.float() @ part.float().T
+    return gram
+
+
+def coherence(gram: torch.Tensor) -> dict:
+    """How alike the atoms of a Gram matrix (M, M) are, over all pairs."""
+    norm = gram.diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
+    rows, columns = torch.triu_indices(*gram.shape, offset=1, device=gram.device)
+    pairs = (gram / norm / norm[:, None])[rows, columns].abs()
+    if not pairs.numel():
+        return {}
+    return {
+        "coherence_max": pairs.max().item(),
+        "coherence_mean": pairs.mean().item(),
+        "coherence_histogram": histogram(pairs.clamp_max(1), (0.0, 1.0), 100),
+    }
+
+
+def condition(gram: torch.Tensor) -> float:
+    """Largest over smallest eigenvalue of a symmetric float64 matrix; at most 1 / machine epsilon."""
+    values = torch.linalg.eigvalsh(gram)
+    return (values[-1] / values[0].clamp_min(torch.finfo(values.dtype).eps * values[-1])).item()
+
+
+def spectrum(matrix: torch.Tensor) -> torch.Tensor:
+    """Singular values of a matrix, float64, descending."""
+    narrow = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
+    return torch.linalg.eigvalsh(narrow @ narrow.mT).clamp_min(0).sqrt().flip(0)
+
+
+def effective_rank(values: torch.Tensor, energy: float = 0.95) -> int:
+    """How many of the singular values `values`, descending, hold that share of the energy."""
+    held = values.square().cumsum(0)
+    return int((held < energy * held[-1]).sum()) + 1
+
+
+def sampled_places(total: int, count: int = SAMPLED_EXPERTS) -> list[int]:
+    """Places of a few experts among all n, the same in every fit of a model."""
+    return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist())
+
+
+def sampled(weights: FamilyWeights, state: BankState) -> dict:
+    """Sampled experts in normalised weights: what rank R could hold of them, what their composed bases hold."""
+    rows = [_sampled(weights, state, place) for place in sampled_places(weights.source.base.total_experts)]
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means | {"gram_condition": max(row["gram_condition"] for row in rows)}
+
+
+def _sampled(weights: FamilyWeights, state: BankState, place: int) -> dict[str, float]:
+    expert = (weights.expert(place).weights[0] - weights.statistics.mean) / weights.statistics.scale
+    basis = state.basis(slice(place, place + 1))[0].double()
+    values = spectrum(expert)
+    # W Q Q^T is the best that adapters can do with a basis whose rows span Q
+    held = spectrum(expert.double() @ torch.linalg.qr(basis.mT).Q)
+    energy = values.square().sum().item()
+    return {
+        "energy_at_rank": share(values[: len(basis)].square().sum().item(), energy),
+        "energy_captured": share(held.square().sum().item(), energy),
+        "effective_rank_dense": effective_rank(values),
+        "effective_rank_fit": effective_rank(held),
+        "gram_condition": condition(basis @ basis.mT),
+    }
+
+
+def spot_checks(weights: FamilyWeights, factors: FamilyFactors, phi: str) -> list[dict]:
+    """The sampled experts as they are stored, beside the raw ones."""
+    places = sampled_places(weights.source.base.total_experts)
+    return [_spot_check(weights, factors, phi, place) for place in places]
+
+
+def _spot_check(weights: FamilyWeights, factors: FamilyFactors, phi: str, place: int) -> dict:
+    block = weights.expert(place)
+    stored = reconstruct(factors.at(block.places), factors.bank, phi)[0].to(weights.device)
+    return {"layer": block.layer.layer, "expert": block.experts.start, **compare(block.weights[0], stored)}
+
+
+def compare(dense: torch.Tensor, stored: torch.Tensor) -> dict:
+    """A matrix (P, D) and what is stored for it: relative squared error, spectra, principal angles in degrees between
+    the spaces of their top right singular vectors. Spectra are thinned; `number` says which values are kept."""
+    dense, stored = dense.double(), stored.double()
+    before, after = spectrum(dense), spectrum(stored)
+    kept = torch.linspace(0, len(before) - 1, min(len(before), _POINTS)).round().long()
+    top = [functional.normalize(truncated_svd(one[None], min(_ANGLES, len(before)))[1][0]) for one in (dense, stored)]
+    cosines = torch.linalg.svdvals(top[0] @ top[1].mT).clamp_max(1)
+    return {
+        "relative_error": share((dense - stored).square().sum().item(), dense.square().sum().item()),
+        "number": (kept + 1).tolist(),
+        "spectrum_dense": before.cpu()[kept].tolist(),
+        "spectrum_stored": after.cpu()[kept].tolist(),
+        "angles_degrees": torch.rad2deg(cosines.arccos()).tolist(),
+    }
+
+
+def run_time(weights: FamilyWeights, seconds: float) -> dict:
+    """Speed of a pass over all experts that took `seconds`, and the memory of the process so far."""
+    base = weights.source.base
+    read = base.total_experts * base.intermediate_size * base.hidden_size * 4
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {
+        "step_seconds": seconds,
+        "experts_per_second": share(base.total_experts, seconds),
+        "read_gb_per_second": share(read / 1e9, seconds),
+        "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+    }
+    if torch.device(weights.device).type == "cuda":
+        found["peak_device_bytes"] = torch.cuda.max_memory_allocated(weights.device)
+    return found
+
+
+def histogram(values: torch.Tensor, limits: tuple[float, float] | None = None, bins: int = 32) -> dict[str, list]:
+    """{"counts", "edges"}: at most `bins` bins of equal width; of integers, bins of a whole number of them."""
+    found = values.detach().cpu().numpy()
+    edges: np.ndarray | int = bins
+    if not values.is_floating_point():
+        low, high = int(found.min()), int(found.max())
+        width = -(-(high - low + 1) // bins)
+        edges = np.arange(low, high + width + 1, width) - 0.5
+    counts, edges = np.histogram(found, edges, limits)
+    return {"counts": counts.tolist(), "edges": edges.tolist()}
+
+
+def _spread(name: str, values: torch.Tensor) -> dict[str, float]:
+    return {f"{name}_min": values.min().item(), f"{name}_median": values.median().item()} | {
+        f"{name}_max": values.max().item()
+    }

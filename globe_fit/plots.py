@@ -1,0 +1,202 @@
+"""The figures of a report, drawn with matplotlib, as SVG to stand inside a page or as PNG files."""
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+from globe_kernels.errors import RequestError
+from globe_kernels.families import FAMILIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS: dict[str, str] = dict(zip(FAMILIES, ("#2563eb", "#ea7317"), strict=True))
+_GREY, _FAINT = "#64748b", "#e2e8f0"
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#94a3b8",
+    "axes.labelcolor": "#475569",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.7,
+    "xtick.color": "#475569",
+    "ytick.color": "#475569",
+    "svg.fonttype": "none",
+}
+_WIDTH, _HEIGHT = 5.8, 3.1
+
+
+def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT, **axes):
+    """(figure, axes (rows, columns)) in the style of the report. Raises RequestError without matplotlib."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError("globe report draws with matplotlib; run `pip install matplotlib` and try again.") from None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=False, **axes)
+
+
+def error_curves(history: dict[str, list[dict]], reports: dict[str, dict]) -> "Figure":
+    """Relative error over the steps; dashed, the SVD in the same bytes; dotted, what the rank allows."""
+    figure, ((axes,),) = _figure()
+    axes.set(xlabel="step", ylabel="relative squared error", yscale="log")
+    for family, records in history.items():
+        steps = [record["step"] for record in records]
+        marker = "o" if len(steps) < 2 else None
+        axes.plot(steps, [one["relative_error"] for one in records], color=COLOURS[family], label=family, marker=marker)
+    styles = (("svd_equal_bytes", "--", "SVD, equal bytes"), ("rank_bound", ":", "lower bound of the rank"))
+    for name, style, label in styles:
+        for family, report in reports.items():
+            if report.get(name, 0) > 1e-9:  # a full rank loses nothing but rounding
+                axes.axhline(report[name], color=COLOURS[family], linestyle=style, linewidth=1)
+        if any(report.get(name, 0) > 1e-9 for report in reports.values()):
+            axes.plot([], [], color=_GREY, linestyle=style, linewidth=1, label=label)
+    _plain_log(axes)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _plain_log(axes: "Axes") -> None:
+    """0.03, not 3 x 10^-2, and ticks between the decades where there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = axes.get_ylim()
+    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def bars(values: dict[str, dict], xlabel: str, ylabel: str) -> "Figure":
+    """Grouped bars: {family: {label: value}}, with the same labels in each family."""
+    figure, ((axes,),) = _figure()
+    labels = list(next(iter(values.values())))
+    width = 0.8 / len(values)
+    for number, (family, own) in enumerate(values.items()):
+        places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(labels))]
+        axes.bar(places, list(own.values()), width=0.92 * width, color=COLOURS[family], label=family)
+    every = -(-len(labels) // 24)
+    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.7, len(labels) - 0.3))
+    axes.set_xticks(range(0, len(labels), every), labels[::every])
+    _legend_above(axes)
+    axes.grid(axis="x", visible=False)
+    return figure
+
+
+def _legend_above(axes: "Axes") -> None:
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(COLOURS), frameon=False)
+
+
+def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, log: bool = False) -> "Figure":
+    """{family: {"counts", "edges"}}, as outlines over each other; of few integers, as bars."""
+    bins = [_whole_bins(own) for own in values.values()]
+    if all(bins):
+        seen = [number for own in bins for number in own]
+        shown = range(max(min(seen) - 2, 0), max(seen) + 3)
+        counts = ({str(number): own.get(number, 0) for number in shown} for own in bins)
+        return bars(dict(zip(values, counts, strict=True)), xlabel, ylabel)
+    figure, ((axes,),) = _figure()
+    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    for family, own in values.items():
+        axes.stairs(own["counts"], own["edges"], fill=True, color=COLOURS[family], alpha=0.18)
+        axes.stairs(own["counts"], own["edges"], color=COLOURS[family], label=family, linewidth=1.4)
+    # the bins that hold something, and a little air
+    held = [
+        edge for own in values.values() for edge, count in zip(own["edges"][1:], own["counts"], strict=True) if count
+    ]
+    first = min(own["edges"][0] for own in values.values())
+    axes.set_xlim(first, first + 1.1 * (max(held) - first))
+    if log:
+        axes.set_ylim(bottom=0.7)
+        _plain_log(axes)
+    _legend_above(axes)
+    return figure
+
+
+def _whole_bins(histogram: dict[str, list]) -> dict[int, int]:
+    """{number: count} of a histogram of integers whose bins hold one each; empty for any other."""
+    counts, edges = histogram["counts"], histogram["edges"]
+    if any(edge % 1 != 0.5 for edge in edges) or edges[1] - edges[0] != 1:
+        return {}
+    return {round(edge + 0.5): count for edge, count in zip(edges, counts, strict=False)}
+
+
+def sorted_values(values: dict[str, list[float]], xlabel: str, ylabel: str) -> "Figure":
+    """Each family's values from the largest to the smallest, and their mean."""
+    figure, ((axes,),) = _figure()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    for family, own in values.items():
+        axes.stairs(sorted(own, reverse=True), baseline=None, color=COLOURS[family], label=family, linewidth=1.6)
+    means = [sum(own) / len(own) for own in values.values()]
+    axes.axhline(sum(means) / len(means), color=_GREY, linestyle=":", linewidth=1, label="mean")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+def spectra(checks: dict[str, list[dict]]) -> "Figure":
+    """Singular values of sampled experts, a row of panels per family: dense, and as stored."""
+    columns = max(map(len, checks.values()))
+    size = {"width": 2 * _WIDTH + 0.4, "height": 2.1 * len(checks) + 0.3}
+    figure, grid = _figure(len(checks), columns, sharex=True, sharey=True, **size)
+    for row, (family, experts) in zip(grid, checks.items(), strict=True):
+        for axes, one in zip(row, experts, strict=False):
+            dense, stored = one["spectrum_dense"], one["spectrum_stored"]
+            axes.plot(one["number"], dense, color=_GREY, label="dense", linewidth=2.4, alpha=0.45)
+            axes.plot(one["number"], stored, color=COLOURS[family], label=f"{family}, stored", linewidth=1.2)
+            axes.set_title(f"layer {one['layer']}, expert {one['expert']}", fontsize=8.5, color="#475569")
+        row[0].set_ylabel("singular value")
+        row[0].legend(fontsize=8, frameon=False)
+    # below a thousandth of the largest there is rounding, or what the rank cannot hold
+    top = max(one["spectrum_dense"][0] for experts in checks.values() for one in experts)
+    low = min(value for experts in checks.values() for one in experts for value in one["spectrum_dense"])
+    grid[0][0].set(yscale="log", ylim=(max(low / 1.5, top / 1000), top * 1.5))
+    _plain_log(grid[0][0])
+    for axes in grid[-1]:
+        axes.set_xlabel("number of the singular value")
+    return figure
+
+
+def curves(history: dict[str, list[dict]], name: str, ylabel: str) -> "Figure":
+    """One metric over the steps."""
+    figure, ((axes,),) = _figure()
+    for family, records in history.items():
+        rows = [record for record in records if record.get(name) is not None]
+        values = [row[name] for row in rows]
+        axes.plot([row["step"] for row in rows], values, color=COLOURS[family], label=family, marker=".", linewidth=1.2)
+    axes.set(xlabel="step", ylabel=ylabel)
+    if ylabel != "share":
+        axes.set_ylim(bottom=0)
+    _legend_above(axes)
+    return figure
+
+
+def inline_svg(figure: "Figure", name: str) -> str:
+    """An <svg> element without ids that another figure of the page could have, and without addresses."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": name}
+    with matplotlib.rc_context(style):
+        figure.savefig(buffer, format="svg", transparent=True)
+    svg = buffer.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    for pattern in (r' xmlns(:\w+)?="[^"]*"', r' id="(?!m|p)[^"]*"', r'(?<=<g) id="[^"]*"'):
+        svg = re.sub(pattern, "", svg)
+    return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", svg, count=1)
+
+
+def save_png(figure: "Figure", title: str, path: str) -> None:
+    """A PNG with a title of its own."""
+    import matplotlib
+
+    figure.suptitle(title, fontsize=11, color="#0f172a")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(path, dpi=150, format="png")
