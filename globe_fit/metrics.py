@@ -18,6 +18,9 @@ METRICS = {
     "relative_error": Metric("", "lower", "squared error of the normalised weights over their energy"),
     "support_median": Metric("atoms", "lower", "median number of non-zero codes of an expert"),
     "seconds": Metric("s", "lower", "since the start of the family's fit"),
+    "temperature": Metric("", "", "T of the codes entmax(z / T)"),
+    "dictionary_condition": Metric("", "lower", "condition number of the Gram matrix of the codes in use, sum a a^T"),
+    "ridge_raised": Metric("", "lower", "Cholesky factorisations of alternating steps so far that needed more ridge"),
 }
 
 

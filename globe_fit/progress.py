@@ -23,7 +23,7 @@ def fit_with_progress(
     source: ExpertSource, config: FitConfig, stage: Stage, snapshots: Snapshots | None = None
 ) -> FitResult:
     """`fit`, as one stage of all steps of both families."""
-    passes = config.varpro.steps + 1
+    passes = config.steps + 1
     stage.begin("fit", passes * len(FAMILIES))
 
     def on_step(record: dict) -> None:

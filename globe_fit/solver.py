@@ -13,6 +13,7 @@ import safetensors
 import torch
 
 from globe_fit.adapters import refit_adapters
+from globe_fit.alternating import Alternating
 from globe_fit.baselines import equal_byte_rank, svd_errors
 from globe_fit.codes import pack_codes
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
@@ -23,7 +24,7 @@ from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_fit.state import BankState, Solver
 from globe_fit.varpro import VarPro
-from globe_fit.warm_start import grouped_svd, initial_codes
+from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
@@ -118,11 +119,15 @@ def _fit_family(
     elif start is not None and family in start:
         state = start[family].copy()
     else:
-        state = _start(weights, sizes, config.seed + FAMILIES.index(family))
-    run = _Run(weights, VarPro(weights, state, sizes, config.varpro), config)
+        state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
+    if config.solver == "varpro":
+        solver: Solver = VarPro(weights, state, sizes, config.varpro)
+    else:
+        solver = Alternating(weights, state, sizes, config.alternating)
+    run = _Run(weights, solver, config)
     if saved is not None:
         run.restore(*saved)
-    del state, saved
+    del state, saved, solver
     completed = run.to_the_end(on_step, snapshots)
     best, history = run.best, run.history
     assert best is not None
@@ -147,7 +152,9 @@ def _provenance(config: FitConfig) -> dict:
     return {"seed": config.seed, "fit": settings, "versions": versions}
 
 
-def _start(weights: FamilyWeights, sizes: GlobeConfig, seed: int) -> BankState:
+def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: int) -> BankState:
+    if config.solver == "alternating" and config.alternating.targets == "svd":
+        return separate_svd(weights, sizes)
     generator = torch.Generator().manual_seed(seed)
     codes = initial_codes(sizes, generator).to(weights.device)
     return BankState(grouped_svd(weights, sizes), codes, sizes.phi)
@@ -163,8 +170,8 @@ class _Run:
         self._best_error, self._step, self._seconds = math.inf, 0, 0.0
 
     def to_the_end(self, on_step: OnStep | None, snapshots: Snapshots | None) -> bool:
-        """Whether all steps ran; False when the state diverged after `best` was found."""
-        solver, steps = self._solver, self._config.varpro.steps
+        """Whether all steps that the solver needs ran; False when the state diverged after `best` was found."""
+        solver, steps = self._solver, self._config.steps
         began = time.perf_counter() - self._seconds
         while True:
             error = solver.evaluate()
@@ -177,7 +184,7 @@ class _Run:
                 return False
             self._seconds = time.perf_counter() - began
             self._record(error, on_step)
-            if self._step == steps:
+            if self._step == steps or solver.finished:
                 return True
             solver.update()
             self._step += 1
@@ -201,9 +208,10 @@ class _Run:
                 "relative_error": error,
                 "support_median": supports.median().item(),
                 "seconds": self._seconds,
+                **self._solver.extras,
             }
         )
-        if self._step % _LOG_EVERY == 0 or self._step == self._config.varpro.steps:
+        if self._step % _LOG_EVERY == 0 or self._step == self._config.steps or self._solver.finished:
             self.history.append(record)
         if on_step is not None:
             on_step(record)
