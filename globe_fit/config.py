@@ -68,7 +68,7 @@ class EntmaxConfig:
 
     alpha: float = 1.5  # 2 is sparsemax
     lr: float = 0.1  # of Adam on z
-    steps: int = 5  # of Adam in a round, one pass each
+    steps: int = 2  # of Adam in a round, one pass each
     eta: float = 0.1  # gain of the temperature control
     every: int = 1  # rounds between its changes
 
@@ -87,7 +87,7 @@ class AlternatingConfig:
     steps: int = 50  # rounds
     dictionary: str = "exact"  # conjugate gradients; "atoms": atom by atom; "mod": method of optimal directions
     targets: str = "aligned"  # of MOD, pursuit and initial codes; "svd": each expert's own coordinates, and SVD start
-    cg_steps: int = 10  # of an exact dictionary step, one pass each
+    cg_steps: int = 2  # of an exact dictionary step, one pass each
     support_at: float = 0.15  # share of the rounds after which the support is fixed
     patience: int = 10  # rounds that gain less than 0.1 % together, at one support, end the fit
     coding: CodingConfig = field(default_factory=CodingConfig)

@@ -18,6 +18,7 @@ from globe_fit.objective import Block
 from globe_fit.state import BankState
 
 RIDGE = 1e-6  # of the mean diagonal of each Gram matrix
+_AT_ONCE = 8  # atoms
 
 
 @dataclass(frozen=True)
@@ -45,33 +46,43 @@ def exact_step(state: BankState, passes: Passes, iterations: int) -> int:
         sum_i a_ij G_i sum_k a_ik B_k = sum_i a_ij C_i
 
     from the present bank on, so that stopping early is safe. The preconditioner is the diagonal block of each atom,
-    sum_i a_ij^2 G_i (R, R). One pass for the right side and one per iteration; beside the bank four of its size.
+    sum_i a_ij^2 G_i (R, R). One pass for the right side and one per iteration; beside the bank four of its size and
+    the preconditioner.
     Returns how often the ridge of the preconditioner was raised.
     """
     bank, codes = state.bank, state.codes
     residual, curvature = _gradient(state, passes, torch.ones(len(bank), dtype=torch.bool, device=bank.device))
     chol, raised = factorise(curvature, RIDGE)
-    change = torch.zeros_like(bank)
-    step = torch.cholesky_solve(residual, chol)
+    del curvature
+    change, image = torch.zeros_like(bank), torch.empty_like(bank)
+    step = _precondition(residual, chol, torch.empty_like(bank))
     level = first = torch.dot(residual.flatten(), step.flatten())
     for _ in range(iterations):
-        image = torch.zeros_like(bank)
+        image.zero_()
         for seen in passes():
             mixture = (codes[seen.places] @ step.flatten(1)).view_as(seen.cross)
             image.flatten(1).addmm_(codes[seen.places].mT, (seen.gram @ mixture).flatten(1))
+            del seen, mixture  # before the next block is read
         bend = torch.dot(step.flatten(), image.flatten())
         if bend <= 0:
             break
         length = level / bend
         change.addcmul_(step, length)
         residual.sub_(image.mul_(length))
-        torch.cholesky_solve(residual, chol, out=image)
+        _precondition(residual, chol, image)
         before, level = level, torch.dot(residual.flatten(), image.flatten())
         if level <= 1e-10 * first:  # what fp32 resolves; beyond it rounding would be amplified
             break
         step.mul_(level / before).add_(image)
     bank.add_(change)
     return raised
+
+
+def _precondition(residual: torch.Tensor, chol: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """chol chol^T out = residual; in parts, because the solve makes copies of all that it is given."""
+    for left, factor, part in zip(*(tensor.split(_AT_ONCE) for tensor in (residual, chol, out)), strict=True):
+        part.copy_(torch.cholesky_solve(left, factor))
+    return out
 
 
 def atom_by_atom(state: BankState, passes: Passes) -> int:
@@ -99,6 +110,7 @@ def _gradient(state: BankState, passes: Passes, atoms: torch.Tensor) -> tuple[to
         left = seen.cross - seen.gram @ state.basis(seen.places)
         residual.flatten(1).addmm_(own.mT, left.flatten(1))
         curvature.flatten(1).addmm_(own.square().mT, seen.gram.flatten(1))
+        del seen, left  # before the next block is read
     return residual, curvature
 
 
@@ -144,7 +156,7 @@ class OptimalDirections:
 
 def normalise_atoms(state: BankState) -> torch.Tensor:
     """Give every atom RMS 1 and its codes the factor, so that no product changes; returns the factors (M,)."""
-    rms = state.bank.flatten(1).square().mean(1).sqrt()
+    rms = torch.linalg.vector_norm(state.bank, dim=(1, 2)) / state.bank[0].numel() ** 0.5
     rms = torch.where(rms > 0, rms, 1.0)
     state.bank.div_(rms[:, None, None])
     state.codes.mul_(rms)

@@ -8,6 +8,7 @@ from globe_fit.alternating import Alternating
 from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
 from globe_fit.metrics import METRICS
 from globe_fit.objective import FamilyWeights
+from globe_fit.solver import open_snapshots
 from globe_fit.state import BankState
 from globe_fit.varpro import eliminated_error
 from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes, separate_svd
@@ -182,3 +183,23 @@ def test_a_plateau_ends_the_fit_and_every_record_has_the_metrics(save_tiny):
     assert {"temperature", "dictionary_condition", "ridge_raised"} < records[-1].keys()
     ends = [record for record in result.history if record["family"] == "gate"]
     assert ends[-1]["step"] < 60 and ends[-1] in records
+
+
+@pytest.mark.parametrize("mode", ["exact", "entmax", "literal"])
+def test_an_interrupted_fit_goes_on_with_the_same_result(save_tiny, tmp_path, mode):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    alternating = changed(MODES[mode], steps=6, cg_steps=2)
+    config = FitConfig(ratio=0.8, support=4, solver="alternating", alternating=alternating)
+    expected = fit(source, config)
+
+    def stop(record: dict) -> None:
+        if record["family"] == "up" and record["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(source, config, on_step=stop, snapshots=open_snapshots(tmp_path, source, config, minutes=0))
+    result = fit(source, config, snapshots=open_snapshots(tmp_path, source, config, minutes=0))
+    for family in ("gate", "up"):
+        assert torch.equal(result.families[family].bank, expected.families[family].bank)
+        assert torch.equal(result.families[family].code.value, expected.families[family].code.value)
+        assert result.report["families"][family] == expected.report["families"][family]

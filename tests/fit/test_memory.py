@@ -50,13 +50,14 @@ def test_never_two_blocks_of_weights_alive(save_tiny, monkeypatch, blocks_per_la
     assert most == 0
 
 
-def measure_growth(model_dir: Path, rank: int, atoms: int) -> int:
+def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro") -> int:
     """Anonymous memory of a fit at its highest, in a process of its own, less what it had before."""
     script = f"""
         import threading, time
         import torch
         torch.set_num_threads(1)
         from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
+        from globe_fit.config import AlternatingConfig
 
         def anonymous():
             with open("/proc/self/status") as status:
@@ -74,7 +75,9 @@ def measure_growth(model_dir: Path, rank: int, atoms: int) -> int:
         before, highest, stop = anonymous(), 0, False
         watcher = threading.Thread(target=watch)
         watcher.start()
-        config = FitConfig(rank={rank}, atoms={atoms}, support=2, varpro=VarProConfig(steps=6))
+        turns = AlternatingConfig(steps=3, cg_steps=2)
+        sizes = dict(rank={rank}, atoms={atoms}, support=2, solver={solver!r})
+        config = FitConfig(**sizes, varpro=VarProConfig(steps=6), alternating=turns)
         fit(ExpertSource({str(model_dir / "model")!r}), config)
         stop = True
         watcher.join()
@@ -105,14 +108,17 @@ def test_resident_memory_stays_below_one_layer(tmp_path):
     assert factors < grown < layer + factors
 
 
-def test_resident_memory_is_six_banks(tmp_path):
-    """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, the best state."""
+@pytest.mark.parametrize("solver", ["varpro", "alternating"])
+def test_resident_memory_is_six_banks(tmp_path, solver):
+    """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, the best state; with
+    the alternating solver four of conjugate gradients instead, a preconditioner and a projected block."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
     tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
     tiny_model("qwen3_moe", num_experts=32, **sizes).save_pretrained(tmp_path / "model")
     bank = 60 * 256 * 512 * 4
     stored = bank // 2 + 64 * 256 * 256 * 2  # the factors of the other family, bf16
-    grown = measure_growth(tmp_path, rank=256, atoms=60)
+    grown = measure_growth(tmp_path, 256, 60, solver)
     print(f"grown by {grown} bytes, {grown / bank:.2f} banks; factors in bf16 {stored}")
     blocks = 6 * objective._MIN_BLOCK_BYTES  # the weights and their temporaries
-    assert 5 * bank < grown < 6 * bank + stored + blocks
+    own = {"varpro": 0, "alternating": 60 * 256 * 256 * 4 + 2 * objective._MIN_BLOCK_BYTES}[solver]
+    assert 5 * bank < grown < 6 * bank + stored + blocks + own
