@@ -117,7 +117,7 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
         methods[name] = method
         print(f"{name}: {method.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    settings = {"ratio": args.ratio, "support": args.support, "device": device, "varpro": varpro}
+    settings = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device, "varpro": varpro}
     method, result = globe(source, FitConfig(**settings), clock)
     add("globe", method)
     add("globe_tanh", globe(source, FitConfig(**settings, phi="tanh"), clock)[0])
@@ -167,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", help="the shipped model by default")
     parser.add_argument("--ratio", type=float, default=DEFAULT_RATIO)
+    parser.add_argument("--rank", type=int, help="of every method but SVD; what the ratio yields by default")
     parser.add_argument("--support", type=int, default=FitConfig.support)
     parser.add_argument("--steps", type=int, default=VarProConfig.steps, help="of GloBE")
     parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
