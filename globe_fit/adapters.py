@@ -18,18 +18,29 @@ def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> 
     `ridge` is relative to the mean diagonal of each Gram matrix Bhat Bhat^T. Where the Cholesky
     factorisation fails, the ridge of all experts is raised, at most twice; then SingularBasisError.
     """
-    gram = basis @ basis.mT
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    level = diagonal.mean(-1, keepdim=True)
+    return solve_spd(basis @ basis.mT, (weights @ basis.mT).mT, ridge)[0].mT
+
+
+def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 1e-6) -> tuple[torch.Tensor, int]:
+    """gram^-1 right for Gram matrices (E, N, N) and right sides (E, N, K); and how often the ridge was raised."""
+    chol, raised = factorise(gram, ridge)
+    return torch.cholesky_solve(right, chol), raised
+
+
+def factorise(gram: torch.Tensor, ridge: float) -> tuple[torch.Tensor, int]:
+    """Cholesky factors of Gram matrices (E, N, N) with `ridge` times their mean diagonal; and how often it was raised.
+
+    Raises SingularBasisError when raising the ridge of all of them twice did not help.
+    """
+    level = gram.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     level = torch.where(level == 0, 1.0, level)  # a basis of zeros has no scale of its own
-    cross = weights @ basis.mT
-    for factor in _LARGER_RIDGE:
+    for raised, factor in enumerate(_LARGER_RIDGE):
         shifted = gram.clone()
         shifted.diagonal(dim1=-2, dim2=-1).add_(factor * ridge * level)
         chol, info = torch.linalg.cholesky_ex(shifted)
         if not info.any():
-            return torch.cholesky_solve(cross.mT, chol).mT
-        if factor == 1.0:
+            return chol, raised
+        if raised == 0:
             count_call(_REGULARISED)
     raise SingularBasisError(f"the Gram matrix of a basis stays singular at ridge {_LARGER_RIDGE[-1] * ridge:g}")
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_kernels.checkpoint import BaseModel, Code
+from globe_kernels.checkpoint import BaseModel, Code, GlobeConfig
 
 
 def largest_support(weight: torch.Tensor, support: int) -> torch.Tensor:
@@ -17,6 +17,13 @@ def layer_palettes(weight: torch.Tensor, base: BaseModel, palette: int) -> torch
     by_layer = torch.stack([part.square().sum(0) for part in weight.split(counts)])
     kept = largest_support(by_layer, palette)
     return kept.repeat_interleave(torch.tensor(counts, device=weight.device), dim=0)
+
+
+def fixed_support(weight: torch.Tensor, allowed: torch.Tensor, sizes: GlobeConfig) -> torch.Tensor:
+    """(n, M) bool: of the allowed atoms those that an expert keeps by `weight` (n, M), within its layer's palette."""
+    if sizes.palette is not None:
+        allowed = allowed & layer_palettes(weight, sizes.base, sizes.palette)
+    return allowed & largest_support(weight * allowed, sizes.support)
 
 
 def pack_codes(codes: torch.Tensor, support: int) -> Code:

@@ -3,7 +3,7 @@
 import math
 import re
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,67 @@ class VarProConfig:
             _require("betas", beta, float, 0, 0.99999)
 
 
+@dataclass(frozen=True)
+class CodingConfig:
+    """How the alternating solver finds the codes while the support is free; then it is least squares on the support."""
+
+    method: str = "least_squares"  # on the atoms in use; "entmax": gradients; "omp": anew each round
+    initial: str = "nnls"  # before the first round: non-negative least squares; on the "simplex"; "given": as started
+    l1: float = 0.0  # of initial codes, and of entmax codes times the size of their atoms
+    prune: float = 0.0  # codes below this share of an expert's largest are dropped
+
+    def __post_init__(self):
+        _require_one_of("method", self.method, ("least_squares", "entmax", "omp"))
+        _require_one_of("initial", self.initial, ("nnls", "simplex", "given"))
+        _require("l1", self.l1, float, 0)
+        _require("prune", self.prune, float, 0, 1)
+
+
+@dataclass(frozen=True)
+class EntmaxConfig:
+    """Codes entmax(z / T): gradient steps on z, and control of the temperature T towards the support."""
+
+    alpha: float = 1.5  # 2 is sparsemax
+    lr: float = 0.1  # of Adam on z
+    steps: int = 2  # of Adam in a round, one pass each
+    eta: float = 0.1  # gain of the temperature control
+    every: int = 1  # rounds between its changes
+
+    def __post_init__(self):
+        _require("alpha", self.alpha, float, 1.01, 4)
+        _require("lr", self.lr, float, 0)
+        _require("steps", self.steps, int, 0)
+        _require("eta", self.eta, float, 0, 1)
+        _require("every", self.every, int, 1)
+
+
+@dataclass(frozen=True)
+class AlternatingConfig:
+    """Settings of the alternating solver (globe_fit.alternating)."""
+
+    steps: int = 50  # rounds
+    dictionary: str = "exact"  # conjugate gradients; "atoms": atom by atom; "mod": method of optimal directions
+    targets: str = "aligned"  # of MOD, pursuit and initial codes; "svd": each expert's own coordinates, and SVD start
+    cg_steps: int = 2  # of an exact dictionary step, one pass each
+    support_at: float = 0.15  # share of the rounds after which the support is fixed
+    patience: int = 10  # rounds that gain less than 0.1 % together, at one support, end the fit
+    coding: CodingConfig = field(default_factory=CodingConfig)
+    entmax: EntmaxConfig = field(default_factory=EntmaxConfig)
+
+    def __post_init__(self):
+        _require("steps", self.steps, int, 0)
+        _require_one_of("dictionary", self.dictionary, ("exact", "atoms", "mod"))
+        _require_one_of("targets", self.targets, ("aligned", "svd"))
+        _require("cg_steps", self.cg_steps, int, 1)
+        _require("support_at", self.support_at, float, 0, 1)
+        _require("patience", self.patience, int, 1)
+
+
+def _require_one_of(name: str, value, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise RequestError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
 def _require(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
     """Raises RequestError unless `value` is a number of that kind from `low` to `high`."""
     is_kind = isinstance(value, int) if kind is int else isinstance(value, (int, float))
@@ -68,12 +129,19 @@ class FitConfig:
     scope: str = "global"  # "layer": each layer uses atoms of its own
     seed: int = 0
     device: str = "auto"
+    solver: str = "varpro"
     varpro: VarProConfig = field(default_factory=VarProConfig)
+    alternating: AlternatingConfig = field(default_factory=AlternatingConfig)
 
     def __post_init__(self):
-        for name, value, allowed in (("phi", self.phi, PHIS), ("scope", self.scope, SCOPES)):
-            if value not in allowed:
-                raise RequestError(f"{name} is {value!r}; expected one of {', '.join(allowed)}.")
+        _require_one_of("phi", self.phi, PHIS)
+        _require_one_of("scope", self.scope, SCOPES)
+        _require_one_of("solver", self.solver, ("varpro", "alternating"))
+        if self.solver == "alternating" and self.phi != "identity":
+            raise RequestError(
+                f"phi is {self.phi} and the alternating solver takes steps that are exact for identity only; give phi "
+                "identity, or solver varpro."
+            )
         for name in ("rank", "atoms", "palette"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), int, 1)
@@ -84,9 +152,15 @@ class FitConfig:
         if self.ratio is not None and self.rank is not None and self.atoms is not None:
             raise RequestError("ratio, rank and atoms are all given; give at most two of them, the third follows.")
 
+    @property
+    def steps(self) -> int:
+        """Steps of the solver that is chosen."""
+        return (self.varpro if self.solver == "varpro" else self.alternating).steps
+
     @classmethod
     def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":
-        """The settings of a TOML file, with a [varpro] table for the solver, overridden by `options` not None.
+        """The settings of a TOML file, with a table for each solver, overridden by `options` not None; the option
+        `steps` is that of the solver that is chosen.
 
         Raises RequestError for a file that cannot be read and for a setting that does not exist.
         """
@@ -97,18 +171,29 @@ class FitConfig:
             except (OSError, ValueError) as error:
                 raise RequestError(f"{toml_file} is not a readable TOML file ({error}).") from error
         settings |= {name: value for name, value in options.items() if value is not None and name != "steps"}
-        varpro = settings.pop("varpro", {})
-        if not isinstance(varpro, dict):
-            raise RequestError(f"varpro in {toml_file} is {varpro!r}; expected a table, [varpro].")
-        if options.get("steps") is not None:
-            varpro = {**varpro, "steps": options["steps"]}
-        for given, owner in ((settings, cls), (varpro, VarProConfig)):
-            known = {f.name for f in fields(owner)} - {"varpro"}
-            if unknown := given.keys() - known:
-                raise RequestError(
-                    f"{toml_file} has the unknown setting {min(unknown)!r}; expected {', '.join(sorted(known))}."
-                )
-        return cls(**settings, varpro=VarProConfig(**varpro))
+        config = _from_table(cls, settings, "", toml_file)
+        if options.get("steps") is None:
+            return config
+        chosen = replace(getattr(config, config.solver), steps=options["steps"])
+        return replace(config, **{config.solver: chosen})
+
+
+def _from_table(owner: type, given: dict, table: str, where: Path | None):
+    """An `owner` from a TOML table, with tables inside for the fields that are settings themselves."""
+    if not isinstance(given, dict):
+        raise RequestError(f"{table} in {where} is {given!r}; expected a table, [{table}].")
+    inside = {f.name: f.default_factory for f in fields(owner) if is_dataclass(f.default_factory)}
+    known = {f.name for f in fields(owner)}
+    if unknown := given.keys() - known:
+        raise RequestError(
+            f"{where} has the unknown setting {min(unknown)!r}; expected {', '.join(sorted(known - inside.keys()))}."
+        )
+    nested = {
+        name: _from_table(inner, given[name], f"{table}.{name}".lstrip("."), where)
+        for name, inner in inside.items()
+        if name in given
+    }
+    return owner(**{**given, **nested})
 
 
 def resolve_device(name: str) -> str:

@@ -48,7 +48,7 @@ def estimate(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> Est
         solver_bytes=_BANKS * bank + _CODES * codes,
         block_bytes=_BLOCKS * weights + _BASES * bases,
         factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
-        seconds=len(FAMILIES) * (config.varpro.steps + _OTHER_PASSES) * _seconds_per_pass(source, sizes, config),
+        seconds=len(FAMILIES) * (config.steps + _OTHER_PASSES) * _seconds_per_pass(source, sizes, config),
     )
 
 

@@ -76,6 +76,9 @@ METRICS = {
     "read_gb_per_second": Metric("GB/s", "higher", "weights, as the fp32 that the solver gets, over the same seconds"),
     "peak_host_bytes": Metric("B", "lower", "highest resident memory of the process so far"),
     "peak_device_bytes": Metric("B", "lower", "highest memory that torch allocated on the GPU so far"),
+    "temperature": Metric("", "", "T of the codes entmax(z / T)"),
+    "dictionary_condition": Metric("", "lower", "condition number of the Gram matrix of the codes in use, sum a a^T"),
+    "ridge_raised": Metric("", "lower", "Cholesky factorisations of alternating steps so far that needed more ridge"),
 }
 
 

@@ -28,6 +28,7 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
 }
 _WIDTH, _HEIGHT = 5.8, 3.1
+_MOST_BARS = 32
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT, **axes):
@@ -58,7 +59,7 @@ def error_curves(history: dict[str, list[dict]], reports: dict[str, dict]) -> "F
         if any(report.get(name, 0) > 1e-9 for report in reports.values()):
             axes.plot([], [], color=_GREY, linestyle=style, linewidth=1, label=label)
     _plain_log(axes)
-    axes.legend(frameon=False)
+    _legend_above(axes)
     return figure
 
 
@@ -74,11 +75,15 @@ def _plain_log(axes: "Axes") -> None:
 
 
 def bars(values: dict[str, dict], xlabel: str, ylabel: str) -> "Figure":
-    """Grouped bars: {family: {label: value}}, with the same labels in each family."""
+    """Grouped bars: {family: {label: value}}, with the same labels in each family; lines where there are many."""
     figure, ((axes,),) = _figure()
     labels = list(next(iter(values.values())))
     width = 0.8 / len(values)
     for number, (family, own) in enumerate(values.items()):
+        if len(labels) > _MOST_BARS:
+            axes.plot(list(own.values()), color=COLOURS[family], label=family, linewidth=1.4)
+            axes.set_ylim(bottom=0)
+            continue
         places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(labels))]
         axes.bar(places, list(own.values()), width=0.92 * width, color=COLOURS[family], label=family)
     every = -(-len(labels) // 24)
@@ -90,7 +95,7 @@ def bars(values: dict[str, dict], xlabel: str, ylabel: str) -> "Figure":
 
 
 def _legend_above(axes: "Axes") -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=len(COLOURS), frameon=False)
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4, frameon=False, columnspacing=1.2)
 
 
 def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, log: bool = False) -> "Figure":
@@ -111,7 +116,7 @@ def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, 
         edge for own in values.values() for edge, count in zip(own["edges"][1:], own["counts"], strict=True) if count
     ]
     first = min(own["edges"][0] for own in values.values())
-    axes.set_xlim(first, first + 1.1 * (max(held) - first))
+    axes.set_xlim(first, min(first + 1.1 * (max(held) - first), max(own["edges"][-1] for own in values.values())))
     if log:
         axes.set_ylim(bottom=0.7)
         _plain_log(axes)

@@ -32,7 +32,7 @@ def fit_with_progress(
     log: OnStep | None = None,
 ) -> FitResult:
     """`fit`, as one stage of all steps of both families; `log` gets the record of each step."""
-    passes = config.varpro.steps + 1
+    passes = config.steps + 1
     stage.begin("fit", passes * len(FAMILIES))
 
     def on_step(record: dict) -> None:

@@ -133,7 +133,9 @@ def _plots(facts: _Facts) -> list[_Plot]:
         drawn.append(_Plot(*args, wide=wide))
 
     if facts.history:
-        caption = "Of the normalised weights, beside what an SVD of every expert would lose in the same bytes."
+        caption = "Of the normalised weights, as the solver sees it."
+        if of("svd_equal_bytes"):
+            caption += " Dashed: what an SVD of every expert would lose in the same bytes."
         add("error", "Error over the steps", caption, plots.error_curves(facts.history, facts.families))
     if layers := of("relative_error_by_layer"):
         caption = "Relative squared error of the stored factors on the raw weights."
@@ -233,6 +235,8 @@ def _number(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float) and not value.is_integer():
+        if 1e3 <= abs(value) < 1e9:
+            return f"{value:,.0f}"
         return f"{value:.4f}" if 1e-3 <= abs(value) < 10 else f"{value:.3g}"
     return f"{value:,.0f}"
 

@@ -14,6 +14,7 @@ import safetensors
 import torch
 
 from globe_fit.adapters import refit_adapters, regularised_solves
+from globe_fit.alternating import Alternating
 from globe_fit.baselines import equal_byte_rank, svd_errors
 from globe_fit.codes import pack_codes
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
@@ -25,7 +26,7 @@ from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_fit.state import BankState, Solver
 from globe_fit.varpro import VarPro
-from globe_fit.warm_start import grouped_svd, initial_codes
+from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
@@ -62,6 +63,10 @@ def fit(
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
+    if calibration is not None and config.solver != "varpro":
+        raise RequestError(
+            f"solver is {config.solver} and a text to calibrate on is given; only varpro fits to a text."
+        )
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
@@ -141,11 +146,15 @@ def _fit_family(
     elif start is not None and family in start:
         state = start[family].copy()
     else:
-        state = _start(weights, sizes, config.seed + FAMILIES.index(family))
-    run = _Run(weights, VarPro(weights, state, sizes, config.varpro), config)
+        state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
+    if config.solver == "varpro":
+        solver: Solver = VarPro(weights, state, sizes, config.varpro)
+    else:
+        solver = Alternating(weights, state, sizes, config.alternating)
+    run = _Run(weights, solver, config)
     if saved is not None:
         run.restore(*saved)
-    del state, saved
+    del state, saved, solver
     completed = run.to_the_end(on_step, snapshots)
     best, history = run.best, run.history
     assert best is not None
@@ -171,7 +180,9 @@ def _provenance(config: FitConfig, calibration: "Calibration | None") -> dict:
     return {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
 
 
-def _start(weights: FamilyWeights, sizes: GlobeConfig, seed: int) -> BankState:
+def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: int) -> BankState:
+    if config.solver == "alternating" and config.alternating.targets == "svd":
+        return separate_svd(weights, sizes)
     generator = torch.Generator().manual_seed(seed)
     codes = initial_codes(sizes, generator).to(weights.device)
     return BankState(grouped_svd(weights, sizes), codes, sizes.phi)
@@ -188,8 +199,8 @@ class _Run:
         self._regularised = regularised_solves()
 
     def to_the_end(self, on_step: OnStep | None, snapshots: Snapshots | None) -> bool:
-        """Whether all steps ran; False when the state diverged after `best` was found."""
-        solver, steps = self._solver, self._config.varpro.steps
+        """Whether all steps that the solver needs ran; False when the state diverged after `best` was found."""
+        solver, steps = self._solver, self._config.steps
         began = time.perf_counter() - self._seconds
         while True:
             error = solver.evaluate()
@@ -204,7 +215,7 @@ class _Run:
             self._seconds, self._pass_seconds = now, now - self._seconds
             self._record(error, on_step)
             began = time.perf_counter() - self._seconds
-            if self._step == steps:
+            if self._step == steps or solver.finished:
                 return True
             solver.update()
             self._step += 1
@@ -221,16 +232,17 @@ class _Run:
                 self.best = state.copy()
             else:
                 self.best.copy_(state)
-        step, steps = self._step, self._config.varpro.steps
+        step, last = self._step, self._step == self._config.steps or self._solver.finished
         record = {
             "step": step,
             "family": self._weights.family,
             "relative_error": error,
             "support_median": supports.median().item(),
             "seconds": self._seconds,
+            **self._solver.extras,
         }
-        if step % _LOG_EVERY == 0 or step == steps:
-            dear = step % (_LOG_EVERY * max(1, steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or step == steps
+        if step % _LOG_EVERY == 0 or last:
+            dear = step % (_LOG_EVERY * max(1, self._config.steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or last
             record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
             if self._weights.roots is None:
                 record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1

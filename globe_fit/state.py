@@ -39,6 +39,8 @@ class Solver(Protocol):
     """
 
     state: BankState
+    extras: dict[str, float]  # metrics of its own, as of the last update
+    finished: bool  # whether further steps would not pay, as of the last evaluate
 
     def evaluate(self) -> float:
         """Relative error of the state on the normalised weights; NaN when it diverged."""

@@ -14,7 +14,7 @@ import math
 import torch
 
 from globe_fit.adapters import SingularBasisError, solve_adapters
-from globe_fit.codes import largest_support, layer_palettes
+from globe_fit.codes import fixed_support
 from globe_fit.config import VarProConfig
 from globe_fit.objective import Block, FamilyWeights
 from globe_fit.state import BankState
@@ -28,6 +28,8 @@ class VarPro:
 
     def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: VarProConfig):
         self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
+        self.extras: dict[str, float] = {}
+        self.finished = False
         bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
         self._allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(codes.device)
         rms = bank.detach().square().mean().sqrt().item()
@@ -41,7 +43,7 @@ class VarPro:
             self._fix_support()
         self._adam.zero_grad(set_to_none=True)
         try:
-            return _backward(self._weights, self.state, self._config.ridge)
+            return eliminated_error(self._weights, self.state, self._config.ridge)
         except SingularBasisError:
             return math.nan
 
@@ -59,9 +61,7 @@ class VarPro:
     @torch.no_grad()
     def _fix_support(self) -> None:
         weight = self.state.codes.abs() * self.state.bank.flatten(1).norm(dim=1)
-        if self._sizes.palette is not None:
-            self._allowed &= layer_palettes(weight, self._sizes.base, self._sizes.palette)
-        self._allowed &= largest_support(weight * self._allowed, self._sizes.support)
+        self._allowed = fixed_support(weight, self._allowed, self._sizes)
         self.state.codes.mul_(self._allowed)
         self._fixed = True
 
@@ -91,8 +91,8 @@ class VarPro:
             }
 
 
-def _backward(weights: FamilyWeights, state: BankState, ridge: float) -> float:
-    """Accumulate the gradients of the relative error, block by block; returns it."""
+def eliminated_error(weights: FamilyWeights, state: BankState, ridge: float) -> float:
+    """The relative error; block by block, its gradient is added to the parts of the state that require one."""
     total = 0.0
     for block in weights.normalised():
         total += backward_block(weights, block, state, ridge)
@@ -107,7 +107,8 @@ def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge
     with torch.no_grad():
         adapters = solve_adapters(target, basis, ridge)
     loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
-    loss.backward()
+    if loss.requires_grad:
+        loss.backward()
     return loss.item()
 
 

@@ -7,7 +7,9 @@ neighbours share a space; and a common space needs no alignment between experts,
 
 import torch
 
+from globe_fit.baselines import truncated_svd
 from globe_fit.objective import FamilyWeights
+from globe_fit.state import BankState
 from globe_kernels.checkpoint import BaseModel, GlobeConfig
 
 _CODE_NOISE = 0.02
@@ -67,3 +69,22 @@ def initial_codes(config: GlobeConfig, generator: torch.Generator) -> torch.Tens
     groups = group_of_experts(config.base, config.num_atoms, config.scope)
     codes[torch.arange(len(groups)), groups] += 1.0
     return codes * allowed
+
+
+def separate_svd(weights: FamilyWeights, config: GlobeConfig) -> BankState:
+    """The SVD factors of the first expert of each group as atoms, and each expert on the atom of its own group.
+
+    The coordinates of these factors have nothing in common; the alternating solver with targets "svd" begins here.
+    """
+    groups = group_of_experts(config.base, config.num_atoms, config.scope)
+    bank = torch.zeros(config.bank_shape(), device=weights.device)
+    started: set[int] = set()
+    for block in weights.normalised():
+        for offset, place in enumerate(range(block.places.start, block.places.stop)):
+            group = int(groups[place])
+            if group not in started:
+                started.add(group)
+                bank[group] = truncated_svd(block.weights[offset : offset + 1], config.rank)[1][0]
+        del block  # before the next block is read
+    codes = torch.nn.functional.one_hot(groups, config.num_atoms).float()
+    return BankState(bank, codes.to(weights.device), config.phi)

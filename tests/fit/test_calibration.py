@@ -113,3 +113,8 @@ def test_inputs_that_are_not_finite_are_named(text, calibrated, monkeypatch):
     monkeypatch.setattr(calibration, "_second_moments", lambda *_: broken)
     with pytest.raises(GlobeError, match="The inputs of the experts of layer 4 are not finite on"):
         calibrate(ExpertSource(shipped_model()), text)
+
+
+def test_only_varpro_fits_to_a_text(noise):
+    with pytest.raises(RequestError, match="solver is alternating and a text to calibrate on is given"):
+        fit(noise, FitConfig(rank=4, atoms=5, support=2, solver="alternating"), calibration=planted_metric(noise))

@@ -1,10 +1,23 @@
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.config import FitConfig, VarProConfig, globe_bytes, resolve_device, resolve_sizes
+from globe_fit.config import (
+    AlternatingConfig,
+    CodingConfig,
+    EntmaxConfig,
+    FitConfig,
+    VarProConfig,
+    globe_bytes,
+    resolve_device,
+    resolve_sizes,
+)
 from globe_kernels.checkpoint import BaseModel
 from globe_kernels.errors import RequestError
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def base(inner: int = 768, width: int = 2048, layers: int = 48, experts: int = 128) -> BaseModel:
@@ -95,6 +108,8 @@ def test_the_printed_range_can_be_reached():
         ({"ratio": "0.5"}, "ratio is '0.5'; expected a number of at least 0"),
         ({"ratio": float("nan")}, "ratio is nan; expected a number"),
         ({"seed": 10**30}, "expected a whole number from 0 to"),
+        ({"solver": "adam"}, "solver is 'adam'; expected one of varpro, alternating"),
+        ({"solver": "alternating", "phi": "tanh"}, "phi is tanh and the alternating solver .*; give phi identity, or"),
         ({"ratio": 0.5, "rank": 3, "atoms": 4}, "give at most two of them"),
     ],
     ids=str,
@@ -117,6 +132,25 @@ def test_options_override_the_file(tmp_path):
     assert config == FitConfig(ratio=0.5, support=8, varpro=VarProConfig(lr=0.7, steps=3))
 
 
+def test_each_solver_has_its_table(tmp_path):
+    file = tmp_path / "fit.toml"
+    file.write_text(
+        'solver = "alternating"\n[varpro]\nsteps = 9\n[alternating]\ndictionary = "mod"\n'
+        '[alternating.coding]\nmethod = "entmax"\n[alternating.entmax]\nalpha = 2\n'
+    )
+    config = FitConfig.from_options(file, {"steps": 3})
+    coding, entmax = CodingConfig(method="entmax"), EntmaxConfig(alpha=2)
+    expected = AlternatingConfig(steps=3, dictionary="mod", coding=coding, entmax=entmax)
+    assert config == FitConfig(solver="alternating", alternating=expected, varpro=VarProConfig(steps=9))
+    assert config.steps == 3
+    assert FitConfig.from_options(file, {"steps": 3, "solver": "varpro"}).steps == 3
+
+
+def test_the_literal_recipe_is_a_valid_file():
+    config = FitConfig.from_options(ROOT / "examples" / "literal.toml", {})
+    assert config.solver == "alternating" and config.alternating.targets == "svd" and config.steps == 25
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -128,6 +162,9 @@ def test_options_override_the_file(tmp_path):
         ('[varpro]\nlr = "a"', "lr is 'a'; expected a number"),
         ("[varpro]\nbetas = [0.9]", r"betas is \[0.9\]; expected two numbers"),
         ("[varpro]\nsupport_at = 2.0", "support_at is 2.0; expected a number from 0 to 1"),
+        ("[alternating]\ncoding = 1", r"alternating.coding in .* is 1; expected a table, \[alternating.coding\]"),
+        ("[alternating.coding]\nmethods = 1", "unknown setting 'methods'; expected initial, l1, method, prune"),
+        ("[alternating]\ndictionary = 'svd'", "dictionary is 'svd'; expected one of exact, atoms, mod"),
         ("[varpro]\nsteps = -1", "steps is -1; expected a whole number of at least 0"),
     ],
 )

@@ -101,6 +101,16 @@ def test_settings_from_a_file(globe, model_dir, tmp_path):
     assert config["support"] == 2 and config["provenance"]["fit"]["ratio"] == 0.7
 
 
+def test_the_solver_can_be_chosen(globe, model_dir, tmp_path):
+    sizes = ("--ratio", "0.8", "--support", "4", "--steps", "2", "--json")
+    code, _, _ = globe("fit", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "alternating")
+    assert code == 0
+    fitted = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["provenance"]["fit"]
+    assert fitted["solver"] == "alternating" and fitted["alternating"]["steps"] == 2
+    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "als")
+    assert code == 2 and "solver is 'als'; expected one of varpro, alternating." in stderr
+
+
 def damage(model_dir: Path, how: str) -> None:
     shard = sorted(model_dir.glob("*.safetensors"))[2]
     if how == "not a MoE":

@@ -1,0 +1,250 @@
+"""The classic recipe, corrected: codes and bank take turns, the adapters are eliminated.
+
+Codes and atoms are only worth estimating on targets in the coordinates of the bank, and those of separate factors W_i =
+A_i X_i are arbitrary: X_i and T X_i describe one expert for any invertible T. There are two ways out:
+
+  in the metric of the adapters   A_i by least squares on the present Bhat_i, so in its coordinates by construction; the
+                                  steps lower sum_i || W_i - A_i sum_j a_ij B_j ||^2 itself, and so never raise the
+                                  eliminated objective, which is at most that
+  on aligned targets              X_i = Q_i^T W_i with Q_i^T Q_i = I nearest to W_i (orthogonal Procrustes: the polar
+                                  factor of W_i Bhat_i^T; Schoenemann, 1966); the plain metric is then that of W_i
+
+Nothing is held per expert but the codes; adapters and targets are made again for every block of a pass.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from globe_fit.adapters import SingularBasisError, solve_spd
+from globe_fit.baselines import truncated_svd
+from globe_fit.codes import fixed_support
+from globe_fit.coding import (
+    entmax,
+    entmax_scores,
+    masked_least_squares,
+    matching_pursuit,
+    next_temperature,
+    non_negative,
+    on_simplex,
+    support_index,
+)
+from globe_fit.config import AlternatingConfig
+from globe_fit.dictionary import (
+    RIDGE,
+    OptimalDirections,
+    Projected,
+    atom_by_atom,
+    exact_step,
+    normalise_atoms,
+    project,
+)
+from globe_fit.objective import Block, FamilyWeights
+from globe_fit.state import BankState
+from globe_fit.varpro import eliminated_error
+from globe_fit.warm_start import allowed_atoms
+from globe_kernels.checkpoint import GlobeConfig
+
+_PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again
+
+
+class Alternating:
+    """The solver, from `state` on, which it changes in place; one step is a round of codes, bank and norms. From the
+    round at which the support is fixed on, no expert has more than its support and no layer more than its palette."""
+
+    def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: AlternatingConfig):
+        self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
+        self._allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(state.codes.device)
+        self._step, self._fixed, self.finished = 0, False, False
+        self._reference, self._quiet = math.inf, 0
+        self._support = state.codes != 0
+        self.extras = {"ridge_raised": 0.0}
+        if config.dictionary == "mod":
+            self.extras["dictionary_condition"] = 1.0
+        self._soft = config.coding.method == "entmax"
+        if self._soft:
+            self.extras["temperature"] = 1.0
+            self._scores = torch.zeros_like(state.codes, requires_grad=True)
+            self._scale = torch.ones_like(state.codes[0])  # of the atoms, which the simplex cannot take up
+            self._adam = torch.optim.Adam([self._scores], lr=config.entmax.lr, fused=True)
+
+    def evaluate(self) -> float:
+        if not self._fixed and self._step >= self._config.support_at * self._config.steps:
+            self._fix_support()
+        try:
+            error = eliminated_error(self._weights, self.state, RIDGE)
+        except SingularBasisError:
+            return math.nan
+        support = self.state.codes != 0
+        self._quiet += 1
+        if error < (1 - _PLATEAU) * self._reference or not torch.equal(support, self._support):
+            self._reference, self._quiet, self._support = error, 0, support
+        self.finished = self._fixed and self._quiet >= self._config.patience
+        return error
+
+    def update(self) -> None:
+        config, entmax_config = self._config, self._config.entmax
+        if self._step == 0:
+            self._initial_codes()
+        if self._soft and not self._fixed:
+            self._entmax_steps()
+        with torch.no_grad():
+            if config.dictionary == "mod":
+                self._round_on_targets()
+            else:
+                self._round_in_the_metric()
+            factors = normalise_atoms(self.state)
+        if self._soft and not self._fixed:
+            self._scale *= factors
+            if (self._step + 1) % entmax_config.every == 0:
+                median = (self.state.codes != 0).sum(1).median().item()
+                self.extras["temperature"] = next_temperature(
+                    self.extras["temperature"], median, self._sizes.support, entmax_config.eta
+                )
+        self._step += 1
+
+    @torch.no_grad()
+    def _fix_support(self) -> None:
+        weight = self.state.codes.abs() * self.state.bank.flatten(1).norm(dim=1)
+        self._allowed = fixed_support(weight, self._allowed, self._sizes)
+        self.state.codes.mul_(self._allowed)
+        self._fixed = True
+
+    def _targets(self, block: Block) -> tuple[slice, torch.Tensor]:
+        """(places, (E, R, D) targets that the mixtures should come to)."""
+        if self._config.targets == "aligned":
+            left, _, right = torch.linalg.svd(block.weights @ self.state.basis(block.places).mT, full_matrices=False)
+            return block.places, (left @ right).mT @ block.weights
+        if self._step == 0:
+            return block.places, truncated_svd(block.weights, self._sizes.rank)[1]
+        seen = project(block, self.state)
+        return block.places, solve_spd(seen.gram, seen.cross)[0]
+
+    def _target_passes(self) -> Iterable[tuple[slice, torch.Tensor]]:
+        return map(self._targets, self._weights.normalised())
+
+    def _metric_passes(self) -> Iterable[Projected]:
+        return map(lambda block: project(block, self.state), self._weights.normalised())
+
+    @torch.no_grad()
+    def _initial_codes(self) -> None:
+        state, coding = self.state, self._config.coding
+        slack = (-state.codes).clamp_min(0)
+        if coding.initial != "given":
+            atoms = state.bank.flatten(1)
+            cross = torch.zeros_like(state.codes)
+            for places, targets in self._target_passes():
+                cross[places] = targets.flatten(1) @ atoms.mT
+            if coding.initial == "nnls":
+                l1 = coding.l1 * cross.amax(1, keepdim=True)
+                codes, slack = non_negative(atoms @ atoms.mT, cross, self._allowed, l1)
+            else:
+                codes, slack = on_simplex(atoms @ atoms.mT, cross, self._allowed)
+            state.codes.copy_(self._pruned(codes))
+        if self._soft:
+            self._scores.copy_(entmax_scores(state.codes.clamp_min(0), slack, self._config.entmax.alpha))
+
+    def _pruned(self, codes: torch.Tensor) -> torch.Tensor:
+        size = codes.abs()
+        return codes * (size >= self._config.coding.prune * size.amax(1, keepdim=True))
+
+    def _soft_codes(self) -> torch.Tensor:
+        scores = (self._scores / self.extras["temperature"]).masked_fill(~self._allowed, -torch.inf)
+        return self._pruned(entmax(scores, self._config.entmax.alpha) * self._scale)
+
+    def _entmax_steps(self) -> None:
+        """Adam on the scores; the objective is the eliminated one and `l1` times the mean sum of an expert's codes."""
+        for _ in range(self._config.entmax.steps):
+            codes = self._soft_codes()
+            leaf = codes.detach().requires_grad_()
+            eliminated_error(self._weights, BankState(self.state.bank, leaf, self.state.phi), RIDGE)
+            assert leaf.grad is not None
+            self._adam.zero_grad(set_to_none=True)
+            codes.backward(leaf.grad + self._config.coding.l1 / len(codes))
+            self._adam.step()
+        self.state.codes.copy_(self._soft_codes().detach())
+
+    def _round_on_targets(self) -> None:
+        directions = OptimalDirections(self.state)
+        atoms = self.state.bank.flatten(1)
+        gram = atoms @ atoms.mT
+        for places, targets in self._target_passes():
+            self._code_on_targets(places, targets, gram)
+            directions.add(places, targets)
+        raised, self.extras["dictionary_condition"] = directions.step()
+        self.extras["ridge_raised"] += raised
+
+    def _round_in_the_metric(self) -> None:
+        config, atoms = self._config, self.state.bank.flatten(1)
+        if config.coding.method == "omp" and not self._fixed:
+            gram = atoms @ atoms.mT
+            for places, targets in self._target_passes():
+                self._code_on_targets(places, targets, gram)
+        elif not self._soft or self._fixed:
+            for seen in self._metric_passes():
+                self._code_in_the_metric(seen)
+        if config.dictionary == "exact":
+            self.extras["ridge_raised"] += exact_step(self.state, self._metric_passes, config.cg_steps)
+        else:
+            self.extras["ridge_raised"] += atom_by_atom(self.state, self._metric_passes)
+
+    def _code_on_targets(self, places: slice, targets: torch.Tensor, gram: torch.Tensor) -> None:
+        if self._soft and not self._fixed:
+            return
+        cross = targets.flatten(1) @ self.state.bank.flatten(1).mT
+        if self._config.coding.method == "omp" and not self._fixed:
+            codes = matching_pursuit(gram, cross, self._allowed[places], self._sizes.support)
+        else:
+            index, valid = support_index(self._kept(places))
+            own = gram[index[:, :, None], index[:, None, :]]
+            codes = self._least_squares(own, cross.gather(1, index), places, index, valid)
+        self.state.codes[places] = codes
+
+    def _code_in_the_metric(self, seen: Projected) -> None:
+        """gram_jk = <B_j, G_i B_k>, cross_j = <B_j, C_i> for the atoms of the support."""
+        index, valid = support_index(self._kept(seen.places))
+        gram = seen.gram.new_empty(*index.shape, index.shape[1])
+        cross = seen.gram.new_empty(index.shape)
+        for expert, own in enumerate(index):  # one at a time: a support of atoms is as large as S bases
+            atoms = self.state.bank[own]
+            gram[expert] = atoms.flatten(1) @ (seen.gram[expert] @ atoms).flatten(1).mT
+            cross[expert] = atoms.flatten(1) @ seen.cross[expert].flatten()
+        self.state.codes[seen.places] = self._least_squares(gram, cross, seen.places, index, valid)
+
+    def _kept(self, places: slice) -> torch.Tensor:
+        return self._allowed[places] if self._fixed else self.state.codes[places] != 0
+
+    def _least_squares(
+        self, gram: torch.Tensor, cross: torch.Tensor, places: slice, index: torch.Tensor, valid: torch.Tensor
+    ) -> torch.Tensor:
+        codes, raised = masked_least_squares(gram, cross, self.state.codes[places], index, valid)
+        self.extras["ridge_raised"] += raised
+        return codes if self._fixed else self._pruned(codes)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        progress = [self._step, self._fixed, self._quiet, self._reference, *self.extras.values()]
+        own = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed, "support": self._support}
+        own["progress"] = torch.tensor(progress, dtype=torch.float64)
+        if self._soft:
+            own |= {"scores": self._scores.detach(), "scale": self._scale}
+            own |= {f"adam.{key}": value for key, value in self._adam.state[self._scores].items()}
+        return own
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.state.bank.copy_(tensors["bank"])
+        self.state.codes.copy_(tensors["codes"])
+        self._allowed.copy_(tensors["allowed"])
+        self._support = tensors["support"].to(self._allowed.device)
+        step, fixed, quiet, self._reference, *extras = tensors["progress"].tolist()
+        self._step, self._fixed, self._quiet = int(step), bool(fixed), int(quiet)
+        self.extras = dict(zip(self.extras, extras, strict=True))
+        if self._soft:
+            self._scores.copy_(tensors["scores"])
+            self._scale.copy_(tensors["scale"])
+            self._adam.state[self._scores] = {
+                key.removeprefix("adam."): value.to(self._scores.device)
+                for key, value in tensors.items()
+                if key.startswith("adam.")
+            }

@@ -1,0 +1,177 @@
+"""Codes of many experts at once: the entmax family, non-negative and masked least squares, matching pursuit.
+
+Symbols: E experts, M atoms, S atoms of a support. The least-squares problems are given by their normal equations,
+
+    minimise  a^T gram a - 2 cross^T a,    gram_jk = <B_j, B_k>,  cross_ij = <X_i, B_j>
+
+so that neither targets nor atoms are held here.
+"""
+
+import math
+
+import torch
+
+from globe_fit.adapters import solve_spd
+
+_SWEEPS = 200
+_PROJECTIONS = 300
+_SETTLED = 1e-6  # of the largest code: a change that no longer matters
+
+
+def entmax(scores: torch.Tensor, alpha: float) -> torch.Tensor:
+    """argmax_p p^T z + H_alpha(p) on the simplex, for scores z (E, M); alpha 2 is sparsemax, towards 1 softmax.
+
+    p_j = max((alpha - 1) z_j - tau, 0)^(1 / (alpha - 1)), with tau so that p sums to 1: by sorting for alpha 2 (Martins
+    and Astudillo, 2016) and 1.5 (Peters, Niculae and Martins, 2019), by bisection for any other. Differentiable.
+    """
+    return _Entmax.apply(scores, alpha)  # type: ignore[return-value]
+
+
+class _Entmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scores: torch.Tensor, alpha: float) -> torch.Tensor:
+        x = (alpha - 1) * scores
+        x = (x - x.amax(1, keepdim=True)).clamp_min(-2)  # tau is at least the largest less 1: nothing changes
+        tau = {2.0: _sparsemax_threshold, 1.5: _entmax15_threshold}.get(alpha, _bisected_threshold(alpha))(x)
+        p = (x - tau).clamp_min(0).pow(1 / (alpha - 1))
+        p /= p.sum(1, keepdim=True)  # what rounding left of 1
+        ctx.save_for_backward(p)
+        ctx.alpha = alpha
+        return p
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):  # type: ignore[override]
+        (p,) = ctx.saved_tensors
+        slope = torch.where(p > 0, p.pow(2 - ctx.alpha), 0)
+        weighted = slope * gradients[0]
+        return weighted - slope * weighted.sum(1, keepdim=True) / slope.sum(1, keepdim=True), None
+
+
+def _sparsemax_threshold(x: torch.Tensor) -> torch.Tensor:
+    ordered = x.sort(1, descending=True).values
+    count = torch.arange(1, x.shape[1] + 1, device=x.device)
+    tau = (ordered.cumsum(1) - 1) / count
+    size = (ordered > tau).sum(1, keepdim=True)
+    return tau.gather(1, size - 1)
+
+
+def _entmax15_threshold(x: torch.Tensor) -> torch.Tensor:
+    ordered = x.sort(1, descending=True).values
+    count = torch.arange(1, x.shape[1] + 1, device=x.device)
+    mean, square = ordered.cumsum(1) / count, ordered.square().cumsum(1) / count
+    tau = mean - (1 / count - (square - mean.square())).clamp_min(0).sqrt()
+    size = (ordered >= tau).sum(1, keepdim=True)
+    return tau.gather(1, size - 1)
+
+
+def _bisected_threshold(alpha: float):
+    def threshold(x: torch.Tensor) -> torch.Tensor:
+        low = x.amax(1, keepdim=True) - 1  # there the largest alone has 1
+        high = low + 1 - x.shape[1] ** (1 - alpha)  # there none has more than 1 / M
+        for _ in range(50):  # what fp64 resolves
+            middle = (low + high) / 2
+            above = (x - middle).clamp_min(0).pow(1 / (alpha - 1)).sum(1, keepdim=True) >= 1
+            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+        return (low + high) / 2
+
+    return threshold
+
+
+def entmax_scores(codes: torch.Tensor, slack: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(E, M) scores z with entmax(z) = codes / sum; where a code is 0, the lower the larger its slack (E, M) >= 0.
+
+    Equal scores of all unused atoms would make them join together when the temperature rises.
+    """
+    share = codes / codes.sum(1, keepdim=True).clamp_min(1e-12)
+    slack = slack * (codes == 0)
+    return share.pow(alpha - 1) / (alpha - 1) - slack / slack.mean(1, keepdim=True).clamp_min(1e-12)
+
+
+def next_temperature(temperature: float, median_support: float, target: int, eta: float) -> float:
+    """T exp(-eta (median / target - 1)): with entmax(z / T) a larger T gives a larger support, so this sign is stable.
+
+    Bounded, so that a support that does not answer cannot carry T to 0 or infinity.
+    """
+    return min(max(temperature * math.exp(-eta * (median_support / target - 1)), 1e-4), 1e4)
+
+
+def non_negative(
+    gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor, l1: torch.Tensor | float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (E, M) >= 0, zero where not allowed, and their slack, the gradient (E, M), 0 on the support.
+
+    Coordinate descent, all experts at once (Franc, Hlavac and Navara, 2005); `l1` adds 2 l1 sum_j a_j.
+    """
+    codes = torch.zeros_like(cross)
+    gradient = l1 - cross
+    curvature = gram.diagonal()
+    for _ in range(_SWEEPS):
+        moved = torch.zeros((), device=cross.device)
+        for atom in curvature.nonzero()[:, 0].tolist():
+            old = codes[:, atom]
+            new = (old - gradient[:, atom] / curvature[atom]).clamp_min(0) * allowed[:, atom]
+            change = new - old
+            gradient.addmm_(change[:, None], gram[atom, None])
+            codes[:, atom] = new
+            moved = torch.maximum(moved, change.abs().max())
+        if moved <= _SETTLED * codes.max():
+            break
+    return codes, gradient.clamp_min(0) * (codes == 0)
+
+
+def on_simplex(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (E, M) on the simplex, zero where not allowed, and their slack, the gradient above that of the support.
+
+    Accelerated projected gradient (Beck and Teboulle, 2009); sparsemax is the projection.
+    """
+    step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-30)
+    codes = ahead = allowed / allowed.sum(1, keepdim=True)
+    momentum = 1.0
+    for _ in range(_PROJECTIONS):
+        moved = (ahead - step * (ahead @ gram - cross)).masked_fill(~allowed, -torch.inf)
+        new = entmax(moved, 2.0)
+        following = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
+        ahead = new + (momentum - 1) / following * (new - codes)
+        momentum, codes = following, new
+    gradient = codes @ gram - cross
+    level = (gradient * codes).sum(1, keepdim=True)
+    return codes, (gradient - level).clamp_min(0) * (codes == 0)
+
+
+def matching_pursuit(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor, support: int) -> torch.Tensor:
+    """Codes (E, M) with at most `support` atoms: orthogonal matching pursuit (Pati et al., 1993) on Grams."""
+    chosen = torch.zeros_like(allowed)
+    codes = torch.zeros_like(cross)
+    norm = gram.diagonal().clamp_min(1e-30).sqrt()
+    for size in range(1, support + 1):
+        residual = (cross - codes @ gram).abs() / norm
+        best = residual.masked_fill(~allowed | chosen, -1).argmax(1, keepdim=True)
+        chosen.scatter_(1, best, True)
+        index, valid = support_index(chosen & allowed, size)
+        codes = masked_least_squares(
+            gram[index[:, :, None], index[:, None, :]], cross.gather(1, index), codes, index, valid
+        )[0]
+    return codes
+
+
+def support_index(kept: torch.Tensor, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices (E, S) of the atoms of `kept` (E, M), and whether each place holds one; S is the largest support."""
+    size = int(kept.sum(1).max()) if size is None else size
+    index = torch.argsort(~kept, dim=1, stable=True)[:, :size]
+    return index, kept.gather(1, index)
+
+
+def masked_least_squares(
+    gram: torch.Tensor, cross: torch.Tensor, codes: torch.Tensor, index: torch.Tensor, valid: torch.Tensor
+) -> tuple[torch.Tensor, int]:
+    """Codes (E, M) that minimise each expert's objective on its support `index` (E, S), and how many ridges rose.
+
+    `gram` (E, S, S) and `cross` (E, S) are those of the support; `codes` (E, M) the codes before, of which only the
+    support counts. The ridge acts on the change, so that the objective cannot rise, however large it is.
+    """
+    before = codes.gather(1, index) * valid
+    gram = gram * valid[:, :, None] * valid[:, None, :]
+    left = cross * valid - (gram @ before[:, :, None])[:, :, 0]
+    change, raised = solve_spd(gram, left[:, :, None])
+    values = (before + change[:, :, 0]) * valid
+    return torch.zeros_like(codes).scatter_(1, index, values), raised

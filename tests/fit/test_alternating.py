@@ -1,0 +1,205 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from globe_fit import ExpertSource, fit
+from globe_fit.alternating import Alternating
+from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
+from globe_fit.metrics import METRICS
+from globe_fit.objective import FamilyWeights
+from globe_fit.solver import open_snapshots
+from globe_fit.state import BankState
+from globe_fit.varpro import eliminated_error
+from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes, separate_svd
+from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.testing import assert_close
+from tests.fit.conftest import MemorySource
+
+MODES = {
+    "exact": AlternatingConfig(),
+    "atoms": AlternatingConfig(dictionary="atoms"),
+    "mod": AlternatingConfig(dictionary="mod"),
+    "simplex": AlternatingConfig(coding=CodingConfig(initial="simplex")),
+    "entmax": AlternatingConfig(coding=CodingConfig(method="entmax")),
+    "sparsemax, mod": AlternatingConfig(
+        dictionary="mod",
+        coding=CodingConfig(method="entmax", initial="given", l1=1e-3, prune=1e-3),
+        entmax=EntmaxConfig(alpha=2.0),
+    ),
+    "omp": AlternatingConfig(coding=CodingConfig(method="omp", initial="given")),
+    "literal": AlternatingConfig(
+        dictionary="mod", targets="svd", coding=CodingConfig(method="omp", initial="given"), support_at=1.0
+    ),
+}
+
+
+def changed(config: AlternatingConfig, **settings) -> AlternatingConfig:
+    return AlternatingConfig(**{**vars(config), **settings})
+
+
+def solver_of(source, config: AlternatingConfig, atoms=4, rank=3, support=2, scope="global", palette=None):
+    weights = FamilyWeights.measure(source, "gate", "cpu")
+    sizes = GlobeConfig(source.base, rank=rank, num_atoms=atoms, support=support, scope=scope, palette=palette)
+    if config.targets == "svd":
+        start = separate_svd(weights, sizes)
+    else:
+        start = BankState(
+            grouped_svd(weights, sizes), initial_codes(sizes, torch.Generator().manual_seed(0)), "identity"
+        )
+    return Alternating(weights, start, sizes, config)
+
+
+def run(solver: Alternating, rounds: int) -> list[float]:
+    errors = [solver.evaluate()]
+    for _ in range(rounds):
+        solver.update()
+        errors.append(solver.evaluate())
+    return errors
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_ends_with_its_support(noise, mode):
+    solver = solver_of(noise, changed(MODES[mode], steps=12), palette=3)
+    errors = run(solver, 12)
+    assert max(errors) < 1 and (mode in ("mod", "sparsemax, mod", "literal") or errors[-1] < errors[0])
+    used = solver.state.codes != 0
+    assert int(used.sum(1).max()) <= 2
+    assert max(int(used[layer].any(0).sum()) for layer in (slice(0, 6), slice(6, 10))) <= 3
+    assert solver.extras.keys() <= METRICS.keys()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_scope_layer_keeps_every_code_inside_its_layer(noise, mode):
+    solver = solver_of(noise, changed(MODES[mode], steps=8), atoms=5, scope="layer")
+    run(solver, 8)
+    assert not (solver.state.codes[~allowed_atoms(noise.base, 5, "layer")] != 0).any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("stop", [1, 5, 9], ids=["at first", "before the support", "after it"])
+def test_a_restored_solver_goes_on_bitwise(noise, mode, stop):
+    config = changed(MODES[mode], steps=12, support_at=0.5)
+    straight = solver_of(noise, config, palette=3)
+    expected = run(straight, 12)
+    first, other = solver_of(noise, config, palette=3), solver_of(noise, config, palette=3)
+    run(first, stop - 1)
+    first.update()
+    other.restore({name: tensor.clone() for name, tensor in first.tensors().items()})
+    assert run(other, 12 - stop) == expected[stop:]
+    for one, two in ((other.state.bank, straight.state.bank), (other.state.codes, straight.state.codes)):
+        assert torch.equal(one, two)
+    assert other.extras == straight.extras and other.finished == straight.finished
+
+
+def test_a_planted_bank_is_a_fixed_point(planted):
+    sizes = GlobeConfig(planted.source.base, rank=6, num_atoms=5, support=2)
+    start = BankState(planted.bank.clone(), planted.codes.clone(), "identity")
+    config = AlternatingConfig(steps=5, coding=CodingConfig(initial="given"))
+    assert max(run(Alternating(planted.family(), start, sizes, config), 5)) < 1e-3
+
+
+def test_the_support_is_fixed_once(noise):
+    solver, supports = solver_of(noise, AlternatingConfig(steps=10, support_at=0.5), atoms=6), []
+    for _ in range(10):
+        solver.evaluate()
+        supports.append(solver.state.codes != 0)
+        solver.update()
+    for support in supports[5:]:
+        assert torch.equal(support, supports[5])
+
+
+FLAWS = ["expert of zeros", "equal experts", "expert of rank 1", "zero column"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), flaws=st.sets(st.sampled_from(FLAWS)), rank=st.integers(1, 5))
+def test_codes_and_bank_never_raise_the_objective(seed, flaws, rank):
+    weights = torch.randn(7, 5, 9, generator=torch.Generator().manual_seed(seed))
+    if "expert of zeros" in flaws:
+        weights[0] = 0
+    if "equal experts" in flaws:
+        weights[1] = weights[2]
+    if "expert of rank 1" in flaws:
+        weights[3] = weights[3, :, :1] * weights[3, :1]
+    if "zero column" in flaws:
+        weights[:, :, 0] = 0
+    config = AlternatingConfig(steps=100, support_at=0.02, coding=CodingConfig(initial="given"))
+    solver = solver_of(MemorySource({0: weights[:4], 1: weights[4:]}), config, rank=rank)
+    run(solver, 2)  # from here on the support is fixed
+    before = solver.evaluate()
+    for _ in range(3):
+        with torch.no_grad():
+            for seen in solver._metric_passes():
+                solver._code_in_the_metric(seen)
+        coded = eliminated_error(solver._weights, solver.state, 1e-6)
+        assert coded <= before + 1e-5
+        solver.update()
+        before, previous = solver.evaluate(), coded
+        assert before <= previous + 1e-5
+
+
+def test_aligned_targets_do_not_depend_on_the_coordinates_of_an_expert(noise):
+    """A rotation of an expert's rows is one of its adapters: targets, and so codes, must not see it."""
+    first = solver_of(noise, AlternatingConfig())
+    before = torch.cat([targets for _, targets in first._target_passes()])
+    rotation = torch.linalg.qr(torch.randn(10, 5, 5, generator=torch.Generator().manual_seed(3)))[0]
+    start = first.state
+    # about the mean, which the normalisation takes away and a rotation does not keep
+    statistics = first._weights.statistics
+    for layer, places in noise.blocks:
+        centred = noise.weights[layer.layer] - statistics.mean
+        noise.weights[layer.layer] = rotation[places] @ centred + statistics.mean
+    second = Alternating(first._weights, start, first._sizes, AlternatingConfig())
+    after = torch.cat([targets for _, targets in second._target_passes()])
+    assert_close(after, before, rms=1e-4, peak=1e-3)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 50.0], ids=["from few", "from all"])
+def test_the_temperature_brings_the_support_of_a_fit_to_its_target(temperature):
+    weights = torch.randn(24, 4, 12, generator=torch.Generator().manual_seed(2))
+    coding, entmax = CodingConfig(method="entmax", initial="simplex"), EntmaxConfig(steps=1, lr=0.01)
+    config = AlternatingConfig(steps=120, support_at=1.0, cg_steps=1, coding=coding, entmax=entmax)
+    solver = solver_of(MemorySource({0: weights}), config, atoms=16, support=6)
+    solver.extras["temperature"] = temperature
+    medians = []
+    for _ in range(119):
+        solver.evaluate()
+        solver.update()
+        medians.append((solver.state.codes != 0).sum(1).median().item())
+    assert medians[0] == (16 if temperature > 1 else pytest.approx(2, abs=1))
+    assert all(abs(median - 6) <= 1 for median in medians[-10:])
+
+
+def test_a_plateau_ends_the_fit_and_every_record_has_the_metrics(save_tiny):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    records = []
+    config = AlternatingConfig(steps=60, dictionary="mod", support_at=0.05, patience=2, coding=CodingConfig("entmax"))
+    result = fit(
+        source, FitConfig(ratio=0.8, support=4, solver="alternating", alternating=config), on_step=records.append
+    )
+    assert result.status.completed and result.report["families"]["gate"]["relative_error"] < 0.5
+    assert len(records) < 2 * 61
+    assert {"temperature", "dictionary_condition", "ridge_raised"} < records[-1].keys()
+    ends = [record for record in result.history if record["family"] == "gate"]
+    assert ends[-1]["step"] < 60 and ends[-1] in records
+
+
+@pytest.mark.parametrize("mode", ["exact", "entmax", "literal"])
+def test_an_interrupted_fit_goes_on_with_the_same_result(save_tiny, tmp_path, mode):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    alternating = changed(MODES[mode], steps=6, cg_steps=2)
+    config = FitConfig(ratio=0.8, support=4, solver="alternating", alternating=alternating)
+    expected = fit(source, config)
+
+    def stop(record: dict) -> None:
+        if record["family"] == "up" and record["step"] == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(source, config, on_step=stop, snapshots=open_snapshots(tmp_path, source, config, minutes=0))
+    result = fit(source, config, snapshots=open_snapshots(tmp_path, source, config, minutes=0))
+    for family in ("gate", "up"):
+        assert torch.equal(result.families[family].bank, expected.families[family].bank)
+        assert torch.equal(result.families[family].code.value, expected.families[family].code.value)
+        assert result.report["families"][family] == expected.report["families"][family]
