@@ -19,7 +19,7 @@ import torch
 
 from globe_fit.adapters import SingularBasisError, solve_spd
 from globe_fit.baselines import truncated_svd
-from globe_fit.codes import fixed_support
+from globe_fit.codes import fix_support
 from globe_fit.coding import (
     entmax,
     entmax_scores,
@@ -71,7 +71,8 @@ class Alternating:
 
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._fix_support()
+            self._allowed = fix_support(self.state, self._allowed, self._sizes)
+            self._fixed = True
         try:
             error = eliminated_error(self._weights, self.state, RIDGE)
         except SingularBasisError:
@@ -103,13 +104,6 @@ class Alternating:
                     self.extras["temperature"], median, self._sizes.support, entmax_config.eta
                 )
         self._step += 1
-
-    @torch.no_grad()
-    def _fix_support(self) -> None:
-        weight = self.state.codes.abs() * self.state.bank.flatten(1).norm(dim=1)
-        self._allowed = fixed_support(weight, self._allowed, self._sizes)
-        self.state.codes.mul_(self._allowed)
-        self._fixed = True
 
     def _targets(self, block: Block) -> tuple[slice, torch.Tensor]:
         """(places, (E, R, D) targets that the mixtures should come to)."""

@@ -11,7 +11,7 @@ from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
-from globe_fit.estimate import Estimate, estimate
+from globe_fit.estimate import Estimate, estimate, estimate_seconds
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
@@ -88,14 +88,14 @@ def fit_command(
     sizes = resolve_sizes(source.base, settings)
     require_room(out, sizes.tensor_bytes)
     if dry_run or memory_limit is not None:
-        needs = estimate(source, sizes, settings)
+        needs = estimate(sizes)
         if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
             raise RequestError(
                 f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB at its peak and the limit is {memory_limit:g}; give "
                 "a smaller ratio, fewer atoms or a smaller rank."
             )
         if dry_run:
-            _print_estimate(sizes, source, needs, as_json)
+            _print_estimate(sizes, source, needs, estimate_seconds(source, sizes, settings), as_json)
             return
     if restart:
         discard_snapshots(out)
@@ -132,13 +132,14 @@ def fit_command(
         raise GlobeError(f"{result.status.advice} It is saved in {out}.")
 
 
-def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, as_json: bool) -> None:
+def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, seconds: float, as_json: bool) -> None:
     figures = {
         "rank": sizes.rank,
         "atoms": sizes.num_atoms,
         "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": sizes.tensor_bytes},
         **asdict(needs),
         "peak_bytes": needs.peak_bytes,
+        "seconds": seconds,
     }
     if as_json:
         _print_json(figures)
@@ -149,7 +150,7 @@ def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, a
     )
     print(
         f"peak memory {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block of experts "
-        f"{megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {needs.seconds:.0f} s"
+        f"{megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {seconds:.0f} s"
     )
 
 

@@ -2,6 +2,7 @@
 
 import torch
 
+from globe_fit.state import BankState
 from globe_kernels.checkpoint import BaseModel, Code, GlobeConfig
 
 
@@ -19,11 +20,16 @@ def layer_palettes(weight: torch.Tensor, base: BaseModel, palette: int) -> torch
     return kept.repeat_interleave(torch.tensor(counts, device=weight.device), dim=0)
 
 
-def fixed_support(weight: torch.Tensor, allowed: torch.Tensor, sizes: GlobeConfig) -> torch.Tensor:
-    """(n, M) bool: of the allowed atoms those that an expert keeps by `weight` (n, M), within its layer's palette."""
+@torch.no_grad()
+def fix_support(state: BankState, allowed: torch.Tensor, sizes: GlobeConfig) -> torch.Tensor:
+    """(n, M) bool: of the allowed atoms those of largest |alpha_ij| ||B_j||, as many as an expert may keep and within
+    its layer's palette. The codes of the others become zero."""
+    weight = state.codes.abs() * state.bank.flatten(1).norm(dim=1)
     if sizes.palette is not None:
         allowed = allowed & layer_palettes(weight, sizes.base, sizes.palette)
-    return allowed & largest_support(weight * allowed, sizes.support)
+    allowed = allowed & largest_support(weight * allowed, sizes.support)
+    state.codes.mul_(allowed)
+    return allowed
 
 
 def pack_codes(codes: torch.Tensor, support: int) -> Code:

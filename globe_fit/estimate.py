@@ -27,7 +27,6 @@ class Estimate:
     solver_bytes: int  # on the device of the fit
     block_bytes: int  # likewise
     factor_bytes: int  # in host memory
-    seconds: float
 
     @property
     def peak_bytes(self) -> int:
@@ -35,8 +34,8 @@ class Estimate:
         return self.solver_bytes + self.block_bytes + self.factor_bytes
 
 
-def estimate(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> Estimate:
-    """Reads one block of experts and takes the step of that block twice; holds a bank and its gradient meanwhile."""
+def estimate(sizes: GlobeConfig) -> Estimate:
+    """By the sizes alone: nothing is read and nothing allocated."""
     base = sizes.base
     bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
     codes = base.total_experts * sizes.num_atoms * 4
@@ -48,11 +47,11 @@ def estimate(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> Est
         solver_bytes=_BANKS * bank + _CODES * codes,
         block_bytes=_BLOCKS * weights + _BASES * bases,
         factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
-        seconds=len(FAMILIES) * (config.steps + _OTHER_PASSES) * _seconds_per_pass(source, sizes, config),
     )
 
 
-def _seconds_per_pass(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> float:
+def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> float:
+    """Reads one block of experts and takes the step of that block twice; holds a bank and its gradient meanwhile."""
     device = resolve_device(config.device)
     bank = torch.randn(sizes.bank_shape(), device=device, requires_grad=True)
     codes = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device, requires_grad=True)
@@ -69,4 +68,5 @@ def _seconds_per_pass(source: ExpertSource, sizes: GlobeConfig, config: FitConfi
         took = time.perf_counter() - began
         experts = len(block.experts)
         del blocks, block
-    return took * sizes.base.total_experts / experts
+    per_pass = took * sizes.base.total_experts / experts
+    return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_pass

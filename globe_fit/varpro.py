@@ -14,7 +14,7 @@ import math
 import torch
 
 from globe_fit.adapters import SingularBasisError, solve_adapters
-from globe_fit.codes import fixed_support
+from globe_fit.codes import fix_support
 from globe_fit.config import VarProConfig
 from globe_fit.objective import Block, FamilyWeights
 from globe_fit.state import BankState
@@ -40,7 +40,8 @@ class VarPro:
 
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._fix_support()
+            self._allowed = fix_support(self.state, self._allowed, self._sizes)
+            self._fixed = True
         self._adam.zero_grad(set_to_none=True)
         try:
             return eliminated_error(self._weights, self.state, self._config.ridge)
@@ -57,13 +58,6 @@ class VarPro:
         with torch.no_grad():
             codes.mul_(self._allowed)  # momentum from before the support was fixed
         self._step += 1
-
-    @torch.no_grad()
-    def _fix_support(self) -> None:
-        weight = self.state.codes.abs() * self.state.bank.flatten(1).norm(dim=1)
-        self._allowed = fixed_support(weight, self._allowed, self._sizes)
-        self.state.codes.mul_(self._allowed)
-        self._fixed = True
 
     def tensors(self) -> dict[str, torch.Tensor]:
         counters = torch.tensor([self._step, self._fixed])

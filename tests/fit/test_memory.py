@@ -100,7 +100,7 @@ def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro
 
 def predicted(model_dir: Path, rank: int, atoms: int) -> int:
     source, config = ExpertSource(model_dir / "model"), FitConfig(rank=rank, atoms=atoms, support=2)
-    return estimate(source, resolve_sizes(source.base, config), config).peak_bytes
+    return estimate(resolve_sizes(source.base, config)).peak_bytes
 
 
 def test_resident_memory_stays_below_one_layer(tmp_path):
