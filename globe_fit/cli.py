@@ -9,9 +9,9 @@ import typer
 
 from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
-from globe_fit.console import megabytes, print_table, progress
+from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
-from globe_fit.estimate import Estimate, estimate, estimate_seconds
+from globe_fit.estimate import estimate, estimate_seconds
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
@@ -21,9 +21,9 @@ from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint, GlobeConfig
+from globe_fit.tables import print_demo, print_estimate, print_fit, print_inspection, print_quality
+from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
 from globe_kernels.files import require_room
 from globe_kernels.patching import patch
 
@@ -95,7 +95,18 @@ def fit_command(
                 "a smaller ratio, fewer atoms or a smaller rank."
             )
         if dry_run:
-            _print_estimate(sizes, source, needs, estimate_seconds(source, sizes, settings), as_json)
+            figures = {
+                "rank": sizes.rank,
+                "atoms": sizes.num_atoms,
+                "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": sizes.tensor_bytes},
+                **asdict(needs),
+                "peak_bytes": needs.peak_bytes,
+                "seconds": estimate_seconds(source, sizes, settings),
+            }
+            if as_json:
+                _print_json(figures)
+            else:
+                print_estimate(figures)
             return
     if restart:
         discard_snapshots(out)
@@ -127,49 +138,9 @@ def fit_command(
     if as_json:
         _print_json(figures)
     else:
-        _print_fit(figures, out, result.status.advice)
+        print_fit(figures, out, result.status.advice)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} It is saved in {out}.")
-
-
-def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, seconds: float, as_json: bool) -> None:
-    figures = {
-        "rank": sizes.rank,
-        "atoms": sizes.num_atoms,
-        "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": sizes.tensor_bytes},
-        **asdict(needs),
-        "peak_bytes": needs.peak_bytes,
-        "seconds": seconds,
-    }
-    if as_json:
-        _print_json(figures)
-        return
-    print(
-        f"rank {sizes.rank}, {sizes.num_atoms} atoms per family: {megabytes(source.base.dense_bytes)} of gate and up "
-        f"experts -> {megabytes(sizes.tensor_bytes)} on disk"
-    )
-    print(
-        f"peak memory {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block of experts "
-        f"{megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {seconds:.0f} s"
-    )
-
-
-def _print_fit(figures: dict, out: Path, advice: str) -> None:
-    families = figures["families"]
-    rows = [
-        [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
-        for name, key in (
-            ("GloBE", "relative_error"),
-            (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
-            (f"lower bound of rank {figures['rank']}", "rank_bound"),
-            ("GloBE, in the metric of the text", "calibrated_error"),
-        )
-        if families["gate"][key] is not None
-    ]
-    print_table("Relative squared error", ["", *FAMILIES], rows)
-    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
-    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f}) in {out}")
-    print(advice)
 
 
 @app.command("export")
@@ -230,19 +201,7 @@ def eval_command(
     if as_json:
         _print_json(figures | {"tokens": windows.numel()})
     else:
-        _print_quality(f"{text.name}, {windows.numel()} tokens", figures)
-
-
-def _print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
-    columns = {
-        "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL(first || this)", "{:.5f}"),
-        "top1": ("top-1 agreement", "{:.2%}"),
-        "tokens_per_s": ("tokens/s", "{:.0f}"),
-    }
-    shown = [key for key in columns if key in next(iter(figures.values()))]
-    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
-    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+        print_quality(f"{text.name}, {windows.numel()} tokens", figures)
 
 
 @app.command("inspect")
@@ -255,31 +214,8 @@ def inspect_command(
     figures = inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify))
     if as_json:
         _print_json(figures)
-        return
-    inner, width = figures["shape"]
-    print(
-        f"{figures['base']} ({figures['model_type']}): {figures['experts']} experts of {inner} x {width} in "
-        f"{figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
-        f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}"
-    )
-    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
-    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
-    families = figures["families"]
-    spread = ("support", "atom_use")
-    rows = [
-        [name.replace("_", " "), *(_cell(families[family][name], name in spread) for family in FAMILIES)]
-        for name in ("relative_error", "svd_equal_bytes", "rank_bound", *spread, "dead_atoms", "largest_palette")
-    ]
-    layers = families["gate"]["relative_error_by_layer"]
-    rows += [
-        [f"error of layer {layer}", *(_cell(families[f]["relative_error_by_layer"][layer]) for f in FAMILIES)]
-        for layer in layers
-    ]
-    rows += [
-        [f"95 % rank, layer {layer}", *(str(families[f]["effective_rank_95"][layer]) for f in FAMILIES)]
-        for layer in families["gate"]["effective_rank_95"]
-    ]
-    print_table("Families", ["", *FAMILIES], rows)
+    else:
+        print_inspection(figures)
 
 
 @app.command("report")
@@ -298,14 +234,6 @@ def report_command(
         print("\n".join([figures["html"], *figures["png"]]))
 
 
-def _cell(value, spread: bool = False) -> str:
-    if spread:
-        return f"{value['min']} / {value['median']} / {value['max']}"
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 @app.command("demo")
 def demo_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Keep the checkpoint and the export here.")] = None,
@@ -316,37 +244,5 @@ def demo_command(
         figures = run_demo(out, stage)
     if as_json:
         _print_json(figures)
-        return
-    _print_demo(figures)
-
-
-def _print_demo(figures: dict) -> None:
-    error, baseline = figures["relative_error"], figures["baseline"]
-    perplexity, kl, top1 = figures["perplexity"], figures["kl"], figures["top1"]
-    sizes, speed = figures["bytes"], figures["tokens_per_s"]
-    rows = [
-        *(
-            [f"relative error, {family}", "0", f"{error[family]:.4f}", f"{baseline['svd'][family]:.4f}"]
-            for family in FAMILIES
-        ),
-        *(
-            [f"  lower bound of the rank, {family}", "", f"{baseline['rank_bound'][family]:.4f}", ""]
-            for family in FAMILIES
-        ),
-        ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", "globe", "svd"))],
-        ["KL(dense || compressed)", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
-        ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
-        ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
-        ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
-        ["gate and up at peak (computed)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
-        ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
-    ]
-    print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
-    if sizes["resident"] > sizes["dense_experts"]:
-        print(
-            "Resident: the strategy `composed` holds every composed basis beside the adapters. At this rank that is "
-            "more than the dense experts; the saving is on disk."
-        )
-    texts = figures["continuation"]
-    for name in ("dense", "globe", "svd"):
-        print(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")
+    else:
+        print_demo(figures)

@@ -1,0 +1,121 @@
+"""The figures of a command as a person reads them: lines and tables on stdout."""
+
+from pathlib import Path
+
+from globe_fit.console import megabytes, print_table
+from globe_kernels.families import FAMILIES
+
+
+def print_estimate(figures: dict) -> None:
+    """What `globe fit --dry-run` says."""
+    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
+    print(
+        f"rank {figures['rank']}, {figures['atoms']} atoms per family: {megabytes(dense)} of gate and up experts -> "
+        f"{megabytes(disk)} on disk"
+    )
+    print(
+        f"peak memory {megabytes(figures['peak_bytes'])} (solver {megabytes(figures['solver_bytes'])}, a block of "
+        f"experts {megabytes(figures['block_bytes'])}, factors {megabytes(figures['factor_bytes'])}); about "
+        f"{figures['seconds']:.0f} s"
+    )
+
+
+def print_fit(figures: dict, out: Path, advice: str) -> None:
+    """The errors of a fit that is done, beside what it is held against."""
+    families = figures["families"]
+    rows = [
+        [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
+        for name, key in (
+            ("GloBE", "relative_error"),
+            (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
+            (f"lower bound of rank {figures['rank']}", "rank_bound"),
+            ("GloBE, in the metric of the text", "calibrated_error"),
+        )
+        if families["gate"][key] is not None
+    ]
+    print_table("Relative squared error", ["", *FAMILIES], rows)
+    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
+    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f}) in {out}")
+    print(advice)
+
+
+def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
+    """Every model of an evaluation, in a row."""
+    columns = {
+        "perplexity": ("perplexity", "{:.3f}"),
+        "kl": ("KL(first || this)", "{:.5f}"),
+        "top1": ("top-1 agreement", "{:.2%}"),
+        "tokens_per_s": ("tokens/s", "{:.0f}"),
+    }
+    shown = [key for key in columns if key in next(iter(figures.values()))]
+    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
+    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+
+
+def print_inspection(figures: dict) -> None:
+    """What is in a checkpoint."""
+    inner, width = figures["shape"]
+    print(
+        f"{figures['base']} ({figures['model_type']}): {figures['experts']} experts of {inner} x {width} in "
+        f"{figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
+        f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}"
+    )
+    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
+    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
+    families = figures["families"]
+    spread = ("support", "atom_use")
+    rows = [
+        [name.replace("_", " "), *(_cell(families[family][name], name in spread) for family in FAMILIES)]
+        for name in ("relative_error", "svd_equal_bytes", "rank_bound", *spread, "dead_atoms", "largest_palette")
+    ]
+    layers = families["gate"]["relative_error_by_layer"]
+    rows += [
+        [f"error of layer {layer}", *(_cell(families[f]["relative_error_by_layer"][layer]) for f in FAMILIES)]
+        for layer in layers
+    ]
+    rows += [
+        [f"95 % rank, layer {layer}", *(str(families[f]["effective_rank_95"][layer]) for f in FAMILIES)]
+        for layer in families["gate"]["effective_rank_95"]
+    ]
+    print_table("Families", ["", *FAMILIES], rows)
+
+
+def _cell(value, spread: bool = False) -> str:
+    if spread:
+        return f"{value['min']} / {value['median']} / {value['max']}"
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def print_demo(figures: dict) -> None:
+    """The three models of the demo, side by side."""
+    error, baseline = figures["relative_error"], figures["baseline"]
+    perplexity, kl, top1 = figures["perplexity"], figures["kl"], figures["top1"]
+    sizes, speed = figures["bytes"], figures["tokens_per_s"]
+    rows = [
+        *(
+            [f"relative error, {family}", "0", f"{error[family]:.4f}", f"{baseline['svd'][family]:.4f}"]
+            for family in FAMILIES
+        ),
+        *(
+            [f"  lower bound of the rank, {family}", "", f"{baseline['rank_bound'][family]:.4f}", ""]
+            for family in FAMILIES
+        ),
+        ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", "globe", "svd"))],
+        ["KL(dense || compressed)", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
+        ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
+        ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
+        ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
+        ["gate and up at peak (computed)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
+        ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
+    ]
+    print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
+    if sizes["resident"] > sizes["dense_experts"]:
+        print(
+            "Resident: the strategy `composed` holds every composed basis beside the adapters. At this rank that is "
+            "more than the dense experts; the saving is on disk."
+        )
+    texts = figures["continuation"]
+    for name in ("dense", "globe", "svd"):
+        print(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")
