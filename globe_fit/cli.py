@@ -1,4 +1,4 @@
-"""The `globe` command: fit, export, eval, inspect, report, demo."""
+"""The `globe` command: fit, sweep, export, eval, inspect, report, demo."""
 
 import json
 from dataclasses import asdict
@@ -21,7 +21,16 @@ from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
-from globe_fit.tables import print_demo, print_estimate, print_fit, print_inspection, print_quality
+from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_lists, write_rows
+from globe_fit.tables import (
+    print_demo,
+    print_estimate,
+    print_fit,
+    print_inspection,
+    print_quality,
+    print_sweep,
+    print_sweep_estimate,
+)
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.files import require_room
@@ -141,6 +150,55 @@ def fit_command(
         print_fit(figures, out, result.status.advice)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} It is saved in {out}.")
+
+
+@app.command("sweep")
+def sweep_command(
+    model_dir: Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoints, one inside for each point.")],
+    ratio: Annotated[str | None, typer.Option(help="Ratios, such as 0.5,0.625.")] = None,
+    rank: Annotated[str | None, typer.Option(help="Ranks, such as 48,64.")] = None,
+    atoms: Annotated[str | None, typer.Option(help="Atoms of each family's bank, such as 20,34.")] = None,
+    support: Annotated[str | None, typer.Option(help="Atoms that each expert mixes, such as 6,12.")] = None,
+    palette: Annotated[str | None, typer.Option(help="Most atoms that one layer uses, such as none,17.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the solver (varpro 500, alternating 50).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file of the settings of a fit; options win.")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text: quality of every point on it.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print points, sizes and time, and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard what OUT holds of these points.")] = False,
+    snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Fit every combination of sizes; the same command goes on after an interruption."""
+    lists = read_lists({"ratio": ratio, "rank": rank, "atoms": atoms, "support": support, "palette": palette})
+    settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
+    source = ExpertSource(model_dir)
+    points = plan(source, settings, lists)
+    windows = None if text is None else token_windows(model_dir, text)
+    sweep = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
+    title = f"{len(points)} points on {source.base.name}; gate / up"
+    if dry_run:
+        rows = sweep.estimate()
+        if as_json:
+            _print_json({"points": rows, "seconds": sum(row["seconds"] for row in rows)})
+        else:
+            print_sweep_estimate(title, rows)
+        return
+    with progress(as_json) as stage:
+        rows = sweep.run(stage, windows)
+    plot = write_rows(rows, out)
+    if as_json:
+        _print_json({"points": rows, "plot": None if plot is None else str(plot)})
+    else:
+        print_sweep(title, rows)
+        print(f"rows in {out / ROWS_NAME}, " + ("no plot without matplotlib" if plot is None else f"plot in {plot}"))
+    if diverged := [row["point"] for row in rows if not row["completed"]]:
+        raise GlobeError(
+            f"{', '.join(diverged)} diverged; the best state before is kept in each, lower the lr and fit them with "
+            "--restart."
+        )
 
 
 @app.command("export")

@@ -11,6 +11,7 @@ from rich.table import Table
 from globe_fit.progress import Stage
 
 _PLAIN_LINES = 10  # progress lines per stage where there is no terminal
+_WIDEST = 240
 
 
 @contextmanager
@@ -51,7 +52,8 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    # a file or a pipe has no width that a table would have to be cut to
+    Console(width=None if sys.stdout.isatty() else _WIDEST).print(table)
 
 
 def megabytes(count: float) -> str:

@@ -183,6 +183,33 @@ def curves(history: dict[str, list[dict]], name: str, ylabel: str) -> "Figure":
     return figure
 
 
+def sweep(rows: list[dict]) -> "Figure":
+    """Error against bytes on disk of the points of a sweep, a panel per family and a series per support and palette;
+    lines join the points of one rank. Dashed, the SVD of every expert in the same bytes."""
+    figure, (panels,) = _figure(1, len(FAMILIES), width=2 * _WIDTH, height=1.2 * _HEIGHT, sharey=True)
+    series: dict[str, dict[int, list[dict]]] = {}
+    for row in sorted(rows, key=lambda row: row["bytes"]["globe_on_disk"]):
+        palette = "" if row["palette"] is None else f", palette {row['palette']}"
+        series.setdefault(f"support {row['target_support']}{palette}", {}).setdefault(row["r"], []).append(row)
+    for axes, family in zip(panels, FAMILIES, strict=True):
+        baseline = sorted((row["bytes"]["globe_on_disk"] / 1e6, row["svd_equal_bytes"][family]) for row in rows)
+        axes.plot(*zip(*baseline, strict=True), color=_GREY, linestyle="--", linewidth=1, label="SVD, equal bytes")
+        for number, (name, ranks) in enumerate(series.items()):
+            style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP"[number % 6], "markersize": 4}
+            label = name
+            for own in ranks.values():
+                size = [row["bytes"]["globe_on_disk"] / 1e6 for row in own]
+                error = [row["relative_error"][family] for row in own]
+                axes.plot(size, error, label=label, linewidth=1.2, alpha=0.8, **style)
+                label = None  # one entry of the legend for all ranks
+        axes.set(xlabel="MB on disk", yscale="log")
+        axes.set_title(family, fontsize=9.5, color="#475569")
+    panels[0].set_ylabel("relative squared error")
+    panels[-1].legend(frameon=False, fontsize=8)
+    _plain_log(panels[0])
+    return figure
+
+
 def inline_svg(figure: "Figure", name: str) -> str:
     """An <svg> element without ids that another figure of the page could have, and without addresses."""
     import matplotlib

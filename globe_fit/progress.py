@@ -30,10 +30,11 @@ def fit_with_progress(
     snapshots: Snapshots | None = None,
     calibration: "Calibration | None" = None,
     log: OnStep | None = None,
+    name: str = "fit",
 ) -> FitResult:
     """`fit`, as one stage of all steps of both families; `log` gets the record of each step."""
     passes = config.steps + 1
-    stage.begin("fit", passes * len(FAMILIES))
+    stage.begin(name, passes * len(FAMILIES))
 
     def on_step(record: dict) -> None:
         stage.advance(record["step"] + 1 + passes * FAMILIES.index(record["family"]))

@@ -32,7 +32,7 @@ class Snapshots:
 
     def __init__(self, out: str | Path, identity: dict, minutes: float = 5.0):
         self.directory = Path(out) / _DIRECTORY
-        self._identity, self._seconds = json.loads(json.dumps(identity)), 60 * minutes
+        self._identity, self._seconds = identity, 60 * minutes
         self._last = time.monotonic()
         self._stop = False
         for path in self._paths():
@@ -47,11 +47,7 @@ class Snapshots:
         return {family: math.inf if one["done"] else one["step"] for family, one in facts.items()}
 
     def _require_same(self, path: Path) -> None:
-        found = _flat(self._facts(path)["identity"])
-        wanted = _flat(self._identity)
-        differing = [key for key in {**wanted, **found} if found.get(key, _ABSENT) != wanted.get(key, _ABSENT)]
-        if differing:
-            changes = ", ".join(f"{key} was {found.get(key)} and is {wanted.get(key)}" for key in differing)
+        if changes := differences(self._facts(path)["identity"], self._identity):
             raise RequestError(
                 f"{self.directory.parent} holds an unfinished fit with other settings ({changes}); run it with those, "
                 "give another directory, or pass --restart to discard it."
@@ -123,6 +119,14 @@ def stream_path(out: str | Path) -> Path:
 def discard_snapshots(out: str | Path) -> None:
     """Remove all snapshots in `out`: the fit is finished, or begins again."""
     shutil.rmtree(Path(out) / _DIRECTORY, ignore_errors=True)
+
+
+def differences(found: dict, wanted: dict) -> str:
+    """The settings that differ, as a part of a sentence, with the values found and wanted; empty when none does."""
+    # through JSON, as what was found came
+    was, now = (_flat(json.loads(json.dumps(one))) for one in (found, wanted))
+    differing = [key for key in {**now, **was} if was.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in differing)
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

@@ -39,6 +39,39 @@ def print_fit(figures: dict, out: Path, advice: str) -> None:
     print(advice)
 
 
+def print_sweep(title: str, rows: list[dict]) -> None:
+    """The points of a sweep."""
+    measured = "perplexity" in rows[0]
+    header = ["", "on disk", "ratio", "error", "SVD, equal bytes", "bound of the rank", "palette", "seconds"]
+    if measured:
+        header += [f"perplexity ({rows[0]['dense_perplexity']:.3f} dense)", "KL(dense || this)", "top-1 agreement"]
+    table = []
+    for row in rows:
+        errors = (_pair(row[name], "{:.4f}") for name in ("relative_error", "svd_equal_bytes", "rank_bound"))
+        cells = [row["point"] + ("" if row["completed"] else ", diverged"), *_size(row), *errors]
+        cells += [_pair(row["largest_palette"], "{}"), f"{row['seconds']:.1f}"]
+        if measured:
+            cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['top1']:.2%}"]
+        table.append(cells)
+    print_table(title, header, table)
+
+
+def print_sweep_estimate(title: str, rows: list[dict]) -> None:
+    """What `globe sweep --dry-run` says."""
+    table = [[row["point"], *_size(row), "finished" if row["finished"] else f"{row['seconds']:.0f}"] for row in rows]
+    print_table(title, ["", "on disk", "ratio", "seconds"], table)
+    total = sum(row["bytes"]["globe_on_disk"] for row in rows)
+    print(f"{megabytes(total)} on disk and about {sum(row['seconds'] for row in rows):.0f} s in all")
+
+
+def _size(row: dict) -> list[str]:
+    return [megabytes(row["bytes"]["globe_on_disk"]), f"{row['ratio']:.3f}"]
+
+
+def _pair(values: dict, form: str) -> str:
+    return " / ".join(form.format(values[family]) for family in FAMILIES)
+
+
 def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
     """Every model of an evaluation, in a row."""
     columns = {

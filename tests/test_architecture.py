@@ -126,7 +126,7 @@ def test_the_code_of_the_readme_runs(tmp_path):
     assert len(commands) >= 4
     for command in commands:
         words = [word for word in command.split("#")[0].split() if word]
-        if words[1] == "fit":
+        if words[1] in ("fit", "sweep"):
             words += ["--config", "fit.toml"]
         if words[1] == "demo":
             continue  # tests/test_end_to_end.py runs it

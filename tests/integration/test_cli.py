@@ -1,8 +1,6 @@
-"""The command line: what it prints, its exit codes, and one sentence for every mistake."""
+"""The command line: what it prints, its exit codes, and one sentence for mistakes in options."""
 
-import errno
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -10,46 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from globe_fit.__main__ import main
 from globe_kernels.checkpoint import CONFIG_NAME
 from globe_kernels.testing import tiny_model
-
-
-@pytest.fixture
-def globe(monkeypatch, capsys):
-    """Runs `globe ARGS` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["globe", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return stopped.value.code, out, err
-
-    return run
-
-
-@pytest.fixture
-def model_dir(save_tiny, tmp_path, request) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(save_tiny(getattr(request, "param", "qwen3_moe")), tmp_path / "model"))
-
-
-@pytest.fixture
-def with_tokenizer(model_dir) -> Path:
-    vocabulary = {chr(97 + letter): letter for letter in range(26)} | {" ": 26, "?": 27}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(model_dir)
-    (model_dir / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
-    return model_dir
-
-
-QUICK = ("--ratio", "0.8", "--support", "4", "--steps", "3", "--device", "cpu")
+from tests.integration.conftest import QUICK, assert_refused
 
 
 @pytest.mark.parametrize("model_dir", ["qwen3_moe", "gpt_oss"], indirect=True)
@@ -111,52 +73,9 @@ def test_the_solver_can_be_chosen(globe, model_dir, tmp_path):
     assert code == 2 and "solver is 'als'; expected one of varpro, alternating." in stderr
 
 
-def damage(model_dir: Path, how: str) -> None:
-    shard = sorted(model_dir.glob("*.safetensors"))[2]
-    if how == "not a MoE":
-        (model_dir / "config.json").write_text('{"model_type": "llama"}')
-    elif how == "a missing shard":
-        shard.unlink()
-    elif how == "a truncated shard":
-        shard.write_bytes(shard.read_bytes()[:-64])
-    elif how == "NaN in an expert":
-        path, key = next(
-            (path, key)
-            for path in sorted(model_dir.glob("*.safetensors"))
-            for key in load_file(path)
-            if "experts" in key and "gate_proj" in key
-        )
-        tensors = load_file(path)
-        tensors[key][3, 5] = float("nan")
-        save_file(tensors, path, {"format": "pt"})
-
-
-@pytest.mark.parametrize(
-    ("how", "code", "sentence"),
-    [
-        (
-            "not a MoE",
-            2,
-            "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of",
-        ),
-        ("a missing shard", 1, "is missing from"),
-        ("a truncated shard", 1, "is truncated or damaged"),
-        ("NaN in an expert", 1, "has NaN or infinity in its gate matrix"),
-    ],
-)
-def test_a_model_that_cannot_be_fitted(globe, model_dir, tmp_path, how, code, sentence):
-    damage(model_dir, how)
-    assert_refused(globe("fit", model_dir, "-o", tmp_path / "out", *QUICK), code, sentence)
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--ratio", "0.01"), "ratio 0.01 cannot be reached"),
-        (("--ratio", "7"), "give a ratio from 0."),
-        (("--atoms", "8"), "support is 12 and the bank has 8 atoms"),
-        (("--rank", "49"), "rank is 49 and the experts of model are 48 x 64; give a rank of at most 48"),
         (("--phi", "relu"), "phi is 'relu'; expected one of identity, silu, tanh"),
         (("--scope", "half"), "scope is 'half'"),
         (("--device", "tpu9"), "device is 'tpu9'; expected auto, cpu or cuda"),
@@ -169,14 +88,6 @@ def test_a_model_that_cannot_be_fitted(globe, model_dir, tmp_path, how, code, se
 def test_a_request_that_cannot_be_met(globe, model_dir, tmp_path, options, sentence):
     assert_refused(globe("fit", model_dir, "-o", tmp_path / "out", *options), 2, sentence)
     assert not (tmp_path / "out").exists()
-
-
-def assert_refused(result: tuple[int, str, str], code: int, sentence: str) -> None:
-    found, stdout, stderr = result
-    lines = [line for line in stderr.splitlines() if not line.startswith("fit: ")]
-    assert (found, stdout) == (code, "")
-    assert len(lines) == 1 and lines[0].startswith("globe: "), stderr
-    assert sentence in lines[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -192,21 +103,6 @@ def test_a_checkpoint_of_another_model(globe, fit_tiny, save_tiny, with_tokenize
     result = globe("eval", fit_tiny("olmoe")[0], "--base", with_tokenizer, "--text", with_tokenizer / "text.txt")
     assert_refused(result, 2, "fitted on a olmoe model")
     assert not (tmp_path / "hf").exists()
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, tmp_path, monkeypatch):
-    assert globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)[0] == 0
-    out = tmp_path / "out"
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        result = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--seed", "1")
-    assert_refused(result, 1, "is full")
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
 
 
 def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
@@ -233,7 +129,8 @@ def test_models_that_do_not_share_a_vocabulary(globe, with_tokenizer, tmp_path):
 
 
 def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
-    damage(with_tokenizer, "a truncated shard")
+    shard = sorted(with_tokenizer.glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-64])
     assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 1, "cannot be loaded")
     (with_tokenizer / "tokenizer.json").write_text("{}")
     assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 2, "has no tokenizer")
@@ -301,7 +198,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for command in ("fit", "export", "eval", "inspect", "report", "demo"):
+    for command in ("fit", "sweep", "export", "eval", "inspect", "report", "demo"):
         assert command in done.stdout
 
 

@@ -1,0 +1,217 @@
+"""Fits of one model over many sizes: every combination of the given lists is a point, with a directory of its own.
+
+Everything that a sweep reports is read from the checkpoints of its points. One that is finished is not fitted again and
+one that is not goes on from its snapshots, so the same sweep after an interruption ends with the same table.
+"""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from globe_fit import plots
+from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.estimate import estimate_seconds
+from globe_fit.evaluate import evaluate, load_model
+from globe_fit.export import save_fit
+from globe_fit.loggers import Loggers, read_stream
+from globe_fit.progress import Stage, fit_with_progress
+from globe_fit.snapshots import Snapshots, differences, discard_snapshots
+from globe_fit.solver import open_snapshots
+from globe_fit.source import ExpertSource
+from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
+from globe_kernels.files import replacing_file, require_room
+from globe_kernels.patching import patch
+
+ROWS_NAME = "sweep.jsonl"
+PLOT_NAME = "sweep.png"
+_NO_LIMIT = "none"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One fit of a sweep."""
+
+    config: FitConfig  # by rank and atoms, whatever they followed from
+    sizes: GlobeConfig
+
+    @property
+    def name(self) -> str:
+        """Of its directory, such as r64-m34-s12-u17."""
+        config = self.config
+        palette = "" if config.palette is None else f"-u{config.palette}"
+        return f"r{config.rank}-m{config.atoms}-s{config.support}{palette}"
+
+    @property
+    def key(self) -> dict:
+        """What a row is found by."""
+        config = self.config
+        return {"m": config.atoms, "r": config.rank, "target_support": config.support, "palette": config.palette}
+
+
+def read_lists(options: dict[str, str | None]) -> dict[str, list]:
+    """{setting of FitConfig: its values} of comma-separated lists; None where an option was not given is left out.
+
+    Raises RequestError for what is not a list of numbers, or of "none" for no palette.
+    """
+    lists: dict[str, list] = {}
+    for name, text in options.items():
+        if text is None:
+            continue
+        number: Callable[[str], Any] = float if name == "ratio" else int
+        try:
+            lists[name] = [
+                None if name == "palette" and word.strip() == _NO_LIMIT else number(word) for word in text.split(",")
+            ]
+        except ValueError:
+            example = {"ratio": "0.5,0.625", "palette": f"{_NO_LIMIT},17"}.get(name, "12,24")
+            raise RequestError(
+                f"{name} is {text!r}; expected numbers separated by commas, such as {example}."
+            ) from None
+    return lists
+
+
+def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
+    """All combinations of `lists`, the other settings as in `config`; two that lead to the same sizes are one point.
+
+    Raises RequestError when one of them cannot be had.
+    """
+    config = replace(config, device=resolve_device(config.device))
+    points: dict[str, Point] = {}
+    refused: list[RequestError] = []
+    combinations = list(itertools.product(*lists.values()))
+    for values in combinations:
+        try:
+            wanted = replace(config, **dict(zip(lists, values, strict=True)))
+            sizes = resolve_sizes(source.base, wanted)
+        except RequestError as error:
+            refused.append(error)
+            continue
+        point = Point(replace(wanted, ratio=None, rank=sizes.rank, atoms=sizes.num_atoms), sizes)
+        points.setdefault(point.name, point)
+    if refused:
+        raise RequestError(
+            f"{len(refused)} of the {len(combinations)} points of the sweep cannot be had, so none is fitted; the "
+            f"first: {refused[0]}"
+        )
+    return list(points.values())
+
+
+class Sweep:
+    """The points of a sweep in the directory `out`.
+
+    Raises RequestError when `out` holds one of them with other settings, GlobeError when the disk has no room for all.
+    With `restart` whatever `out` holds of the points is taken for absent, and removed by `run`.
+    """
+
+    def __init__(self, source: ExpertSource, points: list[Point], out: Path, *, restart: bool, minutes: float):
+        self._source, self.points, self._out = source, points, out
+        self._restart, self._minutes = restart, minutes
+        self.finished = set() if restart else {point.name for point in points if self._is_finished(point)}
+        missing = [point for point in points if point.name not in self.finished]
+        if not restart:
+            for point in missing:
+                self._snapshots(point)
+        require_room(out, sum(point.sizes.tensor_bytes for point in missing))
+
+    def _is_finished(self, point: Point) -> bool:
+        directory = self._out / point.name
+        if not (directory / CONFIG_NAME).is_file():
+            return False
+        config = GlobeCheckpoint(directory).config
+        found = {**config.provenance.get("fit", {}), "calibration": config.provenance.get("calibration")}
+        wanted = {**asdict(point.config), "calibration": None}
+        changes = differences(found | {"model": asdict(config.base)}, wanted | {"model": asdict(self._source.base)})
+        if changes:
+            raise RequestError(
+                f"{directory} holds a finished fit with other settings ({changes}); run the sweep with those, give "
+                "another directory, or pass --restart to discard it."
+            )
+        return True
+
+    def _snapshots(self, point: Point) -> Snapshots:
+        return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
+
+    def estimate(self) -> list[dict]:
+        """A row per point with its bytes and the seconds that it will take; 0 when it is finished."""
+        rows = []
+        for point in self.points:
+            done = point.name in self.finished
+            seconds = 0.0 if done else estimate_seconds(self._source, point.sizes, point.config)
+            size = self._bytes(point.sizes.tensor_bytes)
+            rows.append({"point": point.name, **point.key, **size, "finished": done, "seconds": seconds})
+        return rows
+
+    def _bytes(self, on_disk: int) -> dict:
+        dense = self._source.base.dense_bytes
+        return {"bytes": {"dense_experts": dense, "globe_on_disk": on_disk}, "ratio": on_disk / dense}
+
+    def run(self, stage: Stage, windows: torch.Tensor | None = None) -> list[dict]:
+        """Fit what is not finished; a row per point, with `windows` (globe_fit.evaluate.token_windows) its quality."""
+        if self._restart:
+            for point in self.points:
+                shutil.rmtree(self._out / point.name, ignore_errors=True)
+        for number, point in enumerate(self.points, start=1):
+            if point.name not in self.finished:
+                self._fit(point, stage, f"{point.name}, {number} of {len(self.points)}")
+            discard_snapshots(self._out / point.name)
+        rows = [self._row(point) for point in self.points]
+        if windows is not None:
+            device = self.points[0].config.device
+            dense = load_model(self._source.model_dir, device)
+            stage.begin("eval", len(rows))
+            for number, row in enumerate(rows, start=1):
+                row |= self._quality(self._out / row["point"], dense, windows, device)
+                stage.advance(number)
+        return rows
+
+    def _fit(self, point: Point, stage: Stage, name: str) -> None:
+        directory, snapshots = self._out / point.name, self._snapshots(point)
+        try:
+            with Loggers(snapshots) as log:
+                result = fit_with_progress(self._source, point.config, stage, snapshots, log=log, name=name)
+            save_fit(result, self._source, directory)
+        except GlobeError as error:
+            raise type(error)(f"Point {point.name}: {error}") from error
+
+    def _row(self, point: Point) -> dict:
+        checkpoint = GlobeCheckpoint(self._out / point.name)
+        report, families = checkpoint.report(), checkpoint.report()["families"]
+        seconds = {one["family"]: one["seconds"] for one in read_stream(self._out / point.name / METRICS_NAME)}
+        metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
+        return {
+            "point": point.name,
+            **point.key,
+            **self._bytes(checkpoint.bytes_on_disk),
+            **{name: {family: families[family][name] for family in FAMILIES} for name in metrics},
+            "seconds": sum(seconds.values()),
+            "completed": report["status"]["completed"],
+        }
+
+    def _quality(self, directory: Path, dense: nn.Module, windows: torch.Tensor, device: str) -> dict:
+        globe = load_model(self._source.model_dir, device)
+        patch(globe, directory)
+        quality = evaluate({"dense": dense, "globe": globe}, windows)
+        found = {name: getattr(quality["globe"], name) for name in ("perplexity", "kl", "top1")}
+        return found | {"dense_perplexity": quality["dense"].perplexity}
+
+
+def write_rows(rows: list[dict], out: Path) -> Path | None:
+    """Write sweep.jsonl and sweep.png in `out`; the path of the plot, None where there is no matplotlib."""
+    with replacing_file(out / ROWS_NAME) as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    try:
+        figure = plots.sweep(rows)
+    except RequestError:
+        return None
+    with replacing_file(out / PLOT_NAME) as path:
+        plots.save_png(figure, "Error against bytes on disk", str(path))
+    return out / PLOT_NAME

@@ -1,0 +1,191 @@
+"""`globe sweep`: which points there are, what is refused before the first fit, and how an interrupted one goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from globe_fit.sweep import PLOT_NAME, ROWS_NAME
+from globe_kernels.checkpoint import CONFIG_NAME
+from tests.integration.conftest import assert_refused
+
+SIZES = ("--rank", "16,48", "--atoms", "8", "--support", "2,4", "--palette", "none,6")
+QUICK = ("--steps", "3", "--device", "cpu", "--snapshot-minutes", "0")
+NAMES = [f"r{r}-m8-s{s}{u}" for r in (16, 48) for s in (2, 4) for u in ("", "-u6")]
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def written(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / ROWS_NAME).read_text().splitlines()]
+
+
+def test_every_combination_is_a_fit_and_a_row(globe, with_tokenizer, tmp_path):
+    out, text = tmp_path / "out", ("--text", with_tokenizer / "text.txt")
+    code, stdout, stderr = globe("sweep", with_tokenizer, "-o", out, *SIZES, *QUICK, *text, "--json")
+    assert (code, stderr) == (0, "")
+    found = json.loads(stdout)
+    rows = found["points"]
+    assert [row["point"] for row in rows] == NAMES and rows == written(out)
+    assert found["plot"] == str(out / PLOT_NAME) and (out / PLOT_NAME).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.iterdir()} == {*NAMES, ROWS_NAME, PLOT_NAME}
+    for row in rows:
+        report = json.loads((out / row["point"] / "fit_report.json").read_text())["families"]
+        assert row["bytes"]["globe_on_disk"] == (out / row["point"] / "globe.safetensors").stat().st_size
+        assert row["ratio"] == row["bytes"]["globe_on_disk"] / row["bytes"]["dense_experts"]
+        for name in ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette"):
+            assert row[name] == {family: report[family][name] for family in ("gate", "up")}
+        assert max(row["largest_palette"].values()) <= (row["palette"] or 8)
+        assert row["seconds"] > 0 and row["completed"]
+        assert row["kl"] > 0 and 0 < row["top1"] <= 1 < row["dense_perplexity"]
+    keys = {(row["m"], row["r"], row["target_support"], row["palette"]) for row in rows}
+    assert keys == {(8, r, s, u) for r in (16, 48) for s in (2, 4) for u in (None, 6)}
+    by_name = {row["point"]: row for row in rows}
+    assert by_name["r48-m8-s4"]["kl"] < by_name["r16-m8-s2"]["kl"], "quality is not that of the point"
+
+    # the same again: nothing is fitted, and the table is the same
+    before = {name: (out / name / CONFIG_NAME).stat().st_mtime_ns for name in NAMES}
+    code, stdout, stderr = globe("sweep", with_tokenizer, "-o", out, *SIZES, *QUICK)
+    assert code == 0 and "fit" not in stderr and "%" not in stderr
+    assert all(name in stdout for name in NAMES) and "SVD, equal bytes" in stdout and f"plot in {out}" in stdout
+    assert {name: (out / name / CONFIG_NAME).stat().st_mtime_ns for name in NAMES} == before
+    assert [row["seconds"] for row in written(out)] == [row["seconds"] for row in rows]
+
+    code, stdout, _ = globe("sweep", with_tokenizer, "-o", out, "--rank", "32,48", "--atoms", "8", "--support", "4",
+                            *QUICK, "--dry-run", "--json")  # fmt: skip
+    first, second = json.loads(stdout)["points"]
+    assert code == 0 and not (out / first["point"]).exists()
+    assert not first["finished"] and first["seconds"] > 0 and second["finished"] and second["seconds"] == 0
+    assert first["bytes"]["globe_on_disk"] < second["bytes"]["globe_on_disk"]
+
+
+def test_settings_come_from_the_file_and_ratios_lead_to_sizes(globe, model_dir, tmp_path):
+    config, out = tmp_path / "fit.toml", tmp_path / "out"
+    config.write_text('support = 3\npalette = 5\nphi = "tanh"\n[varpro]\nsteps = 1\n')
+    options = ("--ratio", "0.7,0.8,0.8001", "--config", config, "--device", "cpu", "--json")
+    code, stdout, _ = globe("sweep", model_dir, "-o", out, *options)
+    assert code == 0
+    rows = json.loads(stdout)["points"]
+    assert len(rows) == 2, "two ratios that lead to the same sizes are one point"
+    for row, ratio in zip(rows, (0.7, 0.8), strict=True):
+        assert (row["target_support"], row["palette"]) == (3, 5) and ratio - 0.05 < row["ratio"] < ratio + 0.02
+        fitted = json.loads((out / row["point"] / CONFIG_NAME).read_text())["provenance"]["fit"]
+        assert (fitted["phi"], fitted["varpro"]["steps"]) == ("tanh", 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            ("--rank", "48,64", "--atoms", "8,99", "--support", "4"),
+            "3 of the 4 points of the sweep cannot be had, so none is fitted; the first: atoms is 99 and",
+        ),
+        (("--rank", "64", "--atoms", "8", "--support", "4"), "the first: rank is 64 and the experts of model are"),
+        (("--atoms", "8", "--support", "4,9"), "1 of the 2 points of the sweep cannot be had, so none is fitted"),
+        (("--ratio", "0.01,0.7", "--support", "4"), "ratio 0.01 cannot be reached on model with support 4; give a"),
+        (("--ratio", "0.7", "--rank", "48", "--atoms", "8"), "give at most two of them"),
+        (("--rank", "48,x"), "rank is '48,x'; expected numbers separated by commas, such as 12,24."),
+        (("--support", "none"), "support is 'none'; expected numbers"),
+        (("--palette", "none,"), "palette is 'none,'; expected numbers separated by commas, such as none,17."),
+        (("--support", "4", "--text", "no.txt"), "no.txt is not a file"),
+        (("--support", "4", "--device", "tpu9"), "device is 'tpu9'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_had_is_found_before_the_first_fit(globe, model_dir, tmp_path, options, sentence):
+    assert_refused(globe("sweep", model_dir, "-o", tmp_path / "out", *options), 2, sentence)
+    assert not (tmp_path / "out").exists()
+
+
+# Kills itself at the given step of all steps of the sweep.
+KILLED = """
+import os, signal, sys
+from globe_fit import __main__, loggers
+steps, write = 0, loggers.Loggers.__call__
+def count(self, record):
+    global steps
+    write(self, record)
+    steps += 1
+    if steps == int(os.environ["KILL_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+loggers.Loggers.__call__ = count
+__main__.main()
+"""
+
+
+def test_killed_it_goes_on_with_the_same_table(globe, model_dir, tmp_path):
+    sizes = ("--rank", "16,48", "--atoms", "8", "--support", "4")
+    code, stdout, _ = globe("sweep", model_dir, "-o", tmp_path / "whole", *sizes, *QUICK, "--json")
+    assert code == 0
+    out = tmp_path / "killed"
+    command = ["sweep", model_dir, "-o", out, *sizes, *QUICK]
+    # 8 steps a point; the first time in the second family of the first point, then in the first of the second
+    for kill_at, begun in ((7, ["r16-m8-s4"]), (4, ["r16-m8-s4", "r48-m8-s4"])):
+        arguments = [sys.executable, "-c", KILLED, *map(str, command)]
+        done = subprocess.run(arguments, env=os.environ | {"KILL_AT": str(kill_at)}, timeout=120, capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert sorted(path.name for path in out.iterdir()) == begun
+        assert (out / begun[-1] / ".snapshot").is_dir() and not (out / begun[-1] / CONFIG_NAME).exists()
+    first = (out / "r16-m8-s4" / CONFIG_NAME).stat().st_mtime_ns
+    unfinished = ("sweep", model_dir, "-o", out, *sizes, "--device", "cpu", "--steps", "4")
+    assert_refused(
+        globe(*unfinished), 2, "r16-m8-s4 holds a finished fit with other settings (varpro.steps was 3 and is 4)"
+    )
+    assert_refused(
+        globe(*unfinished[:4], "--rank", "48", *unfinished[6:]), 2, "r48-m8-s4 holds an unfinished fit with other"
+    )
+    code, resumed, stderr = globe(*command, "--json")
+    assert (code, stderr) == (0, "")
+    assert (out / "r16-m8-s4" / CONFIG_NAME).stat().st_mtime_ns == first and not (
+        out / "r48-m8-s4" / ".snapshot"
+    ).exists()
+    expected, found = json.loads(stdout)["points"], json.loads(resumed)["points"]
+    assert without_times(found) == without_times(expected) == without_times(written(out))
+    for name in ("r16-m8-s4", "r48-m8-s4"):
+        whole, killed = (path / name / "globe.safetensors" for path in (tmp_path / "whole", out))
+        assert whole.read_bytes() == killed.read_bytes()
+    assert globe(*unfinished, "--restart")[0] == 0
+    assert json.loads((out / "r16-m8-s4" / CONFIG_NAME).read_text())["provenance"]["fit"]["varpro"]["steps"] == 4
+
+
+def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeypatch):
+    from globe_fit import progress
+
+    fit, begun = progress.fit, []
+
+    def interrupted(*arguments, **options):
+        begun.append(None)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    command = ("sweep", model_dir, "-o", tmp_path / "out", "--rank", "16,48", "--atoms", "8", "--support", "4", *QUICK)
+    with monkeypatch.context() as patched:
+        patched.setattr("globe_fit.progress.fit", interrupted)
+        code, stdout, stderr = globe(*command)
+    assert (code, stdout) == (130, "") and stderr.endswith("globe: interrupted.\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["r16-m8-s4"]
+    assert globe(*command)[0] == 0 and len(written(tmp_path / "out")) == 2
+
+
+def test_a_point_that_diverges_does_not_stop_the_others(globe, model_dir, tmp_path):
+    config = tmp_path / "fit.toml"
+    config.write_text("support = 4\natoms = 8\n[varpro]\nlr = 1e30\nsteps = 6\nsupport_at = 0.0\n")
+    options = ("-o", tmp_path / "out", "--rank", "16,48", "--config", config, "--device", "cpu", "--json")
+    code, stdout, stderr = globe("sweep", model_dir, *options)
+    assert code == 1 and "r16-m8-s4, r48-m8-s4 diverged; the best state before is kept in each" in stderr
+    assert [row["completed"] for row in json.loads(stdout)["points"]] == [False, False]
+
+
+def test_without_matplotlib_there_is_no_plot(globe, model_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    out = tmp_path / "out"
+    code, stdout, _ = globe("sweep", model_dir, "-o", out, "--ratio", "0.8", "--support", "4", *QUICK)
+    assert code == 0 and "no plot without matplotlib" in stdout
+    assert len(written(out)) == 1 and not (out / PLOT_NAME).exists()
