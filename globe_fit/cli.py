@@ -1,6 +1,7 @@
 """The `globe` command: fit, sweep, export, eval, inspect, report, demo."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
 from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_lists, write_rows
 from globe_fit.tables import (
+    left_dense_note,
     print_demo,
     print_estimate,
     print_fit,
@@ -48,6 +50,15 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, n
 
 def _print_json(figures: dict) -> None:
     print(json.dumps(figures, indent=2))
+
+
+def _open_source(model_dir: Path) -> ExpertSource:
+    """The model to fit; on stderr, what of its experts is left out."""
+    source = ExpertSource(model_dir)
+    if source.base.left_dense:
+        shape = (source.base.intermediate_size, source.base.hidden_size)
+        print(f"globe: {left_dense_note(shape, source.base.left_dense)}", file=sys.stderr)
+    return source
 
 
 @app.command("fit")
@@ -93,7 +104,7 @@ def fit_command(
         "steps": steps,
     }
     settings = FitConfig.from_options(config, options)
-    source = ExpertSource(model_dir)
+    source = _open_source(model_dir)
     sizes = resolve_sizes(source.base, settings)
     require_room(out, sizes.tensor_bytes)
     if dry_run or memory_limit is not None:
@@ -174,7 +185,7 @@ def sweep_command(
     """Fit every combination of sizes; the same command goes on after an interruption."""
     lists = read_lists({"ratio": ratio, "rank": rank, "atoms": atoms, "support": support, "palette": palette})
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
-    source = ExpertSource(model_dir)
+    source = _open_source(model_dir)
     points = plan(source, settings, lists)
     windows = None if text is None else token_windows(model_dir, text)
     sweep = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)

@@ -158,7 +158,7 @@ def _bytes(base: ExpertSource, keys: list[str]) -> int:
 
 def require_same_model(config: GlobeConfig, base: ExpertSource) -> None:
     """Raises RequestError when a checkpoint of that configuration was not fitted on a model like `base`."""
-    for name in ("model_type", "hidden_size", "intermediate_size", "num_experts"):
+    for name in ("model_type", "hidden_size", "intermediate_size", "num_experts", "left_dense"):
         expected, found = getattr(config.base, name), getattr(base.base, name)
         if expected != found:
             raise RequestError(

@@ -20,6 +20,7 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
         "layers": len(config.base.num_experts),
         "experts": config.base.total_experts,
         "shape": [config.base.intermediate_size, config.base.hidden_size],
+        "left_dense": {str(layer): list(shape) for layer, shape in config.base.left_dense.items()},
         "rank": config.rank,
         "atoms": config.num_atoms,
         "support": config.support,

@@ -87,7 +87,8 @@ def fit(
         "relative_error": share(lost, sum(one["energy"] for one in reports.values())),
         "support_overlap": support_overlap(*(dense_codes(one.factors.code, sizes.num_atoms) for one in fits.values())),
     }
-    report = {"families": reports, "status": asdict(status), **check_names(everything)}
+    left_dense = {str(layer): list(shape) for layer, shape in source.base.left_dense.items()}
+    report = {"families": reports, "status": asdict(status), "left_dense": left_dense, **check_names(everything)}
     return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
 
 

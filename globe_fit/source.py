@@ -107,8 +107,10 @@ class ExpertLayer:
 class ExpertSource:
     """The gate and up experts of every MoE layer of a checkpoint on disk.
 
-    `base` has the sizes (read from the tensors, checked against config.json). `read` returns the
-    experts of one layer and family; it keeps nothing, so what is resident is what the caller holds.
+    `base` has the sizes (read from the tensors, checked against config.json). One bank needs one (P, D): where layers
+    differ, those of the shape that holds the most weights are the source, and the others are in `base.left_dense`
+    and nowhere else. `read` returns the experts of one layer and family; it keeps nothing, so what is resident is what
+    the caller holds.
     """
 
     def __init__(self, model_dir: str | Path):
@@ -142,13 +144,18 @@ class ExpertSource:
             if parsed is not None and parsed.layer < config["num_hidden_layers"]:
                 self.expert_keys[key] = parsed
         self.layers = self._group(num_experts, expected_layers)
-        self._check_shapes(inner, width)
+        shapes = self._shapes(inner, width)
+        inner, width = _shape_of_most(self.layers, shapes)
+        left_dense = {layer: shape for layer, shape in shapes.items() if shape != (inner, width)}
+        self.layers = [layer for layer in self.layers if layer.layer not in left_dense]
+        self.expert_keys = {key: one for key, one in self.expert_keys.items() if one.layer not in left_dense}
         self.base = BaseModel(
             name=self.model_dir.resolve().name,
             model_type=self.architecture.model_type,
             hidden_size=width,
             intermediate_size=inner,
             num_experts={layer.layer: layer.num_experts for layer in self.layers},
+            left_dense=left_dense,
         )
 
     def _group(self, num_experts: int, expected_layers: list[int]) -> list[ExpertLayer]:
@@ -166,8 +173,12 @@ class ExpertSource:
                 f"{self.model_dir} has experts in layers {sorted(found)} and config.json says {expected_layers}; the "
                 "checkpoint is incomplete or of another model, download it again."
             )
+        counts = {layer: self._count(found[layer]) for layer in expected_layers}
+        if num_experts not in counts.values():  # not layers that differ, but another model's configuration
+            counts = {}
         layers = []
         for layer in expected_layers:
+            num_experts = counts.get(layer) or num_experts
             keys: dict[str, list[str]] = {}
             for (matrix, expert), _ in found[layer].items():
                 if matrix not in keys:
@@ -190,44 +201,76 @@ class ExpertSource:
             layers.append(ExpertLayer(layer, num_experts, keys))
         return layers
 
-    def _check_shapes(self, inner: int, width: int) -> None:
-        """Every gate and up expert is (P, D) = (inner, width), by the headers, and so is what is fused."""
-        shapes: dict[tuple[int, int], str] = {}
-        for layer in self.layers:
-            if "gate_up" in layer.keys:
-                self._check_fused(layer, inner, width)
-            for matrix in ("gate", "up", "gate_up"):
-                for key in layer.keys.get(matrix, ()):
-                    view = self.files.view(key)
-                    if view.get_dtype() not in _READABLE:
-                        raise RequestError(
-                            f"{key} is stored as {view.get_dtype()} and GloBE reads {', '.join(_READABLE)}; convert "
-                            "the model to bf16 first."
-                        )
-                    if matrix != "gate_up":
-                        shapes.setdefault(tuple(view.get_shape()), key)
-        if len(shapes) > 1:
-            (first, key), (second, other) = list(shapes.items())[:2]
-            raise RequestError(
-                f"The experts differ in shape: {key} is {first} and {other} is {second}; one bank needs one shape, so "
-                "this model cannot be fitted as a whole."
-            )
-        for rows, columns in shapes:
-            if (rows, columns) != (inner, width):
-                raise GlobeError(
-                    f"The experts of {self.model_dir} are {rows} x {columns} and config.json says {inner} x {width}; "
-                    "the files are of different models, download them again."
-                )
+    def _count(self, found: dict[tuple[str, int | None], str]) -> int | None:
+        """E of one layer, where its experts are as many as the rows of its router; None where they are not."""
+        (_, expert), key = next(iter(found.items()))
+        router = self.architecture.router_key(key)
+        if router not in self.files.weight_map:
+            return None
+        held = max(e for _, e in found if e is not None) + 1 if expert is not None else self._shape(key)[0]
+        return held if held == self._shape(router)[0] else None
 
-    def _check_fused(self, layer: ExpertLayer, inner: int, width: int) -> None:
-        for name, shape in self.architecture.fused_shapes(layer.num_experts, inner, width).items():
-            found = [tuple(self.files.view(key).get_shape()) for key in layer.keys.get(name.replace("_proj", ""), ())]
-            if found != [shape]:
-                raise GlobeError(
-                    f"{name} of the experts of layer {layer.layer} in {self.model_dir} is "
-                    f"{', '.join(map(str, found)) or 'missing'} and config.json says {shape}; the files are incomplete "
-                    "or of different models, download them again."
-                )
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.files.view(key).get_shape())
+
+    def _shapes(self, inner: int, width: int) -> dict[int, tuple[int, int]]:
+        """{layer id: (P, D) of its gate and up experts}, by the headers; `inner` and `width` are those of config.json.
+
+        Raises RequestError when the experts of one layer differ, GlobeError when no layer is as config.json says.
+        """
+        for layer in self.layers:
+            for key in (key for matrix in ("gate", "up", "gate_up") for key in layer.keys.get(matrix, ())):
+                if (dtype := self.files.view(key).get_dtype()) not in _READABLE:
+                    raise RequestError(
+                        f"{key} is stored as {dtype} and GloBE reads {', '.join(_READABLE)}; convert the model to bf16 "
+                        "first."
+                    )
+        shapes = {}
+        for layer in self.layers:
+            one = self._fused_shape if "gate_up" in layer.keys else self._separate_shape
+            shapes[layer.layer] = one(layer, inner, width)
+        if (inner, width) not in shapes.values():
+            rows, columns = next(iter(shapes.values()))
+            raise GlobeError(
+                f"The experts of {self.model_dir} are {rows} x {columns} and config.json says {inner} x {width}; "
+                "the files are of different models, download them again."
+            )
+        return shapes
+
+    def _separate_shape(self, layer: ExpertLayer, *_: int) -> tuple[int, int]:
+        found: dict[tuple[int, ...], str] = {}
+        for matrix in ("gate", "up", "down"):
+            for key in layer.keys.get(matrix, ()):
+                shape = self._shape(key)
+                found.setdefault(shape[::-1] if matrix == "down" else shape, key)
+        if len(found) > 1:
+            (first, key), (second, other) = list(found.items())[:2]
+            raise RequestError(
+                f"The experts of layer {layer.layer} differ in shape: {key} is of an expert of {first} and {other} of "
+                f"one of {second}; layers may differ, the experts of one layer may not, so this model cannot be fitted."
+            )
+        ((inner, width),) = found
+        return inner, width
+
+    def _fused_shape(self, layer: ExpertLayer, inner: int, width: int) -> tuple[int, int]:
+        """As config.json says, or another when all that is fused in the layer agrees on it."""
+        found = {
+            name: [self._shape(key) for key in layer.keys.get(name.replace("_proj", ""), ())]
+            for name in self.architecture.fused_shapes(layer.num_experts, inner, width)
+        }
+        _, *own = found["gate_up_proj"][0]
+        rows, columns = own[::-1] if self.architecture.transposed else own
+        for shape in ((inner, width), (rows // 2, columns)):
+            expected = self.architecture.fused_shapes(layer.num_experts, *shape)
+            if all(found[name] == [one] for name, one in expected.items()):
+                return shape
+        expected = self.architecture.fused_shapes(layer.num_experts, inner, width)
+        name = next(name for name, one in expected.items() if found[name] != [one])
+        raise GlobeError(
+            f"{name} of the experts of layer {layer.layer} in {self.model_dir} is "
+            f"{', '.join(map(str, found[name])) or 'missing'} and config.json says {expected[name]}; the files are "
+            "incomplete or of different models, download them again."
+        )
 
     def read(self, layer: ExpertLayer, family: str, experts: range | None = None) -> torch.Tensor:
         """(E, P, D) float32: the given experts of one layer and family, by default all."""
@@ -271,3 +314,12 @@ class ExpertSource:
             blocks.append((layer, slice(start, start + layer.num_experts)))
             start += layer.num_experts
         return blocks
+
+
+def _shape_of_most(layers: list[ExpertLayer], shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """The (P, D) that most weights have, of two with as many that of the first layer."""
+    weights: dict[tuple[int, int], int] = {}
+    for layer in layers:
+        shape = shapes[layer.layer]
+        weights[shape] = weights.get(shape, 0) + layer.num_experts * math.prod(shape)
+    return max(weights, key=lambda shape: weights[shape])

@@ -1,6 +1,8 @@
 """The figures of a command as a person reads them: lines and tables on stdout."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from globe_fit.console import megabytes, print_table
 from globe_kernels.families import FAMILIES
@@ -85,6 +87,15 @@ def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
     print_table(title, ["", *(columns[key][0] for key in shown)], rows)
 
 
+def left_dense_note(shape: Sequence[int], layers: Mapping[Any, Sequence[int]]) -> str:
+    """Which layers a fit leaves alone, and why; `shape` (P, D) of the others, `layers` {layer: (P, D)}."""
+    found = ", ".join(f"{layer} ({inner} x {width})" for layer, (inner, width) in layers.items())
+    return (
+        f"these layers stay dense: {found}; one bank needs one shape of experts, and {shape[0]} x {shape[1]} holds the "
+        "most weights."
+    )
+
+
 def print_inspection(figures: dict) -> None:
     """What is in a checkpoint."""
     inner, width = figures["shape"]
@@ -93,6 +104,8 @@ def print_inspection(figures: dict) -> None:
         f"{figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
         f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}"
     )
+    if figures["left_dense"]:
+        print(left_dense_note(figures["shape"], figures["left_dense"]))
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
     print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
     families = figures["families"]

@@ -53,6 +53,7 @@ class BaseModel:
     hidden_size: int  # D
     intermediate_size: int  # P
     num_experts: dict[int, int]  # layer id -> E
+    left_dense: dict[int, tuple[int, int]] = field(default_factory=dict)  # (P, D) of layers that no bank stands for
 
     @property
     def total_experts(self) -> int:
@@ -111,14 +112,13 @@ class GlobeConfig:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors on disk."""
-        total = 0
-        for shape, dtype in self.tensor_shapes().values():
-            total += torch.Size(shape).numel() * dtype.itemsize
-        return total
+        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensor_shapes().values())
 
     def to_dict(self) -> dict:
         base = asdict(self.base)
         base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
+        if not self.base.left_dense:  # a file without such layers is as it was before there were any
+            del base["left_dense"]
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
         return {"format_version": FORMAT_VERSION, "families": list(FAMILIES), "base": base, **own}
 
@@ -134,6 +134,7 @@ class GlobeConfig:
         try:
             base = dict(data["base"])
             base["num_experts"] = {int(layer): int(count) for layer, count in base["num_experts"].items()}
+            base["left_dense"] = {int(layer): (int(p), int(d)) for layer, (p, d) in base.get("left_dense", {}).items()}
             names = {f.name for f in fields(cls)} - {"base"}
             config = cls(base=BaseModel(**base), **{name: data[name] for name in names})
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -38,6 +38,7 @@ class Architecture:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    router: str = "gate"
     block: str = "mlp"
     intermediate_key: str = "moe_intermediate_size"
     has_bias: bool = False  # gate, up and down of every expert have one
@@ -59,6 +60,10 @@ class Architecture:
             return ExpertKey(int(layer), None, fused.replace("_proj", ""))
         matrix = {self.gate: "gate", self.up: "up", self.down: "down"}[name]
         return ExpertKey(int(layer), int(expert), matrix)
+
+    def router_key(self, expert_key: str) -> str:
+        """The weights (E, D) of the router beside an expert tensor on disk."""
+        return f"{expert_key.partition('.experts.')[0]}.{self.router}.weight"
 
     def live_key(self, key: str) -> str:
         """`key` as the live base model names it: transformers renames blocks and the prefix when it saves."""
@@ -146,6 +151,7 @@ ARCHITECTURES = {
         Architecture("glm4_moe"),
         Architecture(
             "gpt_oss",
+            router="router",
             intermediate_key="intermediate_size",
             has_bias=True,
             transposed=True,

@@ -36,12 +36,14 @@ def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...
             f"{model_type or type(model).__name__}; patch the model it was fitted on."
         )
     live = dict(architecture_of(model_type).live_experts(model))
-    if set(live) != set(config.base.num_experts):
+    if set(live) != {*config.base.num_experts, *config.base.left_dense}:
         raise RequestError(
             f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
             f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
         )
-    return tuple(Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(live))
+    return tuple(
+        Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(config.base.num_experts)
+    )
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -76,20 +76,6 @@ def test_names_the_expert_with_a_nan(model_dir):
         source.require_finite(layer, "up", experts, source.read(layer, "up", experts))
 
 
-def test_a_missing_shard(model_dir):
-    shard = shard_of(model_dir, KEY)
-    shard.unlink()
-    with pytest.raises(GlobeError, match=f"Shard {shard.name} is missing"):
-        ExpertSource(model_dir)
-
-
-def test_a_truncated_shard(model_dir):
-    shard = shard_of(model_dir, KEY)
-    shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(GlobeError, match=f"{shard.name} is truncated or damaged"):
-        ExpertSource(model_dir)
-
-
 def test_a_shard_that_lacks_a_listed_tensor(model_dir):
     shard = shard_of(model_dir, KEY)
     tensors = load_file(shard)
@@ -141,16 +127,38 @@ def test_spellings_of_the_number_of_experts(model_dir, spelling):
     assert ExpertSource(model_dir).base.num_experts == {0: 8, 1: 8, 2: 8}
 
 
-def test_experts_of_different_shapes(model_dir):
+def test_experts_of_one_layer_in_different_shapes(model_dir):
     change_tensor(model_dir, KEY, lambda tensor: tensor[:40].contiguous())
-    with pytest.raises(RequestError, match=r"differ in shape: .* is \(48, 64\) and .*3.up_proj.weight is \(40, 64\)"):
+    sentence = (
+        r"experts of layer 1 differ in shape: .* is of an expert of \(48, 64\) and .*3.up_proj.weight of one of \(40,"
+    )
+    with pytest.raises(RequestError, match=sentence):
         ExpertSource(model_dir)
 
 
-def test_a_dtype_that_it_does_not_read(model_dir):
-    change_tensor(model_dir, KEY, lambda tensor: tensor.to(torch.float8_e4m3fn))
-    with pytest.raises(RequestError, match="is stored as F8_E4M3"):
+@pytest.mark.parametrize(("layer", "left"), [(0, 0), (1, 1)])
+def test_of_two_shapes_it_reads_the_one_that_holds_the_most_weights(save_tiny, tmp_path, layer, left):
+    """Also where that is not what config.json says, as long as a layer is as it says."""
+    model_dir = Path(shutil.copytree(save_tiny("qwen3_moe", True), tmp_path / "model"))
+    for other in range(3):
+        if (other == layer) == (layer == 1):
+            prefix = f"model.layers.{other}.mlp.experts"
+            change_tensor(model_dir, f"{prefix}.gate_up_proj", lambda tensor: tensor[:, :80].contiguous())
+            change_tensor(model_dir, f"{prefix}.down_proj", lambda tensor: tensor[..., :40].contiguous())
+    source = ExpertSource(model_dir)
+    kept, dense = ((48, 64), (40, 64)) if layer == 1 else ((40, 64), (48, 64))
+    assert (source.base.intermediate_size, source.base.hidden_size) == kept
+    assert source.base.left_dense == {left: dense} and left not in source.base.num_experts
+    assert [source.read(one, "up").shape for one in source.layers] == 2 * [(8, *kept)]
+    assert not any(f"layers.{left}." in key for key in source.expert_keys)
+
+
+def test_a_layer_with_fewer_experts_than_its_router_has_rows_is_incomplete(model_dir):
+    drop_keys(model_dir, lambda key: "layers.1.mlp.experts.7." in key or "layers.1.mlp.experts.6." in key)
+    with pytest.raises(GlobeError, match=r"Layer 1 of .* lacks the \w+ matrix of expert 6 \(2 of 8 missing\)"):
         ExpertSource(model_dir)
+    change_tensor(model_dir, "model.layers.1.mlp.gate.weight", lambda tensor: tensor[:6].contiguous())
+    assert ExpertSource(model_dir).base.num_experts == {0: 8, 1: 6, 2: 8}
 
 
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
