@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,16 +106,6 @@ def unfinished(source, out: Path) -> None:
 
     with pytest.raises(RuntimeError, match="stopped"):
         fit(source, TINY_FIT, on_step=stop, snapshots=open_snapshots(out, source, TINY_FIT, 0))
-
-
-def test_other_settings_are_refused_by_name(save_tiny, tmp_path):
-    source = ExpertSource(save_tiny("qwen3_moe"))
-    unfinished(source, tmp_path)
-    other = replace(TINY_FIT, seed=7, varpro=replace(TINY_FIT.varpro, lr=0.5))
-    with pytest.raises(RequestError, match=r"seed was 0 and is 7, varpro.lr was 1.0 and is 0.5\); .*--restart"):
-        open_snapshots(tmp_path, source, other)
-    with pytest.raises(RequestError, match="model.model_type was qwen3_moe and is olmoe"):
-        open_snapshots(tmp_path, ExpertSource(save_tiny("olmoe")), TINY_FIT)
 
 
 def test_other_weights_are_refused(noise_model, tmp_path):

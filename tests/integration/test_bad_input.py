@@ -1,0 +1,168 @@
+"""Models, settings and disks that a fit cannot work with: one sentence, an exit code, and nothing lost."""
+
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from globe_fit.snapshots import Snapshots
+from tests.integration.conftest import QUICK, assert_refused
+
+EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def out(fit_tiny, tmp_path) -> Path:
+    """A directory that holds the checkpoint of an earlier fit."""
+    return Path(shutil.copytree(fit_tiny()[0], tmp_path / "out"))
+
+
+def contents(directory: Path, snapshots: bool = False) -> dict[str, bytes]:
+    """All files but the snapshots of an unfinished fit, which may come to what there was."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths if snapshots or ".snapshot" not in path.parts}
+
+
+def shard_of(model_dir: Path, key: str) -> Path:
+    return model_dir / json.loads((model_dir / INDEX).read_text())["weight_map"][key]
+
+
+def change_tensor(model_dir: Path, key: str, change) -> None:
+    path = shard_of(model_dir, key)
+    tensors = load_file(path)
+    tensors[key] = change(tensors[key])
+    save_file(tensors, path, {"format": "pt"})
+
+
+def not_a_moe(model_dir: Path) -> None:
+    (model_dir / "config.json").write_text('{"model_type": "llama"}')
+
+
+def a_missing_shard(model_dir: Path) -> None:
+    shard_of(model_dir, EXPERT.format("up")).unlink()
+
+
+def a_truncated_shard(model_dir: Path) -> None:
+    shard = shard_of(model_dir, EXPERT.format("up"))
+    shard.write_bytes(shard.read_bytes()[:-64])
+
+
+def nan_in_an_expert(model_dir: Path) -> None:
+    change_tensor(model_dir, EXPERT.format("up"), lambda t: t.index_fill(0, torch.tensor([5]), float("nan")))
+
+
+def infinity_in_an_expert(model_dir: Path) -> None:
+    change_tensor(model_dir, EXPERT.format("gate"), lambda t: t.index_fill(1, torch.tensor([7]), float("-inf")))
+
+
+def one_expert_of_another_shape(model_dir: Path) -> None:
+    change_tensor(model_dir, EXPERT.format("up"), lambda t: t[:40].contiguous())
+
+
+def all_experts_of_another_shape(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 32}))
+
+
+def fp8_in_blocks(model_dir: Path) -> None:
+    """As DeepSeek-V3 is published: FP8 weights, and a scale for each block of 128 x 128."""
+    index = json.loads((model_dir / INDEX).read_text())
+    scales = {}
+    for key in [key for key in index["weight_map"] if ".experts." in key]:
+        change_tensor(model_dir, key, lambda t: t.to(torch.float8_e4m3fn))
+        scales[f"{key}_scale_inv"] = torch.ones(1, 1)
+    save_file(scales, model_dir / "scales.safetensors", {"format": "pt"})
+    index["weight_map"] |= dict.fromkeys(scales, "scales.safetensors")
+    (model_dir / INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "code", "sentences"),
+    [
+        (
+            not_a_moe,
+            2,
+            ["model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of"],
+        ),
+        (a_missing_shard, 1, ["Shard model-0", "is missing from", "download it again."]),
+        (a_truncated_shard, 1, ["Shard", "is truncated or damaged", "download it again."]),
+        (nan_in_an_expert, 1, ["Expert 3 of layer 1 has NaN or infinity in its up matrix", EXPERT.format("up")]),
+        (infinity_in_an_expert, 1, ["Expert 3 of layer 1 has NaN or infinity in its gate matrix"]),
+        (one_expert_of_another_shape, 2, ["The experts of layer 1 differ in shape:", "layers may differ, the experts"]),
+        (all_experts_of_another_shape, 1, ["are 48 x 64 and config.json says 32 x 64"]),
+        (fp8_in_blocks, 2, [".weight is stored as F8_E4M3 and GloBE reads BF16, F16, F32; convert the model to bf16"]),
+    ],
+)
+def test_a_model_that_cannot_be_fitted(globe, model_dir, out, tmp_path, damage, code, sentences):
+    damage(model_dir)
+    before = contents(tmp_path)
+    for directory in (out, tmp_path / "new"):
+        result = globe("fit", model_dir, "-o", directory, *QUICK)
+        for sentence in sentences:
+            assert_refused(result, code, sentence)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--rank", "49"), "rank is 49 and the experts of model are 48 x 64; give a rank of at most 48."),
+        (("--atoms", "8"), "support is 12 and the bank has 8 atoms; give a support of at most 8, or more atoms."),
+        (("--atoms", "25"), "atoms is 25 and model has 24 experts; give at most one atom per expert."),
+        (
+            ("--ratio", "0.01"),
+            "ratio 0.01 cannot be reached on model with support 12; give a ratio from 0.0417 to 1.7656.",
+        ),
+        (("--ratio", "7", "--rank", "16"), "ratio 7 cannot be reached on model with support 12, rank 16; give a ratio"),
+    ],
+    ids=["r > p", "s > m", "m > n", "a ratio that is too small", "a ratio that is too large"],
+)
+def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sentence):
+    before = contents(tmp_path)
+    assert_refused(globe("fit", model_dir, "-o", out, *options), 2, sentence)
+    assert_refused(globe("fit", model_dir, "-o", tmp_path / "new", *options), 2, sentence)
+    assert contents(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.files.save_file"])
+def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch, step):
+    before = contents(out)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step, full)
+        result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")
+    assert_refused(result, 1, "is full")
+    assert "nothing was written and what was there is unchanged; free some space" in result[2]
+    assert contents(out) == before
+    assert globe("inspect", out, "--verify")[0] == 0
+    assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")[0] == 0
+    assert contents(out, snapshots=True).keys() == before.keys()
+
+
+def test_the_unfinished_fit_of_other_settings(globe, model_dir, save_tiny, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def interrupted(self, *_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Snapshots, "stop_if_asked", interrupted)
+        assert globe("fit", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")[0] == 130
+    before = contents(out, snapshots=True)
+    assert f"{out}/.snapshot/gate.safetensors" in before
+    (tmp_path / "fit.toml").write_text("[varpro]\nlr = 0.5\n")
+    other = ("fit", model_dir, "-o", out, *QUICK, "--seed", "7", "--config", tmp_path / "fit.toml")
+    sentence = f"{out} holds an unfinished fit with other settings (seed was 0 and is 7, varpro.lr was 1.0 and is 0.5);"
+    assert_refused(globe(*other), 2, sentence)
+    result = globe("fit", save_tiny("olmoe"), "-o", out, *QUICK)
+    assert_refused(result, 2, "model.model_type was qwen3_moe and is olmoe")
+    assert contents(out, snapshots=True) == before
+    assert globe(*other, "--restart")[0] == 0
