@@ -85,6 +85,14 @@ class Alternating:
         return error
 
     def update(self) -> None:
+        try:
+            self._round()
+        except (SingularBasisError, torch.linalg.LinAlgError):
+            # the round was not finished; this state is no one's to go on from, also not after an interruption
+            self.state.bank.fill_(torch.nan)
+        self._step += 1
+
+    def _round(self) -> None:
         config, entmax_config = self._config, self._config.entmax
         if self._step == 0:
             self._initial_codes()
@@ -103,7 +111,6 @@ class Alternating:
                 self.extras["temperature"] = next_temperature(
                     self.extras["temperature"], median, self._sizes.support, entmax_config.eta
                 )
-        self._step += 1
 
     def _targets(self, block: Block) -> tuple[slice, torch.Tensor]:
         """(places, (E, R, D) targets that the mixtures should come to)."""

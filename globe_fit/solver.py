@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 _LOG_EVERY = 10
 _DEAR_TIMES = 4  # about how often a fit measures what takes as long as a step, beside its start and its end
 
+_MILDER = {"varpro": "lower the lr", "alternating": "lower entmax.lr or choose another dictionary"}  # after divergence
+
 OnStep = Callable[[dict], None]
 
 
@@ -54,12 +56,12 @@ def fit(
 ) -> FitResult:
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
 
-    `start` replaces the grouped-SVD start of a family. `on_step` is called after every step with a record of
-    globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on where an interrupted one was, with the
-    same result as if it had not been interrupted, bitwise on a CPU. With `calibration` the error is measured
-    on what the experts compute for the inputs of its text. Deterministic: one seed gives one result on one
-    machine. Memory: six times the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state,
-    best), the factors, and one block of experts.
+    `start` replaces the grouped-SVD start of a family; its codes stand, whatever `coding.initial` is. `on_step` is
+    called after every step with a record of globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on
+    where an interrupted one was, with the same result as if it had not been interrupted, bitwise on a CPU. With
+    `calibration` the error is measured on what the experts compute for the inputs of its text. Deterministic: one seed
+    gives one result on one machine. Memory: six times the bank of one family in fp32 (bank, gradient and what is being
+    added to it, Adam state, best), the factors, and one block of experts.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
@@ -77,7 +79,9 @@ def fit(
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
     if diverged:
-        advice = f"The fit of {' and '.join(diverged)} diverged; the best state before is kept, lower the lr."
+        advice = (
+            f"The fit of {' and '.join(diverged)} diverged; the best state before is kept, {_MILDER[config.solver]}."
+        )
     else:
         advice = _advice(history)
     status = FitStatus(not diverged, advice)
@@ -136,6 +140,7 @@ def _fit_family(
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
     weights = FamilyWeights.measure(source, family, config.device, roots)
+    alternating = config.alternating
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
@@ -146,12 +151,13 @@ def _fit_family(
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
     elif start is not None and family in start:
         state = start[family].copy()
+        alternating = replace(alternating, coding=replace(alternating.coding, initial="given"))
     else:
         state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
     if config.solver == "varpro":
         solver: Solver = VarPro(weights, state, sizes, config.varpro)
     else:
-        solver = Alternating(weights, state, sizes, config.alternating)
+        solver = Alternating(weights, state, sizes, alternating)
     run = _Run(weights, solver, config)
     if saved is not None:
         run.restore(*saved)
@@ -209,7 +215,7 @@ class _Run:
                 if self.best is None:
                     raise GlobeError(
                         f"The fit of {self._weights.family} diverged at step {self._step}, before its support was "
-                        "fixed; lower the lr."
+                        f"fixed; {_MILDER[self._config.solver]}."
                     )
                 return False
             now = time.perf_counter() - began
