@@ -87,7 +87,7 @@ class Alternating:
     def update(self) -> None:
         try:
             self._round()
-        except (SingularBasisError, torch.linalg.LinAlgError):
+        except (SingularBasisError, torch.linalg.LinAlgError):  # type: ignore[reportPrivateImportUsage]
             # the round was not finished; this state is no one's to go on from, also not after an interruption
             self.state.bank.fill_(torch.nan)
         self._step += 1

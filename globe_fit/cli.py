@@ -198,8 +198,11 @@ def sweep_command(
             print_sweep_estimate(title, rows)
         return
     with progress(as_json) as stage:
-        rows = sweep.run(stage, windows)
-    plot = write_rows(rows, out)
+        rows = sweep.run(stage)
+        plot = write_rows(rows, out)
+        if windows is not None:
+            sweep.measure(rows, windows, stage)
+            write_rows(rows, out)
     if as_json:
         _print_json({"points": rows, "plot": None if plot is None else str(plot)})
     else:

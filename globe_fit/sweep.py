@@ -25,7 +25,7 @@ from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file, require_room
@@ -124,7 +124,7 @@ class Sweep:
 
     def _is_finished(self, point: Point) -> bool:
         directory = self._out / point.name
-        if not (directory / CONFIG_NAME).is_file():
+        if not all((directory / name).is_file() for name in (CONFIG_NAME, REPORT_NAME, METRICS_NAME)):
             return False
         config = GlobeCheckpoint(directory).config
         found = {**config.provenance.get("fit", {}), "calibration": config.provenance.get("calibration")}
@@ -154,8 +154,8 @@ class Sweep:
         dense = self._source.base.dense_bytes
         return {"bytes": {"dense_experts": dense, "globe_on_disk": on_disk}, "ratio": on_disk / dense}
 
-    def run(self, stage: Stage, windows: torch.Tensor | None = None) -> list[dict]:
-        """Fit what is not finished; a row per point, with `windows` (globe_fit.evaluate.token_windows) its quality."""
+    def run(self, stage: Stage) -> list[dict]:
+        """Fit what is not finished; a row per point."""
         if self._restart:
             for point in self.points:
                 shutil.rmtree(self._out / point.name, ignore_errors=True)
@@ -163,15 +163,16 @@ class Sweep:
             if point.name not in self.finished:
                 self._fit(point, stage, f"{point.name}, {number} of {len(self.points)}")
             discard_snapshots(self._out / point.name)
-        rows = [self._row(point) for point in self.points]
-        if windows is not None:
-            device = self.points[0].config.device
-            dense = load_model(self._source.model_dir, device)
-            stage.begin("eval", len(rows))
-            for number, row in enumerate(rows, start=1):
-                row |= self._quality(self._out / row["point"], dense, windows, device)
-                stage.advance(number)
-        return rows
+        return [self._row(point) for point in self.points]
+
+    def measure(self, rows: list[dict], windows: torch.Tensor, stage: Stage) -> None:
+        """Add to each row the quality of its point on `windows` (globe_fit.evaluate.token_windows)."""
+        device = self.points[0].config.device
+        dense = load_model(self._source.model_dir, device)
+        stage.begin("eval", len(rows))
+        for number, row in enumerate(rows, start=1):
+            row |= self._quality(self._out / row["point"], dense, windows, device)
+            stage.advance(number)
 
     def _fit(self, point: Point, stage: Stage, name: str) -> None:
         directory, snapshots = self._out / point.name, self._snapshots(point)
@@ -184,14 +185,14 @@ class Sweep:
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)
-        report, families = checkpoint.report(), checkpoint.report()["families"]
+        report = checkpoint.report()
         seconds = {one["family"]: one["seconds"] for one in read_stream(self._out / point.name / METRICS_NAME)}
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
         return {
             "point": point.name,
             **point.key,
             **self._bytes(checkpoint.bytes_on_disk),
-            **{name: {family: families[family][name] for family in FAMILIES} for name in metrics},
+            **{name: {family: report["families"][family][name] for family in FAMILIES} for name in metrics},
             "seconds": sum(seconds.values()),
             "completed": report["status"]["completed"],
         }

@@ -11,6 +11,7 @@ import pytest
 
 from globe_fit.sweep import PLOT_NAME, ROWS_NAME
 from globe_kernels.checkpoint import CONFIG_NAME
+from globe_kernels.errors import GlobeError
 from tests.integration.conftest import assert_refused
 
 SIZES = ("--rank", "16,48", "--atoms", "8", "--support", "2,4", "--palette", "none,6")
@@ -181,6 +182,17 @@ def test_a_point_that_diverges_does_not_stop_the_others(globe, model_dir, tmp_pa
     code, stdout, stderr = globe("sweep", model_dir, *options)
     assert code == 1 and "r16-m8-s4, r48-m8-s4 diverged; the best state before is kept in each" in stderr
     assert [row["completed"] for row in json.loads(stdout)["points"]] == [False, False]
+
+
+def test_a_model_that_cannot_be_evaluated_costs_no_rows(globe, with_tokenizer, tmp_path, monkeypatch):
+    def broken(*_):
+        raise GlobeError("no such model")
+
+    monkeypatch.setattr("globe_fit.sweep.load_model", broken)
+    out, text = tmp_path / "out", ("--text", with_tokenizer / "text.txt")
+    result = globe("sweep", with_tokenizer, "-o", out, "--ratio", "0.8", "--support", "4", *QUICK, *text)
+    assert result[0] == 1 and result[2].endswith("globe: no such model\n")
+    assert len(written(out)) == 1 and "kl" not in written(out)[0]
 
 
 def test_without_matplotlib_there_is_no_plot(globe, model_dir, tmp_path, monkeypatch):
