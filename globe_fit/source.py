@@ -158,7 +158,7 @@ class ExpertSource:
             left_dense=left_dense,
         )
 
-    def _group(self, num_experts: int, expected_layers: list[int]) -> list[ExpertLayer]:
+    def _group(self, configured: int, expected_layers: list[int]) -> list[ExpertLayer]:
         found: dict[int, dict[tuple[str, int | None], str]] = {}
         for key, parsed in self.expert_keys.items():
             found.setdefault(parsed.layer, {})[parsed.matrix, parsed.expert] = key
@@ -174,11 +174,11 @@ class ExpertSource:
                 "checkpoint is incomplete or of another model, download it again."
             )
         counts = {layer: self._count(found[layer]) for layer in expected_layers}
-        if num_experts not in counts.values():  # not layers that differ, but another model's configuration
+        if configured not in counts.values():  # not layers that differ, but another model's configuration
             counts = {}
         layers = []
         for layer in expected_layers:
-            num_experts = counts.get(layer) or num_experts
+            num_experts = counts.get(layer) or configured
             keys: dict[str, list[str]] = {}
             for (matrix, expert), _ in found[layer].items():
                 if matrix not in keys:

@@ -159,6 +159,9 @@ def test_a_layer_with_fewer_experts_than_its_router_has_rows_is_incomplete(model
         ExpertSource(model_dir)
     change_tensor(model_dir, "model.layers.1.mlp.gate.weight", lambda tensor: tensor[:6].contiguous())
     assert ExpertSource(model_dir).base.num_experts == {0: 8, 1: 6, 2: 8}
+    drop_keys(model_dir, lambda key: "layers.2.mlp.experts.7." in key)
+    with pytest.raises(GlobeError, match=r"Layer 2 of .* lacks the \w+ matrix of expert 7 \(1 of 8 missing\)"):
+        ExpertSource(model_dir)
 
 
 FUSED = "model.layers.1.mlp.experts.gate_up_proj"
