@@ -1,6 +1,7 @@
 """The `globe` command: fit, export, eval, inspect, report, demo."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, print_table, progress
 from globe_fit.demo import run_demo
+from globe_fit.distributed import join
 from globe_fit.estimate import Estimate, estimate, estimate_seconds
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
@@ -19,7 +21,7 @@ from globe_fit.loggers import Loggers
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
-from globe_fit.solver import open_snapshots
+from globe_fit.solver import open_snapshots, require_one_rank
 from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
@@ -86,23 +88,29 @@ def fit_command(
     settings = FitConfig.from_options(config, options)
     source = ExpertSource(model_dir)
     sizes = resolve_sizes(source.base, settings)
+    ranks = join(resolve_device(settings.device))
+    require_one_rank(source, settings, calibrate_on is not None, ranks)
     require_room(out, sizes.tensor_bytes)
     if dry_run or memory_limit is not None:
-        needs = estimate(sizes)
+        needs = estimate(sizes, ranks.world)
         if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
             raise RequestError(
-                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB at its peak and the limit is {memory_limit:g}; give "
-                "a smaller ratio, fewer atoms or a smaller rank."
+                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB{_per_rank(needs)} at its peak and the limit is "
+                f"{memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
             )
         if dry_run:
-            _print_estimate(sizes, source, needs, estimate_seconds(source, sizes, settings), as_json)
+            seconds = estimate_seconds(source, sizes, settings, ranks)
+            if ranks.leads:
+                _print_estimate(sizes, source, needs, seconds, as_json)
             return
     if restart:
         discard_snapshots(out)
+        ranks.every(0)  # before one of them writes there
     if calibrate_on is not None and not calibrate_on.is_file():
         raise RequestError(f"{calibrate_on} is not a file; give a text file to calibrate on.")
-    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on)
-    with Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) as log, progress(as_json) as stage:
+    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on, ranks)
+    loggers = Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) if ranks.leads else nullcontext()
+    with loggers as log, progress(as_json or not ranks.leads) as stage:
         calibration = None
         if calibrate_on is not None:
             stage.begin("inputs", 1)
@@ -114,7 +122,9 @@ def fit_command(
                 snapshots=snapshots,
                 on_batch=lambda done, total: stage.advance(done / total),
             )
-        result = fit_with_progress(source, settings, stage, snapshots, calibration, log)
+        result = fit_with_progress(source, settings, stage, snapshots, calibration, log, ranks)
+    if not ranks.leads:
+        return
     save_fit(result, source, out)
     discard_snapshots(out)
     checkpoint = GlobeCheckpoint(out)
@@ -130,6 +140,10 @@ def fit_command(
         _print_fit(figures, out, result.status.advice)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} It is saved in {out}.")
+
+
+def _per_rank(needs: Estimate) -> str:
+    return "" if needs.ranks == 1 else f" on each of {needs.ranks} ranks"
 
 
 def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, seconds: float, as_json: bool) -> None:
@@ -149,8 +163,8 @@ def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, s
         f"experts -> {megabytes(sizes.tensor_bytes)} on disk"
     )
     print(
-        f"peak memory {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block of experts "
-        f"{megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {seconds:.0f} s"
+        f"peak memory{_per_rank(needs)} {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block "
+        f"of experts {megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {seconds:.0f} s"
     )
 
 

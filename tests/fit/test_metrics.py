@@ -10,7 +10,6 @@ from globe_fit.codes import pack_codes
 from globe_fit.diagnostics import (
     SAMPLED_EXPERTS,
     atom_gram,
-    atom_norms,
     coherence,
     compare,
     condition,
@@ -68,7 +67,7 @@ def test_stored_codes_are_the_dense_ones():
 
 def test_atoms_by_hand(monkeypatch):
     bank = torch.tensor([[[3.0, 0], [0, 4]], [[0, 2], [0, 0]], [[3, 0], [0, 0]]])
-    assert atom_norms(bank) == {"atom_norm_min": 2, "atom_norm_median": 3, "atom_norm_max": 5}
+    assert BankState(bank, torch.zeros(1, len(bank)), "identity").atom_norms().tolist() == [5, 2, 3]
     gram = torch.tensor([[25.0, 0, 9], [0, 4, 0], [9, 0, 9]], dtype=torch.float64)
     assert torch.equal(atom_gram(bank), gram)
     monkeypatch.setattr("globe_fit.diagnostics._CHUNK_BYTES", 12)  # one column at a time
