@@ -111,7 +111,7 @@ def join(device: str) -> Ranks:
         local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= found:
             raise RequestError(
-                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {found} GPUs; start one "
+                f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} ranks on a machine with {found} GPU(s); start one "
                 "per GPU, or give --device cpu."
             )
         torch.cuda.set_device(local)
@@ -158,7 +158,7 @@ def end_with_the_others() -> None:
     def watch() -> None:
         while os.read(reader, 1) != bytes([signal.SIGTERM]):
             pass
-        lost = RankLost("torchrun ends this one")
+        lost = RankLost("SIGTERM from torchrun")
         say(str(lost))
         os._exit(lost.exit_code)
 

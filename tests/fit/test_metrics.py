@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from globe_fit import ExpertSource, fit, save_fit, solver
+from globe_fit import ExpertSource, finish, fit, save_fit, solver
 from globe_fit.codes import pack_codes
 from globe_fit.diagnostics import (
     SAMPLED_EXPERTS,
@@ -145,9 +145,9 @@ def test_the_report_agrees_with_itself(fit_tiny):
 
 def test_measuring_changes_nothing(save_tiny, fit_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(solver, "_LOG_EVERY", 10**9)
-    for name in ("measure", "run_time"):
-        monkeypatch.setattr(solver, name, lambda *args, **kwargs: {})
-    monkeypatch.setattr(solver, "spot_checks", lambda *args: [])
+    for module, name in ((solver, "measure"), (solver, "run_time"), (finish, "measure")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: {})
+    monkeypatch.setattr(finish, "spot_checks", lambda *args: [])
     source = ExpertSource(save_tiny("qwen3_moe"))
     save_fit(fit(source, TINY_FIT), source, tmp_path)
     first, second = ((path / "globe.safetensors").read_bytes() for path in (fit_tiny()[0], tmp_path))
