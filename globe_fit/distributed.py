@@ -7,6 +7,7 @@ of a bank crosses between ranks while steps are taken. What needs whole experts,
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -169,4 +170,5 @@ def _collective(function: Callable, *args: Any, **options: Any) -> None:
     try:
         function(*args, **options)
     except RuntimeError as error:
-        raise RankLost(str(error).splitlines()[0].rstrip(". ")) from error
+        what = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0])  # without the place in the source of gloo
+        raise RankLost(what.split(". ")[0].rstrip(".")) from error
