@@ -8,25 +8,35 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Exit code 0: done; 1: failed under way; 2: cannot be done as asked; 130: interrupted."""
+    try:
+        # the imports take seconds, and Ctrl-C during them must not print a traceback either
+        from transformers.utils import logging
+
+        from globe_fit import distributed
+    except KeyboardInterrupt:
+        print("globe: interrupted.", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    distributed.end_with_the_others()
     code, message = _run()
     if message:
-        print(f"globe: {message}", file=sys.stderr)
+        distributed.say(message)
     sys.exit(code)
 
 
 def _run() -> tuple[int, str]:
     try:
-        # the imports take seconds, and Ctrl-C during them must not print a traceback either
-        from transformers.utils import logging
-
         from globe_fit.cli import app
-        from globe_kernels.errors import GlobeError
+        from globe_fit.distributed import leave, ranks_in_all
+        from globe_kernels.errors import GlobeError, RequestError
     except KeyboardInterrupt:
         return _INTERRUPTED, "interrupted."
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
+        if ranks_in_all() > 1 and sys.argv[1:2] != ["fit"]:
+            raise RequestError("Under torchrun there is globe fit only; run other commands without it.")
         code = app(standalone_mode=False) or 0
+        leave()
     except GlobeError as error:
         return error.exit_code, str(error)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 import torch
 
+from globe_fit.distributed import ALONE, Ranks
 from globe_kernels.ops.counters import call_counts, count_call
 
 _LARGER_RIDGE = (1.0, 1e2, 1e4)
@@ -12,13 +13,16 @@ class SingularBasisError(RuntimeError):
     """A Gram matrix that no ridge mends: the basis holds NaN or infinity."""
 
 
-def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float) -> torch.Tensor:
-    """(E, P, R) from weights (E, P, D) and basis (E, R, D), in the dtype of `basis`.
+def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float, ranks: Ranks = ALONE) -> torch.Tensor:
+    """(E, P, R) from weights (E, P, D) and basis (E, R, D), in the dtype of `basis`; over several `ranks` from the
+    columns that each holds, the same on all.
 
     `ridge` is relative to the mean diagonal of each Gram matrix Bhat Bhat^T. Where the Cholesky
     factorisation fails, the ridge of all experts is raised, at most twice; then SingularBasisError.
     """
-    return solve_spd(basis @ basis.mT, (weights @ basis.mT).mT, ridge)[0].mT
+    gram, cross = basis @ basis.mT, weights @ basis.mT
+    ranks.all_sum(gram, cross)
+    return solve_spd(gram, cross.mT, ridge)[0].mT
 
 
 def solve_spd(gram: torch.Tensor, right: torch.Tensor, ridge: float = 1e-6) -> tuple[torch.Tensor, int]:
@@ -50,10 +54,10 @@ def regularised_solves() -> int:
     return call_counts().get(_REGULARISED, 0)
 
 
-def refit_adapters(weights: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+def refit_adapters(weights: torch.Tensor, basis: torch.Tensor, ranks: Ranks = ALONE) -> torch.Tensor:
     """(E, P, R) float64: the adapters that are stored, on raw weights and the basis as it will be composed.
 
     This folds the normalisation of the fit into the adapters: exactly for the scale, as well as a
     matrix of the row space of the basis can for the mean.
     """
-    return solve_adapters(weights.double(), basis.double(), ridge=1e-12)
+    return solve_adapters(weights.double(), basis.double(), 1e-12, ranks)

@@ -30,12 +30,15 @@ def stored_svd(weights: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
-    """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936)."""
+    """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936).
+
+    Of several ranks each decomposes its share of the experts, whole.
+    """
     lost = [0.0] * len(ranks)
-    for block in weights.raw():
+    for block in weights.raw(weights.ranks.part(weights.source.base.total_experts)):
         narrow = block.weights if block.weights.shape[1] <= block.weights.shape[2] else block.weights.mT
         spectrum = torch.linalg.eigvalsh((narrow @ narrow.mT).double()).clamp_min(0)  # ascending
         for place, rank in enumerate(ranks):
             lost[place] += spectrum[:, : max(spectrum.shape[1] - rank, 0)].sum().item()
         del block, narrow  # before the next one is read
-    return [share(value, weights.statistics.total_energy) for value in lost]
+    return [share(value, weights.statistics.total_energy) for value in weights.ranks.sums(*lost)]

@@ -74,7 +74,7 @@ def calibrate(
     result = Calibration(Path(text).name, sha256(Path(text)), windows.numel(), moments)
     if snapshots is not None:
         tensors = {str(layer): moment for layer, moment in moments.items()}
-        snapshots.save(_NAME, tensors, {"calibration": result.facts})
+        snapshots.save(_NAME, 0, tensors, {"calibration": result.facts})
     return result
 
 

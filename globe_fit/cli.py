@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from globe_fit.calibration import calibrate
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
+from globe_fit.distributed import join
 from globe_fit.estimate import estimate, estimate_seconds
 from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
@@ -20,11 +22,12 @@ from globe_fit.loggers import Loggers
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
-from globe_fit.solver import open_snapshots
+from globe_fit.solver import open_snapshots, require_one_rank
 from globe_fit.source import ExpertSource
 from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_lists, write_rows
 from globe_fit.tables import (
     left_dense_note,
+    per_rank,
     print_demo,
     print_estimate,
     print_fit,
@@ -33,7 +36,7 @@ from globe_fit.tables import (
     print_sweep,
     print_sweep_estimate,
 )
-from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, GlobeCheckpoint
+from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.files import require_room
 from globe_kernels.patching import patch
@@ -52,13 +55,10 @@ def _print_json(figures: dict) -> None:
     print(json.dumps(figures, indent=2))
 
 
-def _open_source(model_dir: Path) -> ExpertSource:
-    """The model to fit; on stderr, what of its experts is left out."""
-    source = ExpertSource(model_dir)
-    if source.base.left_dense:
-        shape = (source.base.intermediate_size, source.base.hidden_size)
-        print(f"globe: {left_dense_note(shape, source.base.left_dense)}", file=sys.stderr)
-    return source
+def _say_what_is_left_dense(base: BaseModel) -> None:
+    if base.left_dense:
+        note = left_dense_note((base.intermediate_size, base.hidden_size), base.left_dense)
+        print(f"globe: {note}", file=sys.stderr)
 
 
 @app.command("fit")
@@ -104,15 +104,19 @@ def fit_command(
         "steps": steps,
     }
     settings = FitConfig.from_options(config, options)
-    source = _open_source(model_dir)
+    source = ExpertSource(model_dir)
     sizes = resolve_sizes(source.base, settings)
+    ranks = join(resolve_device(settings.device))
+    require_one_rank(source, settings, calibrate_on is not None, ranks)
+    if ranks.leads:
+        _say_what_is_left_dense(source.base)
     require_room(out, sizes.tensor_bytes)
     if dry_run or memory_limit is not None:
-        needs = estimate(sizes)
+        needs = estimate(sizes, ranks.world)
         if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
             raise RequestError(
-                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB at its peak and the limit is {memory_limit:g}; give "
-                "a smaller ratio, fewer atoms or a smaller rank."
+                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB{per_rank(needs.ranks)} at its peak and the limit is "
+                f"{memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
             )
         if dry_run:
             figures = {
@@ -121,19 +125,21 @@ def fit_command(
                 "bytes": {"dense_experts": source.base.dense_bytes, "globe_on_disk": sizes.tensor_bytes},
                 **asdict(needs),
                 "peak_bytes": needs.peak_bytes,
-                "seconds": estimate_seconds(source, sizes, settings),
+                "seconds": estimate_seconds(source, sizes, settings, ranks),
             }
-            if as_json:
+            if ranks.leads and as_json:
                 _print_json(figures)
-            else:
+            elif ranks.leads:
                 print_estimate(figures)
             return
     if restart:
         discard_snapshots(out)
+        ranks.every(0)  # before one of them writes there
     if calibrate_on is not None and not calibrate_on.is_file():
         raise RequestError(f"{calibrate_on} is not a file; give a text file to calibrate on.")
-    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on)
-    with Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) as log, progress(as_json) as stage:
+    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on, ranks)
+    loggers = Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) if ranks.leads else nullcontext()
+    with loggers as log, progress(as_json or not ranks.leads) as stage:
         calibration = None
         if calibrate_on is not None:
             stage.begin("inputs", 1)
@@ -145,7 +151,9 @@ def fit_command(
                 snapshots=snapshots,
                 on_batch=lambda done, total: stage.advance(done / total),
             )
-        result = fit_with_progress(source, settings, stage, snapshots, calibration, log)
+        result = fit_with_progress(source, settings, stage, snapshots, calibration, log, ranks)
+    if not ranks.leads:
+        return
     save_fit(result, source, out)
     discard_snapshots(out)
     checkpoint = GlobeCheckpoint(out)
@@ -185,8 +193,9 @@ def sweep_command(
     """Fit every combination of sizes; the same command goes on after an interruption."""
     lists = read_lists({"ratio": ratio, "rank": rank, "atoms": atoms, "support": support, "palette": palette})
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
-    source = _open_source(model_dir)
+    source = ExpertSource(model_dir)
     points = plan(source, settings, lists)
+    _say_what_is_left_dense(source.base)
     windows = None if text is None else token_windows(model_dir, text)
     sweep = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
     title = f"{len(points)} points on {source.base.name}; gate / up"

@@ -2,6 +2,7 @@
 
 import torch
 
+from globe_fit.distributed import ALONE, Ranks
 from globe_fit.state import BankState
 from globe_kernels.checkpoint import BaseModel, Code, GlobeConfig
 
@@ -21,10 +22,10 @@ def layer_palettes(weight: torch.Tensor, base: BaseModel, palette: int) -> torch
 
 
 @torch.no_grad()
-def fix_support(state: BankState, allowed: torch.Tensor, sizes: GlobeConfig) -> torch.Tensor:
+def fix_support(state: BankState, allowed: torch.Tensor, sizes: GlobeConfig, ranks: Ranks = ALONE) -> torch.Tensor:
     """(n, M) bool: of the allowed atoms those of largest |alpha_ij| ||B_j||, as many as an expert may keep and within
     its layer's palette. The codes of the others become zero."""
-    weight = state.codes.abs() * state.bank.flatten(1).norm(dim=1)
+    weight = state.codes.abs() * state.atom_norms(ranks)
     if sizes.palette is not None:
         allowed = allowed & layer_palettes(weight, sizes.base, sizes.palette)
     allowed = allowed & largest_support(weight * allowed, sizes.support)

@@ -32,9 +32,11 @@ _POINTS = 128  # of a spectrum that is kept
 def measure(weights: FamilyWeights, state: BankState, *, dear: bool) -> dict:
     """The metrics of `state`; `dear` adds the coherence of the bank, the condition numbers and the sampled experts.
     What is not finite is None."""
-    found = sparsity(state.codes, weights.source.base) | atom_norms(state.bank)
+    norms = state.atom_norms(weights.ranks)
+    found = sparsity(state.codes, weights.source.base) | _spread("atom_norm", norms)
     if dear:
         gram = atom_gram(state.bank)
+        weights.ranks.all_sum(gram)
         if torch.isfinite(gram).all():  # a state on its way to divergence cannot be decomposed
             used = state.codes[:, (state.codes != 0).any(0)].double()
             found |= coherence(gram) | {"codes_condition": condition(used.T @ used)} | sampled(weights, state)
@@ -77,11 +79,6 @@ def support_overlap(first: torch.Tensor, second: torch.Tensor) -> float:
 def dense_codes(code: Code, num_atoms: int) -> torch.Tensor:
     """(n, M) from the sparse storage."""
     return torch.zeros(len(code.value), num_atoms).scatter_add_(1, code.index.long(), code.value)
-
-
-def atom_norms(bank: torch.Tensor) -> dict:
-    """Frobenius norms of the atoms."""
-    return _spread("atom_norm", torch.linalg.vector_norm(bank.detach(), dim=(1, 2)))
 
 
 def atom_gram(bank: torch.Tensor) -> torch.Tensor:
@@ -138,8 +135,9 @@ def sampled(weights: FamilyWeights, state: BankState) -> dict:
 
 
 def _sampled(weights: FamilyWeights, state: BankState, place: int) -> dict[str, float]:
-    expert = (weights.expert(place).weights[0] - weights.statistics.mean) / weights.statistics.scale
-    basis = state.basis(slice(place, place + 1))[0].double()
+    (block,) = weights.normalised(slice(place, place + 1))
+    expert = block.weights[0]
+    basis = weights.ranks.whole(state.basis(block.places)[0], expert.shape[1]).double()
     values = spectrum(expert)
     # W Q Q^T is the best that adapters can do with a basis whose rows span Q
     held = spectrum(expert.double() @ torch.linalg.qr(basis.mT).Q)
@@ -160,7 +158,7 @@ def spot_checks(weights: FamilyWeights, factors: FamilyFactors, phi: str) -> lis
 
 
 def _spot_check(weights: FamilyWeights, factors: FamilyFactors, phi: str, place: int) -> dict:
-    block = weights.expert(place)
+    (block,) = weights.raw(slice(place, place + 1))
     stored = reconstruct(factors.at(block.places), factors.bank, phi)[0].to(weights.device)
     return {"layer": block.layer.layer, "expert": block.experts.start, **compare(block.weights[0], stored)}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from globe_fit.config import FitConfig, resolve_device
+from globe_fit.distributed import ALONE, Ranks
 from globe_fit.objective import FamilyWeights, Statistics, block_experts
 from globe_fit.source import ExpertSource
 from globe_fit.state import BankState
@@ -22,11 +23,12 @@ _BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the fit of both families, one after the other."""
+    """Of the fit of both families, one after the other; of several ranks, of the first, which takes the most."""
 
     solver_bytes: int  # on the device of the fit
     block_bytes: int  # likewise
     factor_bytes: int  # in host memory
+    ranks: int = 1
 
     @property
     def peak_bytes(self) -> int:
@@ -34,29 +36,32 @@ class Estimate:
         return self.solver_bytes + self.block_bytes + self.factor_bytes
 
 
-def estimate(sizes: GlobeConfig) -> Estimate:
+def estimate(sizes: GlobeConfig, ranks: int = 1) -> Estimate:
     """By the sizes alone: nothing is read and nothing allocated."""
     base = sizes.base
+    columns = -(-base.hidden_size // ranks)  # of the rank that has most
     bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
     codes = base.total_experts * sizes.num_atoms * 4
     experts = block_experts(max(base.num_experts.values()), base.intermediate_size, base.hidden_size)
-    weights = experts * base.intermediate_size * base.hidden_size * 4
-    bases = experts * sizes.rank * base.hidden_size * 4
+    weights = experts * base.intermediate_size * columns * 4
+    bases = experts * sizes.rank * columns * 4
     adapters = base.total_experts * base.intermediate_size * sizes.rank * sizes.torch_dtype.itemsize
     return Estimate(
-        solver_bytes=_BANKS * bank + _CODES * codes,
+        solver_bytes=_BANKS * bank * columns // base.hidden_size + _CODES * codes,
         block_bytes=_BLOCKS * weights + _BASES * bases,
         factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
+        ranks=ranks,
     )
 
 
-def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig) -> float:
+def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
     """Reads one block of experts and takes the step of that block twice; holds a bank and its gradient meanwhile."""
     device = resolve_device(config.device)
-    bank = torch.randn(sizes.bank_shape(), device=device, requires_grad=True)
     codes = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device, requires_grad=True)
+    weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks)
+    columns = weights.columns.stop - weights.columns.start
+    bank = torch.randn(*sizes.bank_shape()[:2], columns, device=device, requires_grad=True)
     state = BankState(bank, codes, sizes.phi)
-    weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}))
     took = experts = 0
     for _ in range(2):  # the first reads from the disk and warms up
         began = time.perf_counter()

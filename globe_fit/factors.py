@@ -40,7 +40,7 @@ class FitResult:
     """What `globe_fit.fit` returns, whatever the options.
 
     `report` has the errors per layer and family beside the baselines; `history` one record per logged
-    step. Save it with `globe_fit.export.save_fit`.
+    step. Over several ranks only the first has the banks and the adapters. Save it with `globe_fit.export.save_fit`.
     """
 
     config: GlobeConfig

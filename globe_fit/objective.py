@@ -9,6 +9,8 @@ one scale per family; errors that are reported are always those of the stored fa
 
 A calibrated fit measures each row of an error in the metric of its layer (globe_fit.calibration): every matrix of D
 columns is multiplied by L_l, C_l = L_l L_l^T, before it enters the norm.
+
+Of several ranks (globe_fit.distributed) each sees its own columns of every W_i.
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from globe_fit.distributed import ALONE, Ranks
 from globe_fit.source import ExpertLayer, ExpertSource
 
 
@@ -40,7 +43,7 @@ class Block:
     layer: ExpertLayer
     experts: range  # within the layer
     places: slice  # among all n experts
-    weights: torch.Tensor  # (len(experts), P, D) float32
+    weights: torch.Tensor  # (len(experts), P, D) float32, D of the columns that were asked for
 
 
 def share(part: float, whole: float) -> float:
@@ -66,29 +69,37 @@ class FamilyWeights:
     statistics: Statistics
     roots: dict[int, torch.Tensor] | None = None  # layer id -> L (D, D) of a calibrated fit
     normalised_energy: float = 1.0  # sum of squares of the normalised weights, in the metric
+    ranks: Ranks = ALONE
 
     @classmethod
     def measure(
-        cls, source: ExpertSource, family: str, device: str, roots: dict[int, torch.Tensor] | None = None
+        cls,
+        source: ExpertSource,
+        family: str,
+        device: str,
+        roots: dict[int, torch.Tensor] | None = None,
+        ranks: Ranks = ALONE,
     ) -> "FamilyWeights":
         """A pass over the weights for their statistics, with `roots` another for their energy in the metric.
 
         Raises GlobeError when a weight is NaN or infinite.
         """
-        total, energy, count = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0), 0
-        for block in _blocks(source, family):
+        total, energy = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0)
+        count = source.base.total_experts * source.base.intermediate_size * source.base.hidden_size
+        for block in _blocks(source, family, ranks):
             source.require_finite(block.layer, family, block.experts, block.weights)
             total += block.weights.sum(dtype=torch.float64).item()
             # per expert: an fp64 copy of one, not of the block
             energy[block.layer.layer] += sum(expert.double().square().sum().item() for expert in block.weights)
-            count += block.weights.numel()
             del block  # before the next block is read
+        total, *energies = ranks.sums(total, *energy.values())
+        energy = dict(zip(energy, energies, strict=True))
         mean = total / count
         scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
         if roots is not None:
             roots = {layer: root.to(device) for layer, root in roots.items()}
         # without a metric: one per weight, by definition of the scale
-        measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), roots, float(count))
+        measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), roots, float(count), ranks)
         if roots is None:
             return measured
         in_metric = sum(
@@ -100,21 +111,20 @@ class FamilyWeights:
         """`matrices` (..., D) of the experts of a block, as their squares are to be summed."""
         return matrices if self.roots is None else matrices @ self.roots[block.layer.layer]
 
-    def raw(self) -> Iterator[Block]:
-        """All experts as they are stored."""
+    @property
+    def columns(self) -> slice:
+        """Those of the D columns that this rank holds."""
+        return self.ranks.part(self.source.base.hidden_size)
+
+    def raw(self, whole: slice | None = None) -> Iterator[Block]:
+        """All experts as they are stored, in the columns of this rank; or only those at the places `whole` among all n,
+        in all columns."""
         # map, not a loop: a loop variable would keep a block alive while the next one is waited for
-        return map(self._to_device, _read_ahead(_blocks(self.source, self.family)))
+        return map(self._to_device, _read_ahead(_blocks(self.source, self.family, self.ranks, whole)))
 
-    def expert(self, place: int) -> Block:
-        """One expert as it is stored; `place` counts all n experts."""
-        layer, places = next(one for one in self.source.blocks if place < one[1].stop)
-        experts = range(place - places.start, place - places.start + 1)
-        weights = self.source.read(layer, self.family, experts)
-        return self._to_device(Block(layer, experts, slice(place, place + 1), weights))
-
-    def normalised(self) -> Iterator[Block]:
-        """All experts with mean 0 and standard deviation 1 over the family."""
-        return map(self._normalise, self.raw())
+    def normalised(self, whole: slice | None = None) -> Iterator[Block]:
+        """The same with mean 0 and standard deviation 1 over the family."""
+        return map(self._normalise, self.raw(whole))
 
     def _to_device(self, block: Block) -> Block:
         return replace(block, weights=block.weights.to(self.device))
@@ -141,10 +151,16 @@ def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
             del block  # before the next one is waited for
 
 
-def _blocks(source: ExpertSource, family: str) -> Iterator[Block]:
-    for layer, places in source.blocks:
-        size = block_experts(layer.num_experts, source.base.intermediate_size, source.base.hidden_size)
-        for first in range(0, layer.num_experts, size):
-            experts = range(first, min(first + size, layer.num_experts))
-            own = slice(places.start + experts.start, places.start + experts.stop)
-            yield Block(layer, experts, own, source.read(layer, family, experts))
+def _blocks(source: ExpertSource, family: str, ranks: Ranks, whole: slice | None = None) -> Iterator[Block]:
+    width = source.base.hidden_size
+    columns = ranks.part(width) if whole is None else slice(0, width)
+    places = slice(0, source.base.total_experts) if whole is None else whole
+    for layer, inside in source.blocks:
+        size = block_experts(layer.num_experts, source.base.intermediate_size, width)
+        if whole is not None:
+            size = max(1, size // ranks.world)  # in the bytes of a block of columns
+        start, stop = max(inside.start, places.start), min(inside.stop, places.stop)
+        for first in range(start, stop, size):
+            own = slice(first, min(first + size, stop))
+            experts = range(own.start - inside.start, own.stop - inside.start)
+            yield Block(layer, experts, own, source.read(layer, family, experts, columns))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from globe_fit.config import FitConfig
+from globe_fit.distributed import ALONE, Ranks
 from globe_fit.factors import FitResult
 from globe_fit.snapshots import Snapshots
 from globe_fit.solver import OnStep, fit
@@ -30,6 +31,7 @@ def fit_with_progress(
     snapshots: Snapshots | None = None,
     calibration: "Calibration | None" = None,
     log: OnStep | None = None,
+    ranks: Ranks = ALONE,
     name: str = "fit",
 ) -> FitResult:
     """`fit`, as one stage of all steps of both families; `log` gets the record of each step."""
@@ -41,4 +43,4 @@ def fit_with_progress(
         if log is not None:
             log(record)
 
-    return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=calibration)
+    return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=calibration, ranks=ranks)

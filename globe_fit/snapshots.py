@@ -1,4 +1,8 @@
-"""Where an interrupted fit goes on: one file per family beside the checkpoint to be, replaced whole or not at all."""
+"""Where an interrupted fit goes on: files beside the checkpoint to be, one per family, step and rank.
+
+A rank writes its part of a step, waits until all have, and removes that of the step before. Whenever a rank is killed,
+there is so a step of which every part is complete, and the newest such step is where the fit goes on.
+"""
 
 import json
 import math
@@ -14,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from globe_fit.distributed import ALONE, Ranks
 from globe_kernels.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
@@ -24,26 +29,44 @@ _ABSENT = object()
 
 
 class Snapshots:
-    """The snapshots of one fit in `out`.
+    """The snapshots of one fit in `out`, a directory that all `ranks` see.
 
-    `identity` is what a fit must have in common with the one that it continues, as JSON: its settings and its model.
-    Raises RequestError, with the settings that differ, when `out` holds the snapshots of another fit.
+    `identity` is what a fit must have in common with the one that it continues, as JSON: its settings and its model;
+    the number of ranks is part of it. Raises RequestError, with the settings that differ, when `out` holds the
+    snapshots of another fit.
     """
 
-    def __init__(self, out: str | Path, identity: dict, minutes: float = 5.0):
+    def __init__(self, out: str | Path, identity: dict, minutes: float = 5.0, ranks: Ranks = ALONE):
         self.directory = Path(out) / _DIRECTORY
-        self._identity, self._seconds = identity, 60 * minutes
+        self._identity, self._seconds = identity | {"ranks": ranks.world}, 60 * minutes
         self._last = time.monotonic()
-        self._stop = False
-        for path in self._paths():
+        self._stop, self._ranks = False, ranks
+        for path in self._parts():
             self._require_same(path)
+        self._keep_common_steps()
 
-    def _paths(self) -> list[Path]:
-        return sorted(self.directory.glob("[!.]*.safetensors"))  # a kill leaves .staging-*
+    def _parts(self, name: str = "*") -> list[Path]:
+        """What this rank has written, of each step."""
+        return sorted(self.directory.glob(f"{name}-*-{self._ranks.rank}.safetensors"))
+
+    def _keep_common_steps(self) -> None:
+        """Of each family the newest step that all ranks have, and of this rank no other."""
+        newest = [max((_step(path) for path in self._parts(family)), default=-1) for family in FAMILIES]
+        # a rank goes on to the next step only when all have this one: the newest of the last rank is what all have
+        common = [min(steps) for steps in zip(*self._ranks.every(*newest), strict=True)]
+        for family, step in zip(FAMILIES, common, strict=True):
+            self._remove(family, but=int(step))
+        for partial in self.directory.glob(f"*-{self._ranks.rank}.safetensors.partial"):  # a kill leaves them
+            partial.unlink()
+
+    def _remove(self, name: str, but: int) -> None:
+        for path in self._parts(name):
+            if _step(path) != but:
+                path.unlink()
 
     def reached(self) -> dict[str, float]:
         """{family: the step with which its fit goes on, infinite when it is finished}"""
-        facts = {path.stem: self._facts(path) for path in self._paths() if path.stem in FAMILIES}
+        facts = {family: self._facts(path) for family in FAMILIES for path in self._parts(family)}
         return {family: math.inf if one["done"] else one["step"] for family, one in facts.items()}
 
     def _require_same(self, path: Path) -> None:
@@ -54,10 +77,11 @@ class Snapshots:
             )
 
     def load(self, family: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """(tensors, facts) that were saved of a family; None when there are none."""
-        path = self.directory / f"{family}.safetensors"
-        if not path.is_file():
+        """(tensors, facts) that this rank saved of a family; None when there are none."""
+        parts = self._parts(family)
+        if not parts:
             return None
+        (path,) = parts
         facts = self._facts(path)
         with safe_open(path, framework="pt") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}, facts  # noqa: SIM118
@@ -71,26 +95,32 @@ class Snapshots:
                 f"The snapshot {path} is damaged ({error}); pass --restart to discard it and begin again."
             ) from error
 
-    def save(self, family: str, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-        """Replace the snapshot of a family. Raises GlobeError for a full disk, and the one before is kept."""
+    def save(self, family: str, step: int, tensors: dict[str, torch.Tensor], facts: dict) -> None:
+        """Replace the snapshot of a family, the part of this rank, by that of `step`; all ranks save the same. Raises
+        GlobeError for a full disk, and the one before is kept."""
         self.directory.mkdir(parents=True, exist_ok=True)
         metadata = {"facts": json.dumps(facts | {"identity": self._identity})}
         try:
-            with replacing_file(self.directory / f"{family}.safetensors") as path:
+            with replacing_file(self.directory / f"{family}-{step}-{self._ranks.rank}.safetensors") as path:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
         finally:
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
+        self._ranks.every(0)  # all have written theirs
+        self._remove(family, but=step)
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time for the next one."""
-        return self._stop or time.monotonic() - self._last >= self._seconds
+        """Whether it is time for the next one: on one rank is on all."""
+        return self._any(self._stop or time.monotonic() - self._last >= self._seconds)
 
     def stop_if_asked(self) -> None:
-        """Raises KeyboardInterrupt when Ctrl-C was pressed since the last call: what was saved is complete."""
-        if self._stop:
+        """Raises KeyboardInterrupt, on all ranks, when Ctrl-C was pressed: what was saved is complete."""
+        if self._any(self._stop):
             raise KeyboardInterrupt
+
+    def _any(self, wish: bool) -> bool:
+        return any(value for (value,) in self._ranks.every(wish))
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
@@ -127,6 +157,10 @@ def differences(found: dict, wanted: dict) -> str:
     was, now = (_flat(json.loads(json.dumps(one))) for one in (found, wanted))
     differing = [key for key in {**now, **was} if was.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in differing)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.split("-")[-2])
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:

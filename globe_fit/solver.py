@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from globe_fit.adapters import refit_adapters, regularised_solves
+from globe_fit.adapters import regularised_solves
 from globe_fit.alternating import Alternating
-from globe_fit.baselines import equal_byte_rank, svd_errors
-from globe_fit.codes import pack_codes
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
-from globe_fit.diagnostics import dense_codes, measure, palette_sizes, run_time, spot_checks, support_overlap
+from globe_fit.diagnostics import dense_codes, measure, run_time, support_overlap
+from globe_fit.distributed import ALONE, Ranks
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
+from globe_fit.finish import finish
 from globe_fit.metrics import check_names
 from globe_fit.objective import FamilyWeights, share
 from globe_fit.snapshots import Snapshots
@@ -31,7 +31,6 @@ from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import sha256
-from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ def fit(
     on_step: OnStep | None = None,
     snapshots: Snapshots | None = None,
     calibration: "Calibration | None" = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
 
@@ -60,11 +60,14 @@ def fit(
     called after every step with a record of globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on
     where an interrupted one was, with the same result as if it had not been interrupted, bitwise on a CPU. With
     `calibration` the error is measured on what the experts compute for the inputs of its text. Deterministic: one seed
-    gives one result on one machine. Memory: six times the bank of one family in fp32 (bank, gradient and what is being
-    added to it, Adam state, best), the factors, and one block of experts.
+    gives one result on one machine. With `ranks` (from globe_fit.distributed) this process is one of several that fit
+    together, each with some columns of the weights and of the bank; the result is the first rank's. Memory: six times
+    the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), the factors, and
+    one block of experts.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
+    require_one_rank(source, config, calibration is not None, ranks)
     if calibration is not None and config.solver != "varpro":
         raise RequestError(
             f"solver is {config.solver} and a text to calibrate on is given; only varpro fits to a text."
@@ -74,7 +77,8 @@ def fit(
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
         roots = None if calibration is None else calibration.roots()
         fits = {
-            family: _fit_family(source, family, sizes, config, roots, start, on_step, snapshots) for family in FAMILIES
+            family: _fit_family(source, family, sizes, config, roots, start, on_step, snapshots, ranks)
+            for family in FAMILIES
         }
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
@@ -96,14 +100,33 @@ def fit(
     return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
 
 
+def require_one_rank(source: ExpertSource, config: FitConfig, calibrated: bool, ranks: Ranks) -> None:
+    """Raises RequestError for what several ranks cannot do together."""
+    if ranks.world == 1:
+        return
+    if config.solver != "varpro" or calibrated:
+        what = "A fit to a text" if calibrated else f"The solver {config.solver}"
+        raise RequestError(f"{what} runs on one rank and torchrun started {ranks.world}; run it without torchrun.")
+    if source.base.hidden_size < ranks.world:
+        raise RequestError(
+            f"The experts have {source.base.hidden_size} columns to split and torchrun started {ranks.world} ranks; "
+            "start at most one per column."
+        )
+
+
 def open_snapshots(
-    out: str | Path, source: ExpertSource, config: FitConfig, minutes: float = 5.0, text: Path | None = None
+    out: str | Path,
+    source: ExpertSource,
+    config: FitConfig,
+    minutes: float = 5.0,
+    text: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Snapshots:
-    """Snapshots in `out` for `fit(source, config)`, calibrated on `text`. Raises RequestError when `out` holds those of
-    another fit."""
+    """Snapshots in `out` for `fit(source, config)`, calibrated on `text`, over `ranks`. Raises RequestError when `out`
+    holds those of another fit."""
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
     identity["calibration"] = None if text is None else sha256(text)
-    return Snapshots(out, identity, minutes)
+    return Snapshots(out, identity, minutes, ranks)
 
 
 @dataclass(frozen=True)
@@ -113,11 +136,11 @@ class _FamilyFit:
     history: list[dict]
     completed: bool
 
-    def save(self, snapshots: Snapshots, family: str) -> None:
+    def save(self, snapshots: Snapshots, family: str, step: int) -> None:
         f = self.factors
         tensors = {"bank": f.bank, "adapter": f.adapter, "index": f.code.index, "value": f.code.value}
         facts = {"done": True, "report": self.report, "history": self.history, "completed": self.completed}
-        snapshots.save(family, tensors, facts)
+        snapshots.save(family, step, tensors, facts)
 
     @classmethod
     def load(cls, tensors: dict[str, torch.Tensor], facts: dict) -> "_FamilyFit":
@@ -134,12 +157,13 @@ def _fit_family(
     start: dict[str, BankState] | None,
     on_step: OnStep | None,
     snapshots: Snapshots | None,
+    ranks: Ranks,
 ) -> _FamilyFit:
     """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    weights = FamilyWeights.measure(source, family, config.device, roots)
+    weights = FamilyWeights.measure(source, family, config.device, roots, ranks)
     alternating = config.alternating
     if saved is not None:
         tensors, facts = saved
@@ -150,7 +174,7 @@ def _fit_family(
             )
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
     elif start is not None and family in start:
-        state = start[family].copy()
+        state = replace(start[family], bank=start[family].bank[..., weights.columns]).copy()
         alternating = replace(alternating, coding=replace(alternating.coding, initial="given"))
     else:
         state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
@@ -166,10 +190,10 @@ def _fit_family(
     best, history = run.best, run.history
     assert best is not None
     del run
-    factors, report = _finalise(weights, best, sizes)
+    factors, report = finish(weights, best, sizes)
     done = _FamilyFit(factors, report, history, completed)
     if snapshots is not None:
-        done.save(snapshots, family)
+        done.save(snapshots, family, config.steps + 1)  # after that of any step
         snapshots.stop_if_asked()
     return done
 
@@ -227,7 +251,7 @@ class _Run:
             solver.update()
             self._step += 1
             if snapshots is not None and snapshots.due():
-                snapshots.save(self._weights.family, self._tensors(), self._facts())
+                snapshots.save(self._weights.family, self._step, self._tensors(), self._facts())
                 snapshots.stop_if_asked()
 
     def _record(self, error: float, on_step: OnStep | None) -> None:
@@ -281,49 +305,6 @@ class _Run:
         if "best.bank" in tensors:
             self.best = self._solver.state.copy()
             self.best.copy_(BankState(tensors["best.bank"], tensors["best.codes"], self.best.phi))
-
-
-def _finalise(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:
-    """Round to the stored dtype, refit the adapters on the raw weights, measure what is stored."""
-    base, dtype = sizes.base, sizes.torch_dtype
-    bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
-    adapter = torch.empty(base.total_experts, base.intermediate_size, sizes.rank, dtype=dtype)
-    lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
-    lost_in_metric, energy_in_metric = 0.0, 0.0
-    for block in weights.raw():
-        # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
-        basis = compose_basis_ref(code.index[block.places], code.value[block.places], bank, sizes.phi, dtype)
-        target = weights.in_metric(block, block.weights)
-        stored = refit_adapters(target, weights.in_metric(block, basis.float())).to(dtype)
-        adapter[block.places] = stored.cpu()
-        residual = block.weights - stored.float() @ basis.float()
-        lost_in_metric += weights.in_metric(block, residual).square().sum(dtype=torch.float64).item()
-        energy_in_metric += target.square().sum(dtype=torch.float64).item()
-        lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
-        residual_sum += residual.sum(dtype=torch.float64).item()
-        del block, basis, target, stored, residual  # before the next block is read
-    factors = FamilyFactors(bank.cpu(), Code(code.index.cpu(), code.value.cpu()), adapter)
-    count = base.total_experts * base.intermediate_size * base.hidden_size
-    statistics = weights.statistics
-    svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
-    svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
-    report = {
-        "relative_error": share(sum(lost.values()), statistics.total_energy),
-        "calibrated_error": None if weights.roots is None else share(lost_in_metric, energy_in_metric),
-        "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
-        "mse": sum(lost.values()) / count,
-        "energy": statistics.total_energy,
-        "svd_equal_bytes": svd,
-        "svd_equal_bytes_rank": svd_rank,
-        "rank_bound": bound,
-        "mean": statistics.mean,
-        "scale": statistics.scale,
-        "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
-        **measure(weights, best, dear=True),
-        "palette_sizes": palette_sizes(best.codes, base),
-        "spot_checks": spot_checks(weights, factors, sizes.phi),
-    }
-    return factors, check_names(report)
 
 
 def _advice(history: list[dict]) -> str:

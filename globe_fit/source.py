@@ -272,11 +272,15 @@ class ExpertSource:
             "incomplete or of different models, download them again."
         )
 
-    def read(self, layer: ExpertLayer, family: str, experts: range | None = None) -> torch.Tensor:
-        """(E, P, D) float32: the given experts of one layer and family, by default all."""
+    def read(
+        self, layer: ExpertLayer, family: str, experts: range | None = None, columns: slice | None = None
+    ) -> torch.Tensor:
+        """(E, P, D) float32: the given experts and columns of one layer and family, by default all; others are not
+        read."""
         experts = range(layer.num_experts) if experts is None else experts
-        out = torch.empty(len(experts), self.base.intermediate_size, self.base.hidden_size)
-        for place, matrix in enumerate(self._matrices(layer, family, experts)):
+        columns = slice(0, self.base.hidden_size) if columns is None else columns
+        out = torch.empty(len(experts), self.base.intermediate_size, columns.stop - columns.start)
+        for place, matrix in enumerate(self._matrices(layer, family, experts, columns)):
             out[place] = matrix
         return out
 
@@ -292,19 +296,20 @@ class ExpertSource:
             f"({keys[min(expert, len(keys) - 1)]} in {self.model_dir}); repair or download the checkpoint again."
         )
 
-    def _matrices(self, layer: ExpertLayer, family: str, experts: range) -> Iterator[torch.Tensor]:
+    def _matrices(self, layer: ExpertLayer, family: str, experts: range, columns: slice) -> Iterator[torch.Tensor]:
         if family in layer.keys:
             for expert in experts:
-                yield self.files.read(layer.keys[family][expert])
+                yield self.files.view(layer.keys[family][expert])[:, columns]
             return
         view = self.files.view(layer.keys["gate_up"][0])
         start = 0 if family == "gate" else self.base.intermediate_size
         for expert in experts:
-            if self.architecture.transposed or self.architecture.interleaved:
-                # rows that are not contiguous on disk: the expert is read whole
-                yield self.architecture.part(view[expert : expert + 1], family)[0]
+            if self.architecture.transposed:  # (D, 2P) on disk
+                yield self.architecture.part(view[expert : expert + 1, columns], family)[0]
+            elif self.architecture.interleaved:  # rows that are not contiguous: both families are read
+                yield self.architecture.part(view[expert : expert + 1, :, columns], family)[0]
             else:
-                yield view[expert, start : start + self.base.intermediate_size]
+                yield view[expert, start : start + self.base.intermediate_size, columns]
 
     @cached_property
     def blocks(self) -> list[tuple[ExpertLayer, slice]]:

@@ -5,12 +5,14 @@ from typing import Protocol
 
 import torch
 
+from globe_fit.distributed import ALONE, Ranks
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 
 @dataclass
 class BankState:
-    """Atoms (M, R, D) and dense codes (n, M), zero outside each support."""
+    """Atoms (M, R, D) and dense codes (n, M), zero outside each support. Of several ranks each has its own columns of
+    the atoms, and all codes."""
 
     bank: torch.Tensor
     codes: torch.Tensor
@@ -20,6 +22,12 @@ class BankState:
         """(E, R, D) composed bases of the experts at `places`."""
         mixture = self.codes[places] @ self.bank.flatten(1)
         return PHI_FUNCTIONS[self.phi](mixture).view(-1, *self.bank.shape[1:])
+
+    def atom_norms(self, ranks: Ranks = ALONE) -> torch.Tensor:
+        """(M,) Frobenius norms of the atoms."""
+        squares = torch.linalg.vector_norm(self.bank.detach(), dim=(1, 2)).double().square()
+        ranks.all_sum(squares)
+        return squares.sqrt().float()
 
     def copy(self) -> "BankState":
         """A copy of the values, without gradients."""

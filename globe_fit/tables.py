@@ -8,6 +8,10 @@ from globe_fit.console import megabytes, print_table
 from globe_kernels.families import FAMILIES
 
 
+def per_rank(ranks: int) -> str:
+    return "" if ranks == 1 else f" on each of {ranks} ranks"
+
+
 def print_estimate(figures: dict) -> None:
     """What `globe fit --dry-run` says."""
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
@@ -16,9 +20,9 @@ def print_estimate(figures: dict) -> None:
         f"{megabytes(disk)} on disk"
     )
     print(
-        f"peak memory {megabytes(figures['peak_bytes'])} (solver {megabytes(figures['solver_bytes'])}, a block of "
-        f"experts {megabytes(figures['block_bytes'])}, factors {megabytes(figures['factor_bytes'])}); about "
-        f"{figures['seconds']:.0f} s"
+        f"peak memory{per_rank(figures['ranks'])} {megabytes(figures['peak_bytes'])} (solver "
+        f"{megabytes(figures['solver_bytes'])}, a block of experts {megabytes(figures['block_bytes'])}, factors "
+        f"{megabytes(figures['factor_bytes'])}); about {figures['seconds']:.0f} s"
     )
 
 

@@ -32,7 +32,8 @@ class VarPro:
         self.finished = False
         bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
         self._allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(codes.device)
-        rms = bank.detach().square().mean().sqrt().item()
+        square = bank.detach().square().mean().sqrt().item() ** 2
+        rms = weights.ranks.sums(square * (bank.shape[2] / sizes.base.hidden_size))[0] ** 0.5
         self._rates = (config.lr * rms, config.lr * config.code_lr_scale)
         # fused: without temporaries of the size of the bank
         self._adam = torch.optim.Adam([{"params": [bank]}, {"params": [codes]}], betas=config.betas, fused=True)
@@ -40,7 +41,7 @@ class VarPro:
 
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._allowed = fix_support(self.state, self._allowed, self._sizes)
+            self._allowed = fix_support(self.state, self._allowed, self._sizes, self._weights.ranks)
             self._fixed = True
         self._adam.zero_grad(set_to_none=True)
         try:
@@ -86,20 +87,26 @@ class VarPro:
 
 
 def eliminated_error(weights: FamilyWeights, state: BankState, ridge: float) -> float:
-    """The relative error; block by block, its gradient is added to the parts of the state that require one."""
+    """The relative error; block by block, its gradient is added to the parts of the state that require one.
+
+    Of several ranks each adds the gradient of its own columns of the bank; that of the codes is summed over them.
+    """
     total = 0.0
     for block in weights.normalised():
         total += backward_block(weights, block, state, ridge)
         del block  # before the next block is read
-    return total
+    if state.codes.grad is not None:
+        weights.ranks.all_sum(state.codes.grad)
+    return weights.ranks.sums(total)[0]
 
 
 def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge: float) -> float:
-    """Accumulate the gradients of what one block adds to the relative error; returns it."""
+    """Accumulate the gradients of what one block, in the columns of this rank, adds to the relative error; returns
+    it."""
     basis = weights.in_metric(block, state.basis(block.places))
     target = weights.in_metric(block, block.weights)
     with torch.no_grad():
-        adapters = solve_adapters(target, basis, ridge)
+        adapters = solve_adapters(target, basis, ridge, weights.ranks)
     loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
     if loss.requires_grad:
         loss.backward()

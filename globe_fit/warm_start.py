@@ -45,21 +45,41 @@ def allowed_atoms(base: BaseModel, num_atoms: int, scope: str) -> torch.Tensor:
 
 
 def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
-    """(M, R, D) float32 atoms with orthogonal rows and entries of RMS 1, where every phi is non-linear."""
+    """(M, R, D) float32 atoms with orthogonal rows and entries of RMS 1, where every phi is non-linear.
+
+    Of several ranks each decomposes some of the groups, from whole experts, and gets its own columns of all atoms.
+    """
     groups = group_of_experts(config.base, config.num_atoms, config.scope)
     last_member = {int(group): place for place, group in enumerate(groups)}
-    bank = torch.zeros(config.bank_shape(), device=weights.device)
+    own = weights.ranks.part(config.num_atoms)
+    atoms = torch.zeros(own.stop - own.start, *config.bank_shape()[1:], device=weights.device)
+    first, stop = torch.searchsorted(groups, torch.tensor([own.start, own.stop])).tolist()
     grams: dict[int, torch.Tensor] = {}  # groups that still miss experts: at most one layer's and a carry
-    for block in weights.normalised():
+    for block in weights.normalised(slice(first, stop)):
         for offset, place in enumerate(range(block.places.start, block.places.stop)):
             group = int(groups[place])
             gram = block.weights[offset].mT @ block.weights[offset]
             grams[group] = grams[group].add_(gram) if group in grams else gram
             if place == last_member[group]:
                 _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
-                bank[group] = vectors[:, -config.rank :].flip(-1).mT
+                atoms[group - own.start] = vectors[:, -config.rank :].flip(-1).mT
         del block  # before the next block is read
-    return bank.mul_(config.base.hidden_size**0.5)
+    return _own_columns(weights, atoms.mul_(config.base.hidden_size**0.5), config)
+
+
+def _own_columns(weights: FamilyWeights, atoms: torch.Tensor, config: GlobeConfig) -> torch.Tensor:
+    """(M, R, own) from the whole atoms that each rank has, one atom in a message."""
+    if weights.ranks.world == 1:
+        return atoms
+    own, columns = weights.ranks.part(config.num_atoms), weights.columns
+    bank = torch.empty(*config.bank_shape()[:2], columns.stop - columns.start, device=weights.device)
+    for number in range(config.num_atoms):
+        atom = atoms.new_zeros(config.bank_shape()[1:])
+        if own.start <= number < own.stop:
+            atom.copy_(atoms[number - own.start])
+        weights.ranks.all_sum(atom)
+        bank[number] = atom[:, columns]
+    return bank
 
 
 def initial_codes(config: GlobeConfig, generator: torch.Generator) -> torch.Tensor:

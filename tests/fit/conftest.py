@@ -26,9 +26,9 @@ class MemorySource:
             self.blocks.append((layer, slice(start, start + layer.num_experts)))
             start += layer.num_experts
 
-    def read(self, layer: ExpertLayer, family: str, experts: range | None = None) -> torch.Tensor:
+    def read(self, layer, family: str, experts: range | None = None, columns: slice = slice(None)) -> torch.Tensor:
         experts = range(layer.num_experts) if experts is None else experts
-        return self.weights[layer.layer][experts.start : experts.stop].clone()
+        return self.weights[layer.layer][experts.start : experts.stop, :, columns].clone()
 
     def require_finite(self, *_):
         pass

@@ -37,11 +37,11 @@ def test_one_block_in_use_and_one_being_read(save_tiny, monkeypatch, blocks_per_
     most, reads = 0, 0
     original = source.read
 
-    def read(layer, family, experts):
+    def read(layer, family, experts, columns):
         nonlocal most, reads
         most = max(most, len(alive))  # what is still held when the next block is about to be read
         reads += 1
-        weights = original(layer, family, experts)
+        weights = original(layer, family, experts, columns)
         alive.add(reads)
         weakref.finalize(weights, alive.discard, reads)
         return weights

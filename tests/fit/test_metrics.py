@@ -5,12 +5,11 @@ import math
 import pytest
 import torch
 
-from globe_fit import ExpertSource, fit, save_fit, solver
+from globe_fit import ExpertSource, finish, fit, save_fit, solver
 from globe_fit.codes import pack_codes
 from globe_fit.diagnostics import (
     SAMPLED_EXPERTS,
     atom_gram,
-    atom_norms,
     coherence,
     compare,
     condition,
@@ -68,7 +67,7 @@ def test_stored_codes_are_the_dense_ones():
 
 def test_atoms_by_hand(monkeypatch):
     bank = torch.tensor([[[3.0, 0], [0, 4]], [[0, 2], [0, 0]], [[3, 0], [0, 0]]])
-    assert atom_norms(bank) == {"atom_norm_min": 2, "atom_norm_median": 3, "atom_norm_max": 5}
+    assert BankState(bank, torch.zeros(1, len(bank)), "identity").atom_norms().tolist() == [5, 2, 3]
     gram = torch.tensor([[25.0, 0, 9], [0, 4, 0], [9, 0, 9]], dtype=torch.float64)
     assert torch.equal(atom_gram(bank), gram)
     monkeypatch.setattr("globe_fit.diagnostics._CHUNK_BYTES", 12)  # one column at a time
@@ -146,9 +145,9 @@ def test_the_report_agrees_with_itself(fit_tiny):
 
 def test_measuring_changes_nothing(save_tiny, fit_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(solver, "_LOG_EVERY", 10**9)
-    for name in ("measure", "run_time"):
-        monkeypatch.setattr(solver, name, lambda *args, **kwargs: {})
-    monkeypatch.setattr(solver, "spot_checks", lambda *args: [])
+    for module, name in ((solver, "measure"), (solver, "run_time"), (finish, "measure")):
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: {})
+    monkeypatch.setattr(finish, "spot_checks", lambda *args: [])
     source = ExpertSource(save_tiny("qwen3_moe"))
     save_fit(fit(source, TINY_FIT), source, tmp_path)
     first, second = ((path / "globe.safetensors").read_bytes() for path in (fit_tiny()[0], tmp_path))

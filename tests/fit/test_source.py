@@ -29,6 +29,7 @@ def test_reads_what_the_live_model_holds(save_tiny, model_type, fused):
         gate, up = (both[..., ::2].mT, both[..., 1::2].mT) if architecture.interleaved else both.chunk(2, dim=1)
         assert torch.equal(source.read(layer, "gate"), gate)
         assert torch.equal(source.read(layer, "up"), up)
+        assert torch.equal(source.read(layer, "up", range(1, 3), slice(5, 40)), up[1:3, :, 5:40])
     assert source.blocks[-1][1].stop == source.base.total_experts
 
 

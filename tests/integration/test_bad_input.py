@@ -157,7 +157,7 @@ def test_the_unfinished_fit_of_other_settings(globe, model_dir, save_tiny, tmp_p
         patched.setattr(Snapshots, "stop_if_asked", interrupted)
         assert globe("fit", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")[0] == 130
     before = contents(out, snapshots=True)
-    assert f"{out}/.snapshot/gate.safetensors" in before
+    assert any(name.startswith(f"{out}/.snapshot/gate-") for name in before)
     (tmp_path / "fit.toml").write_text("[varpro]\nlr = 0.5\n")
     other = ("fit", model_dir, "-o", out, *QUICK, "--seed", "7", "--config", tmp_path / "fit.toml")
     sentence = f"{out} holds an unfinished fit with other settings (seed was 0 and is 7, varpro.lr was 1.0 and is 0.5);"

@@ -128,16 +128,16 @@ def noise_model(save_tiny, tmp_path_factory):
 def test_a_damaged_snapshot_is_named(save_tiny, tmp_path):
     source = ExpertSource(save_tiny("qwen3_moe"))
     unfinished(source, tmp_path)
-    path = tmp_path / ".snapshot" / "gate.safetensors"
+    path = tmp_path / ".snapshot" / "gate-1-0.safetensors"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(GlobeError, match=r"gate.safetensors is damaged .* pass --restart"):
+    with pytest.raises(GlobeError, match=r"gate-1-0.safetensors is damaged .* pass --restart"):
         open_snapshots(tmp_path, source, TINY_FIT)
 
 
 def test_a_full_disk_keeps_the_snapshot_before(save_tiny, tmp_path, monkeypatch):
     source = ExpertSource(save_tiny("qwen3_moe"))
     unfinished(source, tmp_path)
-    before = (tmp_path / ".snapshot" / "gate.safetensors").read_bytes()
+    before = (tmp_path / ".snapshot" / "gate-1-0.safetensors").read_bytes()
 
     def full(tensors, path, metadata):
         path.write_bytes(b"half")
@@ -146,8 +146,8 @@ def test_a_full_disk_keeps_the_snapshot_before(save_tiny, tmp_path, monkeypatch)
     monkeypatch.setattr("globe_fit.snapshots.save_file", full)
     with pytest.raises(GlobeError, match="full"):
         fit(source, TINY_FIT, snapshots=open_snapshots(tmp_path, source, TINY_FIT, 0))
-    assert [path.name for path in (tmp_path / ".snapshot").iterdir()] == ["gate.safetensors"]
-    assert (tmp_path / ".snapshot" / "gate.safetensors").read_bytes() == before
+    assert [path.name for path in (tmp_path / ".snapshot").iterdir()] == ["gate-1-0.safetensors"]
+    assert (tmp_path / ".snapshot" / "gate-1-0.safetensors").read_bytes() == before
 
 
 def test_snapshots_come_in_time(tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_snapshots_come_in_time(tmp_path, monkeypatch):
     assert not snapshots.due()
     now[0] += 1
     assert snapshots.due()
-    snapshots.save("gate", {"x": torch.zeros(1)}, {"done": False})
+    snapshots.save("gate", 1, {"x": torch.zeros(1)}, {"done": False})
     assert not snapshots.due()
 
 
@@ -177,7 +177,7 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(save_tiny, tmp_path):
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
-    assert (out / ".snapshot" / "gate.safetensors").is_file()
+    assert list((out / ".snapshot").glob("gate-*-0.safetensors"))
     config.write_text("[varpro]\nsteps = 2000\n")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2 and "varpro.steps was 3000 and is 2000" in refused.stderr

@@ -1,0 +1,78 @@
+"""The end of a family's fit: what is stored is rounded, refitted on the raw weights and measured."""
+
+import torch
+
+from globe_fit.adapters import refit_adapters
+from globe_fit.baselines import equal_byte_rank, svd_errors
+from globe_fit.codes import pack_codes
+from globe_fit.diagnostics import measure, palette_sizes, spot_checks
+from globe_fit.factors import FamilyFactors
+from globe_fit.metrics import check_names
+from globe_fit.objective import FamilyWeights, share
+from globe_fit.state import BankState
+from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.ops.compose_basis import compose_basis_ref
+
+
+def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:
+    """Factors in the stored dtype, with adapters refitted on the raw weights, and the report on what is stored.
+
+    Of several ranks the first gets the whole bank and all adapters, the others none of either and no spot checks.
+    """
+    base, dtype, ranks = sizes.base, sizes.torch_dtype, weights.ranks
+    bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
+    adapter = torch.empty(base.total_experts if ranks.leads else 0, base.intermediate_size, sizes.rank, dtype=dtype)
+    lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
+    lost_in_metric, energy_in_metric = 0.0, 0.0
+    for block in weights.raw():
+        # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
+        basis = compose_basis_ref(code.index[block.places], code.value[block.places], bank, sizes.phi, dtype)
+        target = weights.in_metric(block, block.weights)
+        stored = refit_adapters(target, weights.in_metric(block, basis.float()), ranks).to(dtype)
+        if ranks.leads:
+            adapter[block.places] = stored.cpu()
+        residual = block.weights - stored.float() @ basis.float()
+        lost_in_metric += weights.in_metric(block, residual).square().sum(dtype=torch.float64).item()
+        energy_in_metric += target.square().sum(dtype=torch.float64).item()
+        lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
+        residual_sum += residual.sum(dtype=torch.float64).item()
+        del block, basis, target, stored, residual  # before the next block is read
+    residual_sum, lost_in_metric, energy_in_metric, *by_layer = ranks.sums(
+        residual_sum, lost_in_metric, energy_in_metric, *lost.values()
+    )
+    lost = dict(zip(lost, by_layer, strict=True))
+    factors = FamilyFactors(_collected(bank, weights), Code(code.index.cpu(), code.value.cpu()), adapter)
+    count = base.total_experts * base.intermediate_size * base.hidden_size
+    statistics = weights.statistics
+    svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
+    svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
+    report = {
+        "relative_error": share(sum(lost.values()), statistics.total_energy),
+        "calibrated_error": None if weights.roots is None else share(lost_in_metric, energy_in_metric),
+        "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
+        "mse": sum(lost.values()) / count,
+        "energy": statistics.total_energy,
+        "svd_equal_bytes": svd,
+        "svd_equal_bytes_rank": svd_rank,
+        "rank_bound": bound,
+        "mean": statistics.mean,
+        "scale": statistics.scale,
+        "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
+        **measure(weights, best, dear=True),
+        "palette_sizes": palette_sizes(best.codes, base),
+        "spot_checks": spot_checks(weights, factors, sizes.phi) if ranks.leads else [],
+    }
+    return factors, check_names(report)
+
+
+def _collected(bank: torch.Tensor, weights: FamilyWeights) -> torch.Tensor:
+    """The bank of all columns, in host memory, on the first rank; no atoms on the others."""
+    ranks, width = weights.ranks, weights.source.base.hidden_size
+    if ranks.world == 1:
+        return bank.cpu()
+    whole = torch.empty(len(bank) if ranks.leads else 0, bank.shape[1], width, dtype=bank.dtype)
+    for number, part in enumerate(bank):  # one atom at a time: no rank but the first has room for more
+        atom = ranks.whole(part, width)
+        if ranks.leads:
+            whole[number] = atom.cpu()
+    return whole

@@ -1,0 +1,189 @@
+"""A fit over two ranks on the CPU: the result of one, half of the bank in each, and what the death of one leaves."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed
+
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
+from globe_fit.__main__ import _run
+from globe_fit.config import resolve_sizes
+from globe_fit.distributed import Ranks, join, say
+from globe_fit.estimate import estimate
+from globe_fit.snapshots import Snapshots
+from globe_fit.solver import open_snapshots, require_one_rank
+from globe_kernels.errors import RequestError
+from globe_kernels.testing import assert_close
+
+CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2))
+
+# The command, in which rank 1 is killed at its n-th snapshot, when that of rank 0 is already written.
+COMMAND = """
+import os, signal, sys, time
+from pathlib import Path
+from globe_fit import snapshots
+from globe_fit.__main__ import main
+
+write, saves, kill_at = snapshots.save_file, 0, int(os.environ["KILL_AT"])
+
+def save_file(tensors, path, metadata):
+    global saves
+    saves += 1
+    if os.environ["RANK"] == "1" and saves == kill_at:
+        while not Path(str(path).replace("-1.safetensors.partial", "-0.safetensors")).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(tensors, path, metadata)
+
+snapshots.save_file = save_file
+main()
+"""
+
+
+def run(directory: Path, model: Path, kill_at: int = 0) -> tuple[int, list[str], str]:
+    """(exit code of torchrun, the sentences of its ranks, everything on stderr) of a fit into `directory`/out."""
+    directory.mkdir(exist_ok=True)
+    (directory / "command.py").write_text(COMMAND)
+    (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "command.py", "fit", str(model)]
+    command += ["-o", "out", "--ratio", "0.8", "--support", "4", "--config", "fit.toml", "--json"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--snapshot-minutes", "0"],
+        cwd=directory,
+        env=os.environ | {"KILL_AT": str(kill_at), "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("globe: ")]
+    return done.returncode, said, done.stderr
+
+
+@pytest.fixture(scope="module")
+def two_ranks(save_tiny, tmp_path_factory) -> Path:
+    """The checkpoint of an uninterrupted fit over two ranks."""
+    directory = tmp_path_factory.mktemp("two-ranks")
+    code, said, errors = run(directory, save_tiny("qwen3_moe"))
+    assert code == 0 and said == [], errors
+    return directory / "out" / "globe.safetensors"
+
+
+def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    save_fit(fit(source, CONFIG), source, tmp_path)
+    one, two = load_file(tmp_path / "globe.safetensors"), load_file(two_ranks)
+    assert one.keys() == two.keys()
+    for name, expected in one.items():
+        if name.endswith("index"):
+            assert torch.equal(two[name], expected)
+        elif name.endswith("value"):  # float32, after 12 steps
+            assert_close(two[name], expected, rms=1e-4, peak=1e-4)
+        else:  # bf16, in which what differs by the rounding of a sum may round to the next number
+            assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
+
+
+def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, tmp_path):
+    model = save_tiny("qwen3_moe")
+    code, said, errors = run(tmp_path, model, kill_at=5)
+    assert code != 0 and len(said) == 1, errors
+    assert "Another rank of the fit stopped" in said[0] and "run the same command again" in said[0]
+    assert "globe_fit/" not in errors  # no traceback of ours
+    saved = tmp_path / "out" / ".snapshot"
+    assert {"gate-4-0.safetensors", "gate-4-1.safetensors", "gate-5-0.safetensors"} <= {
+        path.name for path in saved.iterdir()
+    }
+
+    source = ExpertSource(model)
+    sizes = resolve_sizes(source.base, CONFIG)
+    for rank in (0, 1):
+        tensors = load_file(saved / f"gate-4-{rank}.safetensors")
+        for name in ("bank", "adam.bank.exp_avg", "adam.bank.exp_avg_sq"):
+            assert tensors[name].shape == (sizes.num_atoms, sizes.rank, source.base.hidden_size // 2)
+        assert tensors["codes"].shape == (source.base.total_experts, sizes.num_atoms)
+    first, second = (load_file(saved / f"gate-4-{rank}.safetensors") for rank in (0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first if "codes" in name)
+    assert not torch.equal(first["bank"], second["bank"])
+
+    with pytest.raises(RequestError, match=r"ranks was 2 and is 1\)"):
+        open_snapshots(tmp_path / "out", source, replace(CONFIG, device="cpu"))
+    code, _, errors = run(tmp_path, model)
+    assert code == 0, errors
+    assert (tmp_path / "out" / "globe.safetensors").read_bytes() == two_ranks.read_bytes()
+    assert not saved.exists()
+
+
+def test_what_several_ranks_cannot_do_is_refused(save_tiny):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    with pytest.raises(RequestError, match="The solver alternating runs on one rank and torchrun started 2; run it"):
+        fit(source, replace(CONFIG, solver="alternating"), ranks=Ranks(0, 2))
+    with pytest.raises(RequestError, match="A fit to a text runs on one rank and torchrun started 2; run it"):
+        require_one_rank(source, CONFIG, True, Ranks(0, 2))
+    with pytest.raises(RequestError, match="have 64 columns to split and torchrun started 65 ranks"):
+        fit(source, CONFIG, ranks=Ranks(0, 65))
+
+
+@pytest.fixture
+def under_torchrun(monkeypatch):
+    """What torchrun gives to one of two ranks."""
+    store = distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    given = {"MASTER_ADDR": "localhost", "MASTER_PORT": store.port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    given |= {"LOCAL_RANK": 1, "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+    for name, value in given.items():
+        monkeypatch.setenv(name, str(value))
+    return store
+
+
+def test_why_a_fit_ends_is_said_once(under_torchrun, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["globe", "inspect", "somewhere"])
+    code, message = _run()
+    assert code == 2 and message.startswith("Under torchrun there is globe fit only")
+    say(message)
+    say(message)
+    assert capsys.readouterr().err == f"globe: {message}\n"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    say(message)
+    assert message in capsys.readouterr().err
+
+
+def test_each_rank_has_a_gpu_of_its_own(under_torchrun, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RequestError, match="started 2 ranks on a machine with 1 GPU.s.; start one per GPU"):
+        join("cuda")
+    with pytest.raises(RequestError, match="device is cuda:1 and each rank takes a GPU of its own"):
+        join("cuda:1")
+
+
+def test_the_parts_of_the_ranks_are_everything_once():
+    for world in (1, 2, 3, 7):
+        parts = [Ranks(rank, world).part(10) for rank in range(world)]
+        assert [place for part in parts for place in range(part.start, part.stop)] == list(range(10))
+        assert {part.stop - part.start for part in parts} <= {10 // world, -(-10 // world)}
+
+
+def test_a_rank_takes_half_of_what_is_split(save_tiny):
+    sizes = resolve_sizes(ExpertSource(save_tiny("qwen3_moe")).base, CONFIG)
+    one, two = estimate(sizes), estimate(sizes, 2)
+    codes = 6 * sizes.base.total_experts * sizes.num_atoms * 4
+    assert two.ranks == 2 and two.factor_bytes == one.factor_bytes
+    assert two.solver_bytes - codes == (one.solver_bytes - codes) / 2 and two.block_bytes == one.block_bytes / 2
+
+
+@pytest.mark.parametrize(("mine", "others", "left"), [([4, 5], 4, [4]), ([5], 5, [5]), ([5], -1, []), ([], 3, [])])
+def test_a_fit_goes_on_from_a_step_that_all_have(tmp_path, monkeypatch, mine, others, left):
+    snapshots = Snapshots(tmp_path, {})
+    for step in mine:
+        snapshots.save("gate", step, {"step": torch.tensor(step)}, {"done": False, "step": step})
+        (tmp_path / ".snapshot" / f"gate-{step}-0.safetensors").rename(tmp_path / f"{step}")
+    for step in mine:
+        (tmp_path / f"{step}").rename(tmp_path / ".snapshot" / f"gate-{step}-0.safetensors")
+    monkeypatch.setattr(Ranks, "every", lambda self, *values: [list(values), [others, -1]])
+    snapshots = Snapshots(tmp_path, {})
+    assert list(snapshots.reached().values()) == left
+    saved = snapshots.load("gate")
+    assert [int(saved[0]["step"])] == left if saved else not left
