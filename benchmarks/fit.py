@@ -1,7 +1,7 @@
 """GloBE against MoBE and the truncated SVD of every expert, at equal bytes, one after the other in one process.
 
     python benchmarks/fit.py                                  the shipped model
-    python benchmarks/fit.py MODEL_DIR --text TEXT --curves out.png --ledger
+    python benchmarks/fit.py MODEL_DIR --text TEXT --calibrate OTHER_TEXT --curves out.png --ledger
 
 Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds are of the process on a CPU,
 on one thread, so that other work of the machine counts for no method; on a GPU of the wall. They are those of both
@@ -9,6 +9,9 @@ families, start and refit included. "s to MoBE's" is per family, start included:
 most the final error of the better MoBE; for MoBE itself, when it found the state that it returned. A GloBE step counts
 only once its supports are chosen. Perplexity, KL(dense || compressed) and top-1 agreement are of dense models whose
 gate and up experts are what each method stands for.
+
+"globe_palette" lets a layer use as many atoms as two layers have on average. "globe_calibrated" is fitted to what the
+experts compute on the text of --calibrate: its errors are of the weights all the same, and not what it minimises.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from report import table
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.baselines import stored_svd
+from globe_fit.calibration import Calibration, calibrate
 from globe_fit.config import DEFAULT_RATIO, resolve_device
 from globe_fit.demo import shipped_model
 from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
@@ -51,7 +55,9 @@ class Method:
     num_bytes: int
 
 
-def globe(source: ExpertSource, config: FitConfig, clock: Clock) -> tuple[Method, FitResult]:
+def globe(
+    source: ExpertSource, config: FitConfig, clock: Clock, calibration: Calibration | None = None
+) -> tuple[Method, FitResult]:
     traces: dict[str, Trace] = {family: [] for family in FAMILIES}
     began, first = clock(), {}
 
@@ -59,10 +65,10 @@ def globe(source: ExpertSource, config: FitConfig, clock: Clock) -> tuple[Method
         family, now = record["family"], clock()
         # the start of up cannot be told from the end of gate: it is taken to last as long as that of gate
         seconds = now - first.setdefault(family, now) + first["gate"] - began
-        if record["support_median"] <= config.support:
+        if calibration is None and record["support_median"] <= config.support:
             traces[family].append((seconds, record["relative_error"]))
 
-    result = fit(source, config, on_step=on_step)
+    result = fit(source, config, on_step=on_step, calibration=calibration)
     seconds = clock() - began
     places = {layer.layer: own for layer, own in source.blocks}
 
@@ -121,6 +127,14 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
     method, result = globe(source, FitConfig(**settings), clock)
     add("globe", method)
     add("globe_tanh", globe(source, FitConfig(**settings, phi="tanh"), clock)[0])
+    two_groups = max(args.support, -(-2 * result.config.num_atoms // len(source.layers)))
+    add("globe_palette", globe(source, FitConfig(**settings, palette=two_groups), clock)[0])
+    if args.calibrate:
+        began = clock()
+        calibration = calibrate(source, args.calibrate, device)
+        took = clock() - began
+        method, _ = globe(source, FitConfig(**settings), clock, calibration)
+        add("globe_calibrated", replace(method, seconds=method.seconds + took))
     families = {family: FamilyWeights.measure(source, family, device) for family in FAMILIES}
     add("svd", svd(source, families, result.report["families"]["gate"]["svd_equal_bytes_rank"], clock))
     for name, warm in (("mobe", False), ("mobe_warm", True)):
@@ -173,6 +187,7 @@ def main() -> None:
     parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", type=Path, help="measure perplexity, KL and top-1 agreement on it")
+    parser.add_argument("--calibrate", type=Path, help="add a fit to what the experts compute on this text")
     parser.add_argument("--curves", type=Path, help="a plot of the errors over time")
     parser.add_argument("--ledger", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, nothing else")

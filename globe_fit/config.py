@@ -11,9 +11,9 @@ import torch
 from globe_kernels.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 
-# Share of the byte budget that the adapters get when neither rank nor atoms are given. At ratio 0.625
-# it makes rank = p for p/d = 0.375, the geometry at which r = p was measured best.
-_ADAPTER_SHARE = 0.6
+# Share of the byte budget that the adapters get when neither rank nor atoms are given, measured best on two models at
+# ratios from 0.4 to 0.75 (LOG.md). At ratio 0.625 it makes rank = p for p/d up to 0.42.
+_ADAPTER_SHARE = 2 / 3
 _RANK_MULTIPLE = 16
 _CODE_BYTES = 8  # int32 index + float32 value
 _WEIGHT_BYTES = 2  # bf16
@@ -23,7 +23,7 @@ _WEIGHT_BYTES = 2  # bf16
 class VarProConfig:
     """Settings of the variable-projection solver (globe_fit.varpro)."""
 
-    steps: int = 500
+    steps: int = 1500
     lr: float = 1.0  # of the bank, in units of its RMS
     code_lr_scale: float = 0.3
     warmup_steps: int = 20
@@ -293,9 +293,10 @@ def _solve(base: BaseModel, config: FitConfig, largest_rank: int) -> tuple[int, 
 
 
 def _default_rank(base: BaseModel, ratio: float, largest_rank: int, support: int) -> int:
-    rank = min(largest_rank, int(_ADAPTER_SHARE * ratio * base.hidden_size))
-    if rank > _RANK_MULTIPLE and rank < largest_rank:
-        rank -= rank % _RANK_MULTIPLE
+    rank = int(_ADAPTER_SHARE * ratio * base.hidden_size)
+    if rank > _RANK_MULTIPLE:
+        rank = round(rank / _RANK_MULTIPLE) * _RANK_MULTIPLE
+    rank = min(rank, largest_rank)
     # a bank of `support` atoms must fit beside the adapters
     while rank > 1 and globe_bytes(base, rank, support, support) > ratio * base.dense_bytes:
         rank -= 1

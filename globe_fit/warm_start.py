@@ -45,7 +45,7 @@ def allowed_atoms(base: BaseModel, num_atoms: int, scope: str) -> torch.Tensor:
 
 
 def grouped_svd(weights: FamilyWeights, config: GlobeConfig) -> torch.Tensor:
-    """(M, R, D) float32 atoms with orthogonal rows and entries of RMS 1, where every phi is non-linear.
+    """(M, R, D) float32 atoms with orthogonal rows and entries of RMS 1.
 
     Of several ranks each decomposes some of the groups, from whole experts, and gets its own columns of all atoms.
     """
