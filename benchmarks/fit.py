@@ -1,6 +1,7 @@
 """GloBE against MoBE and the truncated SVD of every expert, at equal bytes, one after the other in one process.
 
     python benchmarks/fit.py                                  the shipped model
+    python benchmarks/fit.py --size qwen3-30b                 GloBE alone, experts of that size made on the fly
     python benchmarks/fit.py MODEL_DIR --text TEXT --calibrate OTHER_TEXT --curves out.png --ledger
 
 Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds are of the process on a CPU,
@@ -27,12 +28,14 @@ import torch
 from ledger import append, conditions
 from measure import device_name
 from report import table
+from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.baselines import stored_svd
 from globe_fit.calibration import Calibration, calibrate
 from globe_fit.config import DEFAULT_RATIO, resolve_device
 from globe_fit.demo import shipped_model
+from globe_fit.estimate import estimate
 from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
 from globe_fit.factors import reconstruct
 from globe_fit.mobe import Clock, MobeConfig, fit_mobe
@@ -126,6 +129,8 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
     settings = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device, "varpro": varpro}
     method, result = globe(source, FitConfig(**settings), clock)
     add("globe", method)
+    if args.size:
+        return methods, result
     add("globe_tanh", globe(source, FitConfig(**settings, phi="tanh"), clock)[0])
     two_groups = max(args.support, -(-2 * result.config.num_atoms // len(source.layers)))
     add("globe_palette", globe(source, FitConfig(**settings, palette=two_groups), clock)[0])
@@ -142,6 +147,26 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
     return methods, result
 
 
+def planted(args: argparse.Namespace) -> SyntheticSource:
+    """Experts in the sizes of --size, a planted atom for four of them."""
+    layers, shape = SIZES[args.size]
+    atoms = max(layers * shape.experts // 4, args.support)
+    name, device = f"synthetic_{args.size}", resolve_device(args.device)
+    return SyntheticSource(
+        name, layers, shape, rank=shape.intermediate, atoms=atoms, support=args.support, device=device
+    )
+
+
+def _peak_bytes(result: FitResult) -> dict:
+    """What the process took at its peak, of a GPU where there is one, with the planted bank; and what the fit had been
+    said to take."""
+    last, needs = result.history[-1], estimate(result.config)
+    if "peak_device_bytes" in last:
+        expected = needs.solver_bytes + needs.block_bytes
+        return {"peak_bytes": last["peak_device_bytes"], "estimated_bytes": expected}
+    return {"peak_bytes": last["peak_host_bytes"], "estimated_bytes": needs.peak_bytes}
+
+
 def _seconds_to(trace: Trace, error: float) -> float | None:
     return next((seconds for seconds, reached in trace if reached <= error), None)
 
@@ -151,7 +176,7 @@ def _row(name: str, method: Method, methods: dict[str, Method]) -> dict:
     for family in FAMILIES:
         trace = method.traces.get(family, [])
         # MoBE ends with a refit that the error under way lacks
-        target = min(one.errors[family] for other, one in methods.items() if other.startswith("mobe"))
+        target = min((one.errors[family] for other, one in methods.items() if other.startswith("mobe")), default=0.0)
         if name.startswith("mobe"):
             target = min(error for _, error in trace)
         row |= {f"{family}_error": method.errors[family], f"{family}_seconds_to_mobe": _seconds_to(trace, target)}
@@ -180,6 +205,7 @@ def _draw(path: Path, title: str, methods: dict[str, Method]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", help="the shipped model by default")
+    parser.add_argument("--size", choices=list(SIZES), help="no model, but planted experts in its sizes")
     parser.add_argument("--ratio", type=float, default=DEFAULT_RATIO)
     parser.add_argument("--rank", type=int, help="of every method but SVD; what the ratio yields by default")
     parser.add_argument("--support", type=int, default=FitConfig.support)
@@ -194,9 +220,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.curves and find_spec("matplotlib") is None:
         parser.error("--curves needs matplotlib; install it.")
+    if args.size and (args.model_dir or args.text or args.calibrate):
+        parser.error("--size makes the experts up; give no model and no text with it.")
     torch.set_num_threads(1)
     try:
-        source = ExpertSource(args.model_dir or shipped_model())
+        source = planted(args) if args.size else ExpertSource(args.model_dir or shipped_model())
         windows = token_windows(source.model_dir, args.text) if args.text else None
         methods, result = run(source, args)
     except RequestError as error:
@@ -210,6 +238,8 @@ def main() -> None:
     settings = f"{args.steps} steps, MoBE {args.mobe_steps}"
     facts = conditions(device_name(device)) | {"model": base.name, "shape": shape, "settings": settings}
     rows = [_row(name, method, methods) | facts for name, method in methods.items()]
+    if args.size:
+        rows[0] |= _peak_bytes(result) | {"svd_error": result.report["families"]["gate"]["svd_equal_bytes"]}
     if windows is not None:
         models = {"dense": load_model(source.model_dir, device)}
         models |= {name: with_experts(source, method.weights, device) for name, method in methods.items()}
@@ -226,6 +256,12 @@ def main() -> None:
         print(json.dumps(rows, indent=2))
     else:
         print("\n".join(table(rows)))
+        if args.size:
+            print(
+                "peak {peak_bytes} bytes, estimated {estimated_bytes}; SVD of equal bytes {svd_error:.4f}".format(
+                    **rows[0]
+                )
+            )
         if windows is not None:
             print(f"perplexity of the dense model {rows[0]['dense_perplexity']:.2f}")
 

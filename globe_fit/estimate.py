@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from globe_fit.codes import largest_support
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.objective import FamilyWeights, Statistics, block_experts
@@ -55,23 +56,28 @@ def estimate(sizes: GlobeConfig, ranks: int = 1) -> Estimate:
 
 
 def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
-    """Reads one block of experts and takes the step of that block twice; holds a bank and its gradient meanwhile."""
+    """Reads one block of experts and takes its step, while the support is free and when it is fixed; holds a bank and
+    its gradient meanwhile."""
     device = resolve_device(config.device)
-    codes = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device, requires_grad=True)
     weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks)
     columns = weights.columns.stop - weights.columns.start
     bank = torch.randn(*sizes.bank_shape()[:2], columns, device=device, requires_grad=True)
-    state = BankState(bank, codes, sizes.phi)
-    took = experts = 0
-    for _ in range(2):  # the first reads from the disk and warms up
-        began = time.perf_counter()
-        blocks = weights.normalised()
-        block = next(blocks)
-        backward_block(weights, block, state, config.varpro.ridge)
-        if device != "cpu":
-            torch.cuda.synchronize(device)
-        took = time.perf_counter() - began
-        experts = len(block.experts)
-        del blocks, block
-    per_pass = took * sizes.base.total_experts / experts
-    return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_pass
+    free = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device)
+    fixed = free * largest_support(free, sizes.support)
+    _seconds_per_pass(weights, BankState(bank, free, sizes.phi), config)  # reads from the disk and warms up
+    while_free, when_fixed = (
+        _seconds_per_pass(weights, BankState(bank, codes.requires_grad_(), sizes.phi), config)
+        for codes in (free, fixed)
+    )
+    per_step = while_free + (1 - config.varpro.support_at) * (when_fixed - while_free)
+    return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_step
+
+
+def _seconds_per_pass(weights: FamilyWeights, state: BankState, config: FitConfig) -> float:
+    """Of a pass for the gradient, judged by its first block."""
+    began = time.perf_counter()
+    block = next(weights.normalised())
+    backward_block(weights, block, state, config.varpro.ridge)
+    if weights.device != "cpu":
+        torch.cuda.synchronize(weights.device)
+    return (time.perf_counter() - began) * weights.source.base.total_experts / len(block.experts)

@@ -84,7 +84,8 @@ class Snapshots:
         (path,) = parts
         facts = self._facts(path)
         with safe_open(path, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, facts  # noqa: SIM118
+            # copies: how products round may depend on where in a cache line a tensor begins, in a file anywhere
+            return {key: handle.get_tensor(key).clone() for key in handle.keys()}, facts  # noqa: SIM118
 
     def _facts(self, path: Path) -> dict:
         try:

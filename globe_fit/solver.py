@@ -79,10 +79,9 @@ def fit(
     sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
         roots = None if calibration is None else calibration.roots()
-        fits = {
-            family: _fit_family(source, family, sizes, config, roots, start, on_step, snapshots, ranks)
-            for family in FAMILIES
-        }
+        # all of them before the first step: a NaN in the last is found at once and not after the fit of the first
+        weights = [FamilyWeights.measure(source, family, config.device, roots, ranks) for family in FAMILIES]
+        fits = {one.family: _fit_family(one, sizes, config, start, on_step, snapshots) for one in weights}
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
     if diverged:
@@ -152,28 +151,25 @@ class _FamilyFit:
 
 
 def _fit_family(
-    source: ExpertSource,
-    family: str,
+    weights: FamilyWeights,
     sizes: GlobeConfig,
     config: FitConfig,
-    roots: dict[int, torch.Tensor] | None,
     start: dict[str, BankState] | None,
     on_step: OnStep | None,
     snapshots: Snapshots | None,
-    ranks: Ranks,
 ) -> _FamilyFit:
     """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
+    family = weights.family
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    weights = FamilyWeights.measure(source, family, config.device, roots, ranks)
     alternating = config.alternating
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
             raise RequestError(
-                f"The {family} experts of {source.base.name} are not those that the unfinished fit began with; fit "
-                "with --restart."
+                f"The {family} experts of {weights.source.base.name} are not those that the unfinished fit began with; "
+                "fit with --restart."
             )
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
     elif start is not None and family in start:

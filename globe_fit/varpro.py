@@ -101,15 +101,19 @@ def eliminated_error(weights: FamilyWeights, state: BankState, ridge: float) -> 
 
 
 def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge: float) -> float:
-    """Accumulate the gradients of what one block, in the columns of this rank, adds to the relative error; returns
-    it."""
-    basis = weights.in_metric(block, state.basis(block.places))
+    """Add the gradients of what one block, in the columns of this rank, adds to the relative error, where the state
+    requires some; returns it. Codes of zero get none."""
+    part, atoms = state.part(block.places)
+    part.bank.requires_grad_(state.bank.requires_grad)
+    part.codes.requires_grad_(state.codes.requires_grad)
+    basis = weights.in_metric(block, part.bases())
     target = weights.in_metric(block, block.weights)
     with torch.no_grad():
         adapters = solve_adapters(target, basis, ridge, weights.ranks)
     loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
     if loss.requires_grad:
         loss.backward()
+        state.add_gradients(block.places, atoms, part)
     return loss.item()
 
 

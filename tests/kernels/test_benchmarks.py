@@ -76,6 +76,49 @@ def test_solves_on_a_cpu():
         assert row["shape"]["systems"] == 3 and row["gb_per_s"] > 0 and 0 < row["relative_error"] < 1e-5
 
 
+def test_a_fit_of_planted_experts_comes_down_to_their_noise(providers, monkeypatch, capsys):
+    import fit
+    import synthetic
+    from shapes import LayerShape
+
+    monkeypatch.setitem(synthetic.SIZES, "qwen3-30b", (8, LayerShape(hidden=64, intermediate=24, experts=8, choices=2)))
+    arguments = [
+        "--size",
+        "qwen3-30b",
+        "--steps",
+        "150",
+        "--support",
+        "4",
+        "--ratio",
+        "0.8",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["fit.py", *arguments])
+    fit.main()
+    (row,) = json.loads(capsys.readouterr().out)
+    noise = synthetic.NOISE**2 / (1 + synthetic.NOISE**2)
+    assert row["provider"] == "globe" and row["model"] == "synthetic_qwen3-30b" and row["shape"]["rank"] == 24
+    # not all of the noise stays: adapters and bank follow some of it
+    for error in (row["gate_error"], row["up_error"]):
+        assert 0.1 * noise < error < noise and error < 0.5 * row["svd_error"]
+    assert row["peak_bytes"] > row["estimated_bytes"] > 0
+
+
+def test_planted_experts_are_the_same_at_each_reading(providers):
+    from shapes import LayerShape
+    from synthetic import SyntheticSource
+
+    shape = LayerShape(hidden=20, intermediate=6, experts=3, choices=2)
+    source = SyntheticSource("s", 2, shape, rank=6, atoms=4, support=2, device="cpu")
+    first, other = source.layers
+    gate = source.read(first, "gate")
+    assert not torch.equal(source.read(first, "up"), gate) and not torch.equal(source.read(other, "gate"), gate)
+    assert torch.equal(source.read(first, "gate", range(1, 3), slice(5, 9)), gate[1:, :, 5:9])
+    assert gate.shape == (3, 6, 20) and 0.3 < gate.square().mean() < 4
+
+
 def test_a_wrong_provider_stops_the_run(providers, monkeypatch, capsys):
     import ffn
 
