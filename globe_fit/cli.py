@@ -1,6 +1,7 @@
 """The `globe` command: fit, export, eval, inspect, report, demo."""
 
 import json
+import sys
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
+from globe_fit.offload import plan_run
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
@@ -91,9 +93,11 @@ def fit_command(
     ranks = join(resolve_device(settings.device))
     require_one_rank(source, settings, calibrate_on is not None, ranks)
     require_room(out, sizes.tensor_bytes)
-    if dry_run or memory_limit is not None:
-        needs = estimate(sizes, ranks.world)
-        if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
+    limit = None if memory_limit is None else memory_limit * 2**30
+    if dry_run or limit is not None:
+        run = None if calibrate_on is None else plan_run(source, resolve_device(settings.device), limit)
+        needs = estimate(sizes, ranks.world, run)
+        if limit is not None and needs.peak_bytes > limit:
             raise RequestError(
                 f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB{_per_rank(needs)} at its peak and the limit is "
                 f"{memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
@@ -119,8 +123,10 @@ def fit_command(
                 source,
                 calibrate_on,
                 target,
+                memory_limit=limit,
                 snapshots=snapshots,
                 on_batch=lambda done, total: stage.advance(done / total),
+                say=lambda sentence: print(f"globe: {sentence}", file=sys.stderr),
             )
         result = fit_with_progress(source, settings, stage, snapshots, calibration, log, ranks)
     if not ranks.leads:
@@ -164,8 +170,12 @@ def _print_estimate(sizes: GlobeConfig, source: ExpertSource, needs: Estimate, s
     )
     print(
         f"peak memory{_per_rank(needs)} {megabytes(needs.peak_bytes)} (solver {megabytes(needs.solver_bytes)}, a block "
-        f"of experts {megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}); about {seconds:.0f} s"
+        f"of experts {megabytes(needs.block_bytes)}, factors {megabytes(needs.factor_bytes)}"
+        + (f", metric {megabytes(needs.calibration_bytes)}" if needs.calibration_bytes else "")
+        + f"); about {seconds:.0f} s"
     )
+    if needs.run_bytes:
+        print(f"before that the model runs over the text in at most {megabytes(needs.run_bytes)}")
 
 
 def _print_fit(figures: dict, out: Path, advice: str) -> None:

@@ -21,7 +21,7 @@ from globe_fit.distributed import ALONE, Ranks
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.finish import finish
 from globe_fit.metrics import check_names
-from globe_fit.objective import FamilyWeights, share
+from globe_fit.objective import FamilyWeights, Metric, share
 from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_fit.state import BankState, Solver
@@ -72,9 +72,9 @@ def fit(
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
-        roots = None if calibration is None else calibration.roots()
+        metrics = {} if calibration is None else calibration.metrics()
         fits = {
-            family: _fit_family(source, family, sizes, config, roots, start, on_step, snapshots, ranks)
+            family: _fit_family(source, family, sizes, config, metrics.get(family), start, on_step, snapshots, ranks)
             for family in FAMILIES
         }
     history = [record for one in fits.values() for record in one.history]
@@ -147,7 +147,7 @@ def _fit_family(
     family: str,
     sizes: GlobeConfig,
     config: FitConfig,
-    roots: dict[int, torch.Tensor] | None,
+    metric: Metric | None,
     start: dict[str, BankState] | None,
     on_step: OnStep | None,
     snapshots: Snapshots | None,
@@ -157,7 +157,7 @@ def _fit_family(
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    weights = FamilyWeights.measure(source, family, config.device, roots, ranks)
+    weights = FamilyWeights.measure(source, family, config.device, metric, ranks)
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
@@ -267,7 +267,7 @@ class _Run:
         if step % _LOG_EVERY == 0 or last:
             dear = step % (_LOG_EVERY * max(1, self._config.steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or last
             record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
-            if self._weights.roots is None:
+            if self._weights.metric is None:
                 record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
             record["regularised"] = regularised_solves() - self._regularised
             self.history.append(record)

@@ -104,7 +104,7 @@ def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge
     """Accumulate the gradients of what one block, in the columns of this rank, adds to the relative error; returns
     it."""
     basis = weights.in_metric(block, state.basis(block.places))
-    target = weights.in_metric(block, block.weights)
+    target = weights.weighted(block, block.weights)
     with torch.no_grad():
         adapters = solve_adapters(target, basis, ridge, weights.ranks)
     loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
