@@ -32,7 +32,7 @@ import torch
 from globe_fit.collect import OnBatch, Sums, collect
 from globe_fit.evaluate import load_model, token_windows
 from globe_fit.objective import Metric
-from globe_fit.offload import BATCH, plan_run
+from globe_fit.offload import plan_run
 from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_kernels.errors import GlobeError
@@ -117,9 +117,9 @@ def _run(
     say: Callable[[str], None],
 ) -> dict[int, Sums]:
     plan = plan_run(source, device, memory_limit)
-    if not plan.offload:
-        return collect(load_model(source.model_dir, device), source, windows.split(BATCH), device, on_batch)
     batches = windows.split(plan.windows)
+    if not plan.offload:
+        return collect(load_model(source.model_dir, device), source, batches, device, on_batch)
     say(
         f"Running {source.base.name} over the text in memory needs {plan.in_memory_bytes / 2**30:.2f} GiB and "
         f"{plan.available_bytes / 2**30:.2f} GiB may be used; its layers are read from disk, once per batch "

@@ -66,7 +66,8 @@ def fit_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time, and stop.")] = False,
     memory_limit: Annotated[
-        float | None, typer.Option(help="GiB; refuse a fit that needs more at its peak.", min=0)
+        float | None,
+        typer.Option(help="GiB; refuse a fit that needs more; --calibrate reads what is larger from disk.", min=0),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
     snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,

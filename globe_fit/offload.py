@@ -18,7 +18,7 @@ from globe_fit.evaluate import WINDOW
 from globe_fit.source import ExpertSource
 from globe_kernels.errors import RequestError
 
-BATCH = 8  # windows, where the model is in memory
+_IN_MEMORY_WINDOWS = 8  # more would hardly be faster
 _MOST_WINDOWS = 1024  # a quarter of a million tokens: more would hardly save reading
 
 
@@ -28,7 +28,7 @@ class RunPlan:
 
     offload: bool
     windows: int  # of a batch
-    in_memory_bytes: int  # what the run would take without offloading
+    in_memory_bytes: int  # the least that the run would take without offloading
     peak_bytes: int  # at most; on the device and in host memory together
     available_bytes: float
     rewritten_bytes: int  # on disk, by transformers: experts that it fuses cannot be read where they are
@@ -49,11 +49,13 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None) -> R
     largest = max(by_layer.values())
     sums = len(source.layers) * source.base.hidden_size**2 * (8 if device == "cpu" else 4)
     window = WINDOW * _token_bytes(source)
-    # loading converts a layer at a time
-    in_memory = whole + max(largest, sums + BATCH * window)
+    # loading converts a layer at a time, before there are sums
+    in_memory = whole + max(largest, sums + window)
     if in_memory <= available:
-        return RunPlan(False, BATCH, in_memory, in_memory, available, 0)
-    # a layer is converted from one copy into another, before there are sums
+        windows = int(min((available - whole - sums) / window, _IN_MEMORY_WINDOWS))
+        peak = whole + max(largest, sums + windows * window)
+        return RunPlan(False, windows, in_memory, peak, available, 0)
+    # of a layer that is converted there are two copies
     least = outside + max(2 * largest, largest + sums + window)
     if least > available:
         raise RequestError(
@@ -66,7 +68,7 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None) -> R
             'may be used; install accelerate (pip install "globe-moe[fit]") to read its layers from disk.'
         )
     left = available - outside - largest - sums
-    windows = min(max(int(left / window), 1), _MOST_WINDOWS)
+    windows = int(min(max(left / window, 1), _MOST_WINDOWS))
     peak = outside + max(2 * largest, largest + sums + windows * window)
     # the experts of a layer that are tensors of their own
     rewritten = sum(sizes[key] for key, parsed in source.expert_keys.items() if parsed.expert is not None)

@@ -1,4 +1,4 @@
-"""A calibrated fit: what it collects of the inputs, that the metric is what is minimised, and that it survives a kill."""
+"""A calibrated fit: what it collects of the inputs, the metric is what is minimised, and it survives a kill."""
 
 import pytest
 import torch
@@ -123,10 +123,9 @@ def test_rows_that_matter_are_fitted_better(noise):
 
 
 def test_a_metric_without_directions_changes_nothing(noise):
-    rows = {
-        layer.layer: dict.fromkeys(("gate", "up"), torch.full((layer.num_experts, 5), 3.0)) for layer in noise.layers
-    }
-    flat = Calibration("flat", "0", 1, {layer: Sums(7.0 * torch.eye(12), one) for layer, one in rows.items()})
+    rows = {layer.layer: torch.full((layer.num_experts, 5), 3.0) for layer in noise.layers}
+    sums = {layer: Sums(7.0 * torch.eye(12), {"gate": same, "up": same}) for layer, same in rows.items()}
+    flat = Calibration("flat", "0", 1, sums)
     free, calibrated = fit(noise, CONFIG), fit(noise, CONFIG, calibration=flat)
     for family in ("gate", "up"):
         report = calibrated.report["families"][family]
@@ -161,3 +160,25 @@ def test_inputs_that_are_not_finite_are_named(text, calibrated, monkeypatch):
 def test_only_varpro_fits_to_a_text(noise):
     with pytest.raises(RequestError, match="solver is alternating and a text to calibrate on is given"):
         fit(noise, FitConfig(rank=4, atoms=5, support=2, solver="alternating"), calibration=planted_metric(noise))
+
+
+def test_an_interrupted_calibrated_fit_goes_on_bitwise(text, calibrated, tmp_path):
+    source, config = ExpertSource(shipped_model()), FitConfig(varpro=VarProConfig(steps=6, warmup_steps=2))
+    expected = fit(source, config, calibration=calibrated)
+
+    def stop_late(record):
+        if record["family"] == "up" and record["step"] == 4:
+            raise RuntimeError("stopped")
+
+    def run(on_step=None):
+        snapshots = open_snapshots(tmp_path, source, config, 0, text)
+        metric = calibrate(source, text, snapshots=snapshots)
+        return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=metric)
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(stop_late)
+    result = run()
+    for family in ("gate", "up"):
+        assert torch.equal(result.families[family].adapter, expected.families[family].adapter)
+        assert torch.equal(result.families[family].bank, expected.families[family].bank)
+        assert result.report["families"][family] == expected.report["families"][family]
