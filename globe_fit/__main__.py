@@ -1,6 +1,7 @@
 """Entry point of `globe` and of `python -m globe_fit`: errors become one sentence and an exit code."""
 
 import sys
+from logging import ERROR, getLogger
 
 _USAGE = 2
 _INTERRUPTED = 130
@@ -18,6 +19,7 @@ def main() -> None:
         sys.exit(_INTERRUPTED)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    getLogger("accelerate").setLevel(ERROR)  # it warns of offloading, which is asked for
     distributed.end_with_the_others()
     code, message = _run()
     if message:

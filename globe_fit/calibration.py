@@ -1,46 +1,64 @@
-"""What the inputs of the experts look like: the metric of a calibrated fit.
+"""What a text says of the experts: the metric of a calibrated fit.
 
-    C_l = sum_t x_t x_t^T / T        over the tokens t of a text, x_t the input of the experts of layer l
+Over the T tokens t of the text, x_t the input of the experts of layer l, and those tokens that are routed to expert i
+with weight w_t, where it computes w_t V_i h(g, u), g = W_gate x_t, u = W_up x_t:
 
-A calibrated fit minimises sum_i ||(W_i - What_i) C_l^(1/2)||^2, the error of what the experts compute instead of that
-of their weights. C_l is divided by the mean of its diagonal, so that layers weigh as they do without it, and shrunk by
-a multiple of the identity: a text of finite length says nothing of some directions. All experts of a layer share C_l,
-which is never averaged over layers.
+    C_l       = sum_t x_t x_t^T / T
+    S_gate,ik = sum_t w_t^2 (dh_k / dg_k)^2 ||V_i[:, k]||^2        S_up,ik the same with dh_k / du_k
+    d_ik      = sqrt(S_ik / mean of S over the experts and rows of layer l) + 0.1
+    L_l L_l^T = C_l / mean(diag C_l) + 0.1 I
+
+    minimise  sum_ik d_ik || (W_i - What_i)_k L_l ||^2
+
+the error of what the experts compute instead of that of their weights. It is a diagonal Gauss-Newton (Fisher-like)
+weighting of an expert's output: an error e of row k moves the output for token t by w_t (dh_k/dg_k) (e x_t) V_i[:, k].
+Of its square the part that depends on the row is S, the part that depends on the direction is C_l, as if they were
+independent; how errors of different rows add up is left out. The square root was measured better than S itself.
+
+Both parts are relative to their layer, so that layers weigh as they do without them, and both are shrunk: a text of
+finite length says nothing of some directions, and hardly reaches some experts. All experts of a layer share C_l, which
+is never averaged over layers.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 
 import torch
 
+from globe_fit.collect import OnBatch, Sums, collect
 from globe_fit.evaluate import load_model, token_windows
+from globe_fit.objective import Metric
+from globe_fit.offload import plan_run
 from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_kernels.errors import GlobeError
-from globe_kernels.files import sha256
+from globe_kernels.families import FAMILIES
+from globe_kernels.files import require_room, sha256
 
 _NAME = "calibration"
-_SHRINKAGE = 0.1
-_BATCH = 8
-
-OnBatch = Callable[[int, int], None]  # batches done, batches in all
+_SHRINKAGE = 0.1  # of C_l
+_LEAST_ROW_WEIGHT = 0.1
+_OFFLOADED = "offload-"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text of a calibrated fit and what it said of the inputs."""
+    """The text of a calibrated fit and what it said of the experts."""
 
     text: str  # name of the file, for people
     sha256: str
     tokens: int
-    moments: dict[int, torch.Tensor]  # layer id -> C_l (D, D) float32, on the CPU
+    sums: dict[int, Sums]  # by layer id, on the CPU
 
-    def roots(self) -> dict[int, torch.Tensor]:
-        """{layer id: L (D, D) lower triangular}, L L^T = C_l / mean(diag C_l) + 0.1 I."""
-        return {layer: metric_root(moment) for layer, moment in self.moments.items()}
+    def metrics(self, device: str) -> dict[str, Metric]:
+        """{family: the metric of its fit} on `device`; the roots are shared."""
+        roots = {layer: metric_root(sums.moment).to(device) for layer, sums in self.sums.items()}
+        rows = {family: [row_weights(sums.rows[family]) for sums in self.sums.values()] for family in FAMILIES}
+        return {family: Metric(roots, torch.cat(rows[family]).sqrt().to(device)) for family in FAMILIES}
 
     @property
     def facts(self) -> dict:
@@ -52,68 +70,74 @@ def calibrate(
     text: str | Path,
     device: str = "cpu",
     *,
+    memory_limit: float | None = None,
     snapshots: Snapshots | None = None,
     on_batch: OnBatch | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
 ) -> Calibration:
-    """Run the dense model of `source`, loaded onto `device`, once over a text.
+    """Run the dense model of `source` on `device` once over a text.
 
-    With `snapshots`, what an interrupted fit had collected is taken over. Raises RequestError for a text that is
-    missing or too short, GlobeError for a model whose inputs are not finite.
+    A model that does not fit into `memory_limit` bytes, or into what is available, is read from disk layer by layer for
+    every batch, which `say` is told. With `snapshots`, what an interrupted fit had collected is taken over. Raises
+    RequestError for a text that is missing or too short and for too little memory, GlobeError for a model whose inputs
+    are not finite.
     """
     saved = None if snapshots is None else snapshots.load(_NAME)
     if saved is not None:
         tensors, facts = saved
-        return Calibration(**facts["calibration"], moments={int(layer): moment for layer, moment in tensors.items()})
+        sums = {
+            layer: Sums(tensors[f"{layer}.moment"], {family: tensors[f"{layer}.{family}"] for family in FAMILIES})
+            for layer in facts["layers"]
+        }
+        return Calibration(**facts["calibration"], sums=sums)
     windows = token_windows(source.model_dir, text)
-    moments = _second_moments(source, windows, device, on_batch)
-    for layer, moment in moments.items():
-        if not torch.isfinite(moment).all():
+    sums = _run(source, windows, device, memory_limit, snapshots, on_batch, say)
+    for layer, one in sums.items():
+        if not all(torch.isfinite(tensor).all() for tensor in (one.moment, *one.rows.values())):
             raise GlobeError(
                 f"The inputs of the experts of layer {layer} are not finite on {text}; calibrate on another text."
             )
-    result = Calibration(Path(text).name, sha256(Path(text)), windows.numel(), moments)
+    result = Calibration(Path(text).name, sha256(Path(text)), windows.numel(), sums)
     if snapshots is not None:
-        tensors = {str(layer): moment for layer, moment in moments.items()}
-        snapshots.save(_NAME, 0, tensors, {"calibration": result.facts})
+        tensors = {f"{layer}.moment": one.moment for layer, one in sums.items()}
+        tensors |= {f"{layer}.{family}": one.rows[family] for layer, one in sums.items() for family in FAMILIES}
+        snapshots.save(_NAME, 0, tensors, {"calibration": result.facts, "layers": list(sums)})
     return result
 
 
-@torch.inference_mode()
-def _second_moments(
-    source: ExpertSource, windows: torch.Tensor, device: str, on_batch: OnBatch | None
-) -> dict[int, torch.Tensor]:
-    model: Any = load_model(source.model_dir, device)
-    batches = windows.split(_BATCH)
-    with _accumulating(model, source) as moments:
-        for number, batch in enumerate(batches):
-            model.model(batch.to(device))  # without the head: its logits are not needed
-            if on_batch is not None:
-                on_batch(number + 1, len(batches))
-    return {layer: (moment / windows.numel()).float().cpu() for layer, moment in moments.items()}
+def _run(
+    source: ExpertSource,
+    windows: torch.Tensor,
+    device: str,
+    memory_limit: float | None,
+    snapshots: Snapshots | None,
+    on_batch: OnBatch | None,
+    say: Callable[[str], None],
+) -> dict[int, Sums]:
+    plan = plan_run(source, device, memory_limit)
+    batches = windows.split(plan.windows)
+    if not plan.offload:
+        return collect(load_model(source.model_dir, device), source, batches, device, on_batch)
+    say(
+        f"Running {source.base.name} over the text in memory needs {plan.in_memory_bytes / 2**30:.2f} GiB and "
+        f"{plan.available_bytes / 2**30:.2f} GiB may be used; its layers are read from disk, once per batch "
+        f"({len(batches)})."
+    )
+    with _offload_folder(snapshots) as folder:
+        require_room(folder, plan.rewritten_bytes)
+        model = load_model(source.model_dir, device, offload_folder=folder)
+        return collect(model, source, batches, device, on_batch)
 
 
 @contextmanager
-def _accumulating(model: Any, source: ExpertSource) -> Iterator[dict[int, torch.Tensor]]:
-    """Sums of x x^T by layer, of all that the experts of `model` are given inside."""
-    width = source.base.hidden_size
-    moments: dict[int, torch.Tensor] = {}
-    hooks = []
-    for layer, path in source.architecture.live_experts(model):
-        experts = model.get_submodule(path)
-        # fp32 on a GPU: fp64 is slow there, and the moments of a text err more than its sums
-        dtype = torch.float64 if next(experts.parameters()).device.type == "cpu" else torch.float32
-        moments[layer] = torch.zeros(width, width, dtype=dtype, device=next(experts.parameters()).device)
-
-        def add(_: Any, inputs: tuple, total: torch.Tensor = moments[layer]) -> None:
-            x = inputs[0].reshape(-1, width).to(total.dtype)
-            total.addmm_(x.mT, x)
-
-        hooks.append(experts.register_forward_pre_hook(add))
-    try:
-        yield moments
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _offload_folder(snapshots: Snapshots | None) -> Iterator[Path]:
+    """A folder for this run only, beside the snapshots where there are any: those are on a disk that has room."""
+    if snapshots is not None:
+        snapshots.directory.mkdir(parents=True, exist_ok=True)
+        for left in snapshots.directory.glob(f"{_OFFLOADED}*"):  # by a run that was killed
+            rmtree(left, ignore_errors=True)
+    with TemporaryDirectory(prefix=_OFFLOADED, dir=None if snapshots is None else snapshots.directory) as folder:
+        yield Path(folder)
 
 
 def metric_root(moment: torch.Tensor) -> torch.Tensor:
@@ -123,3 +147,11 @@ def metric_root(moment: torch.Tensor) -> torch.Tensor:
     shrunk = moment / torch.where(level > 0, level, 1.0)
     shrunk.diagonal().add_(_SHRINKAGE)
     return torch.linalg.cholesky(shrunk).float()
+
+
+def row_weights(sensitivities: torch.Tensor) -> torch.Tensor:
+    """(E, P) float32 d of one layer and family from its S (E, P); ones where the text says nothing."""
+    level = sensitivities.double().mean()
+    if level == 0:
+        return torch.ones_like(sensitivities)
+    return (sensitivities.double() / level).sqrt().add_(_LEAST_ROW_WEIGHT).float()

@@ -19,6 +19,7 @@ from globe_fit.evaluate import evaluate, load_model, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
+from globe_fit.offload import plan_run
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
@@ -82,7 +83,8 @@ def fit_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time, and stop.")] = False,
     memory_limit: Annotated[
-        float | None, typer.Option(help="GiB; refuse a fit that needs more at its peak.", min=0)
+        float | None,
+        typer.Option(help="GiB; refuse a fit that needs more; --calibrate reads what is larger from disk.", min=0),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
     snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
@@ -111,9 +113,11 @@ def fit_command(
     if ranks.leads:
         _say_what_is_left_dense(source.base)
     require_room(out, sizes.tensor_bytes)
-    if dry_run or memory_limit is not None:
-        needs = estimate(sizes, ranks.world)
-        if memory_limit is not None and needs.peak_bytes > memory_limit * 2**30:
+    limit = None if memory_limit is None else memory_limit * 2**30
+    if dry_run or limit is not None:
+        run = None if calibrate_on is None else plan_run(source, resolve_device(settings.device), limit)
+        needs = estimate(sizes, ranks.world, run)
+        if limit is not None and needs.peak_bytes > limit:
             raise RequestError(
                 f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB{per_rank(needs.ranks)} at its peak and the limit is "
                 f"{memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
@@ -148,8 +152,10 @@ def fit_command(
                 source,
                 calibrate_on,
                 target,
+                memory_limit=limit,
                 snapshots=snapshots,
                 on_batch=lambda done, total: stage.advance(done / total),
+                say=lambda sentence: print(f"globe: {sentence}", file=sys.stderr),
             )
         result = fit_with_progress(source, settings, stage, snapshots, calibration, log, ranks)
     if not ranks.leads:

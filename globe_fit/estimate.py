@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -15,11 +16,16 @@ from globe_fit.varpro import backward_block
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.families import FAMILIES
 
+if TYPE_CHECKING:
+    from globe_fit.offload import RunPlan  # imports transformers, which takes seconds
+
 _OTHER_PASSES = 4  # statistics, start, refit, baselines
 # What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to
 # the bank's, two of Adam and the best state; a step holds two blocks of weights, what the adapters make of one, the
 # residual, its square and its gradient, and of the bases mixture, gradient and product with the weights.
 _BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
+# A calibrated fit holds C and L of every layer in fp32, and a block and its bases in the metric too.
+_MATRICES, _BLOCKS_IN_METRIC, _BASES_IN_METRIC = 2, 1, 2
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,17 @@ class Estimate:
     block_bytes: int  # likewise
     factor_bytes: int  # in host memory
     ranks: int = 1
+    calibration_bytes: int = 0  # likewise, of a calibrated fit
+    run_bytes: int = 0  # of the run of the dense model before it
 
     @property
     def peak_bytes(self) -> int:
         """On the device and in host memory together: on a CPU, what the process grows by."""
-        return self.solver_bytes + self.block_bytes + self.factor_bytes
+        return max(self.solver_bytes + self.block_bytes + self.factor_bytes + self.calibration_bytes, self.run_bytes)
 
 
-def estimate(sizes: GlobeConfig, ranks: int = 1) -> Estimate:
-    """By the sizes alone: nothing is read and nothing allocated."""
+def estimate(sizes: GlobeConfig, ranks: int = 1, run: "RunPlan | None" = None) -> Estimate:
+    """By the sizes alone: nothing is read and nothing allocated. `run` is that of a calibrated fit."""
     base = sizes.base
     columns = -(-base.hidden_size // ranks)  # of the rank that has most
     bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
@@ -47,11 +55,15 @@ def estimate(sizes: GlobeConfig, ranks: int = 1) -> Estimate:
     weights = experts * base.intermediate_size * columns * 4
     bases = experts * sizes.rank * columns * 4
     adapters = base.total_experts * base.intermediate_size * sizes.rank * sizes.torch_dtype.itemsize
+    calibration = _MATRICES * len(base.num_experts) * base.hidden_size**2 * 4
+    in_metric = _BLOCKS_IN_METRIC * weights + _BASES_IN_METRIC * bases
     return Estimate(
         solver_bytes=_BANKS * bank * columns // base.hidden_size + _CODES * codes,
-        block_bytes=_BLOCKS * weights + _BASES * bases,
+        block_bytes=_BLOCKS * weights + _BASES * bases + (0 if run is None else in_metric),
         factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
         ranks=ranks,
+        calibration_bytes=0 if run is None else calibration,
+        run_bytes=0 if run is None else run.peak_bytes,
     )
 
 

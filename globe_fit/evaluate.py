@@ -34,12 +34,26 @@ class Quality:
     tokens_per_s: float
 
 
-def load_model(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> nn.Module:
-    """A causal language model from a local directory, dense or exported by GloBE, in evaluation mode."""
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    *,
+    offload_folder: Path | None = None,
+) -> nn.Module:
+    """A causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
+
+    With `offload_folder` its layers stay on disk, there or in the checkpoint, until they are called.
+    """
     path = Path(path)
     if not (path / "config.json").is_file():
         raise RequestError(f"{path} holds no config.json; give the local directory of a Hugging Face model.")
     try:
+        if offload_folder is not None:
+            on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
+            places = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
+            options = {"device_map": places, "offload_folder": offload_folder}
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except GlobeError:
         raise

@@ -32,8 +32,8 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         if ranks.leads:
             adapter[block.places] = stored.cpu()
         residual = block.weights - stored.float() @ basis.float()
-        lost_in_metric += weights.in_metric(block, residual).square().sum(dtype=torch.float64).item()
-        energy_in_metric += target.square().sum(dtype=torch.float64).item()
+        lost_in_metric += weights.weighted(block, residual).square().sum(dtype=torch.float64).item()
+        energy_in_metric += weights.weighted(block, block.weights).square().sum(dtype=torch.float64).item()
         lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
         residual_sum += residual.sum(dtype=torch.float64).item()
         del block, basis, target, stored, residual  # before the next block is read
@@ -48,7 +48,7 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
     svd, bound = svd_errors(weights, (svd_rank, sizes.rank))
     report = {
         "relative_error": share(sum(lost.values()), statistics.total_energy),
-        "calibrated_error": None if weights.roots is None else share(lost_in_metric, energy_in_metric),
+        "calibrated_error": None if weights.metric is None else share(lost_in_metric, energy_in_metric),
         "relative_error_by_layer": {str(layer): share(lost[layer], statistics.energy[layer]) for layer in lost},
         "mse": sum(lost.values()) / count,
         "energy": statistics.total_energy,

@@ -7,8 +7,9 @@ For one family, over all n experts i with weights W_i (P, D):
 A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights normalised by one mean and
 one scale per family; errors that are reported are always those of the stored factors on the raw weights.
 
-A calibrated fit measures each row of an error in the metric of its layer (globe_fit.calibration): every matrix of D
-columns is multiplied by L_l, C_l = L_l L_l^T, before it enters the norm.
+A calibrated fit measures the rows of an error in the metric of their layer, each with a weight of its own
+(globe_fit.calibration): every matrix of D columns is multiplied by L_l, and row k of expert i by sqrt(d_ik), before it
+enters the norm. The best A_i for a basis is the same with and without the weights of the rows: least squares of each.
 
 Of several ranks (globe_fit.distributed) each sees its own columns of every W_i.
 """
@@ -46,6 +47,14 @@ class Block:
     weights: torch.Tensor  # (len(experts), P, D) float32, D of the columns that were asked for
 
 
+@dataclass(frozen=True)
+class Metric:
+    """In what the errors of a calibrated fit of one family are measured."""
+
+    roots: dict[int, torch.Tensor]  # layer id -> L (D, D)
+    row_scales: torch.Tensor  # (n, P), sqrt(d)
+
+
 def share(part: float, whole: float) -> float:
     """part / whole; 0 where there is nothing to have a share of, such as a layer of zeros."""
     return part / whole if whole else 0.0
@@ -67,7 +76,7 @@ class FamilyWeights:
     family: str
     device: str
     statistics: Statistics
-    roots: dict[int, torch.Tensor] | None = None  # layer id -> L (D, D) of a calibrated fit
+    metric: Metric | None = None  # of a calibrated fit
     normalised_energy: float = 1.0  # sum of squares of the normalised weights, in the metric
     ranks: Ranks = ALONE
 
@@ -77,10 +86,10 @@ class FamilyWeights:
         source: ExpertSource,
         family: str,
         device: str,
-        roots: dict[int, torch.Tensor] | None = None,
+        metric: Metric | None = None,
         ranks: Ranks = ALONE,
     ) -> "FamilyWeights":
-        """A pass over the weights for their statistics, with `roots` another for their energy in the metric.
+        """A pass over the weights for their statistics, with `metric` another for their energy in the metric.
 
         Raises GlobeError when a weight is NaN or infinite.
         """
@@ -96,20 +105,24 @@ class FamilyWeights:
         energy = dict(zip(energy, energies, strict=True))
         mean = total / count
         scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
-        if roots is not None:
-            roots = {layer: root.to(device) for layer, root in roots.items()}
         # without a metric: one per weight, by definition of the scale
-        measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), roots, float(count), ranks)
-        if roots is None:
+        measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), metric, float(count), ranks)
+        if metric is None:
             return measured
         in_metric = sum(
-            measured.in_metric(block, block.weights).square().sum().item() for block in measured.normalised()
+            measured.weighted(block, block.weights).square().sum().item() for block in measured.normalised()
         )
         return replace(measured, normalised_energy=in_metric)
 
     def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
-        """`matrices` (..., D) of the experts of a block, as their squares are to be summed."""
-        return matrices if self.roots is None else matrices @ self.roots[block.layer.layer]
+        """`matrices` (..., D) of the experts of a block, their columns in the metric."""
+        return matrices if self.metric is None else matrices @ self.metric.roots[block.layer.layer]
+
+    def weighted(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
+        """`matrices` (E, P, D) of the experts of a block, as their squares are to be summed."""
+        if self.metric is None:
+            return matrices
+        return self.in_metric(block, matrices).mul_(self.metric.row_scales[block.places, :, None])
 
     @property
     def columns(self) -> slice:

@@ -78,9 +78,11 @@ def fit(
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
-        roots = None if calibration is None else calibration.roots()
+        metrics = {} if calibration is None else calibration.metrics(config.device)
         # all of them before the first step: a NaN in the last is found at once and not after the fit of the first
-        weights = [FamilyWeights.measure(source, family, config.device, roots, ranks) for family in FAMILIES]
+        weights = [
+            FamilyWeights.measure(source, family, config.device, metrics.get(family), ranks) for family in FAMILIES
+        ]
         fits = {one.family: _fit_family(one, sizes, config, start, on_step, snapshots) for one in weights}
     history = [record for one in fits.values() for record in one.history]
     diverged = [family for family, one in fits.items() if not one.completed]
@@ -274,7 +276,7 @@ class _Run:
         if step % _LOG_EVERY == 0 or last:
             dear = step % (_LOG_EVERY * max(1, self._config.steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or last
             record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
-            if self._weights.roots is None:
+            if self._weights.metric is None:
                 record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
             record["regularised"] = regularised_solves() - self._regularised
             self.history.append(record)

@@ -22,8 +22,12 @@ def print_estimate(figures: dict) -> None:
     print(
         f"peak memory{per_rank(figures['ranks'])} {megabytes(figures['peak_bytes'])} (solver "
         f"{megabytes(figures['solver_bytes'])}, a block of experts {megabytes(figures['block_bytes'])}, factors "
-        f"{megabytes(figures['factor_bytes'])}); about {figures['seconds']:.0f} s"
+        f"{megabytes(figures['factor_bytes'])}"
+        + (f", metric {megabytes(figures['calibration_bytes'])}" if figures["calibration_bytes"] else "")
+        + f"); about {figures['seconds']:.0f} s"
     )
+    if figures["run_bytes"]:
+        print(f"before that the model runs over the text in at most {megabytes(figures['run_bytes'])}")
 
 
 def print_fit(figures: dict, out: Path, advice: str) -> None:

@@ -107,7 +107,7 @@ def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge
     part.bank.requires_grad_(state.bank.requires_grad)
     part.codes.requires_grad_(state.codes.requires_grad)
     basis = weights.in_metric(block, part.bases())
-    target = weights.in_metric(block, block.weights)
+    target = weights.weighted(block, block.weights)
     with torch.no_grad():
         adapters = solve_adapters(target, basis, ridge, weights.ranks)
     loss = (target - adapters @ basis).square().sum() / weights.normalised_energy

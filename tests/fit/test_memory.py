@@ -1,6 +1,7 @@
 """A fit holds at most two blocks of dense weights, together less than a layer, whatever the size of the model."""
 
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,11 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from globe_fit import ExpertSource, FitConfig, fit, objective
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, objective
+from globe_fit.calibration import Calibration
+from globe_fit.collect import Sums
 from globe_fit.config import AlternatingConfig, CodingConfig, resolve_sizes
+from globe_fit.demo import shipped_model
 from globe_fit.diagnostics import SAMPLED_EXPERTS
 from globe_fit.estimate import estimate
+from globe_fit.offload import RunPlan, plan_run
+from globe_kernels.families import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT
 
@@ -53,14 +60,13 @@ def test_one_block_in_use_and_one_being_read(save_tiny, monkeypatch, blocks_per_
     assert most == 1  # the block in use, while the next is read
 
 
-def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro") -> int:
-    """Anonymous memory of a fit at its highest, in a process of its own, less what it had before."""
+def grown_by(imports: str, warm_up: str, measured: str) -> int:
+    """Anonymous memory of a process at its highest while it does what is `measured`, less what it had before."""
     script = f"""
         import threading, time
         import torch
         torch.set_num_threads(1)
-        from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
-        from globe_fit.config import AlternatingConfig
+        {imports}
 
         def anonymous():
             with open("/proc/self/status") as status:
@@ -72,16 +78,11 @@ def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro
                 highest = max(highest, anonymous())
                 time.sleep(0.0005)
 
-        # libraries and their buffers
-        warm_up = FitConfig(rank=16, atoms=3, support=2, varpro=VarProConfig(steps=1))
-        fit(ExpertSource({str(model_dir / "warm-up")!r}), warm_up)
+        {warm_up}  # libraries and their buffers
         before, highest, stop = anonymous(), 0, False
         watcher = threading.Thread(target=watch)
         watcher.start()
-        turns = AlternatingConfig(steps=3, cg_steps=2)
-        sizes = dict(rank={rank}, atoms={atoms}, support=2, solver={solver!r})
-        config = FitConfig(**sizes, varpro=VarProConfig(steps=6), alternating=turns)
-        fit(ExpertSource({str(model_dir / "model")!r}), config)
+        {measured}
         stop = True
         watcher.join()
         print(highest - before)
@@ -95,12 +96,39 @@ def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro
         # freed blocks go back at once, so that resident means alive
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )
-    return int(done.stdout)
+    return int(done.stdout.split()[-1])
 
 
-def predicted(model_dir: Path, rank: int, atoms: int) -> int:
+def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro", calibrated: bool = False) -> int:
+    imports = "from tests.fit.test_memory import fit_once"
+    warm_up = f"fit_once({str(model_dir / 'warm-up')!r}, rank=16, atoms=3)"
+    sizes = f"rank={rank}, atoms={atoms}, solver={solver!r}, steps=6, calibrated={calibrated}"
+    return grown_by(imports, warm_up, f"fit_once({str(model_dir / 'model')!r}, {sizes})")
+
+
+def fit_once(
+    model_dir: str, rank: int, atoms: int, solver: str = "varpro", steps: int = 1, calibrated: bool = False
+) -> None:
+    """What `measure_growth` runs in a process of its own."""
+    source = ExpertSource(model_dir)
+    turns = AlternatingConfig(steps=3, cg_steps=2)
+    sizes = FitConfig(rank=rank, atoms=atoms, support=2, solver=solver)
+    calibration = planted_calibration(source) if calibrated else None
+    fit(source, replace(sizes, varpro=VarProConfig(steps=steps), alternating=turns), calibration=calibration)
+
+
+def planted_calibration(source: ExpertSource) -> Calibration:
+    """Held in full, as that of a text is."""
+    base, sums = source.base, {}
+    for layer, experts in base.num_experts.items():
+        rows = {family: torch.ones(experts, base.intermediate_size) for family in FAMILIES}
+        sums[layer] = Sums(torch.eye(base.hidden_size), rows)
+    return Calibration("planted", "0", 1, sums)
+
+
+def predicted(model_dir: Path, rank: int, atoms: int, run: RunPlan | None = None) -> int:
     source, config = ExpertSource(model_dir / "model"), FitConfig(rank=rank, atoms=atoms, support=2)
-    return estimate(resolve_sizes(source.base, config)).peak_bytes
+    return estimate(resolve_sizes(source.base, config), run=run).peak_bytes
 
 
 def test_resident_memory_stays_below_one_layer(tmp_path):
@@ -133,3 +161,39 @@ def test_resident_memory_is_six_banks(tmp_path, solver):
     assert 5 * bank < grown < 6 * bank + stored + blocks + own
     if solver == "varpro":
         assert grown == pytest.approx(predicted(tmp_path, rank=256, atoms=60), rel=0.15)
+
+
+def test_a_calibrated_fit_holds_the_metric(tmp_path):
+    sizes = {"hidden_size": 1024, "moe_intermediate_size": 128}
+    tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
+    tiny_model("qwen3_moe", num_experts=16, **sizes).save_pretrained(tmp_path / "model")
+    metric = 2 * 3 * 1024**2 * 4  # C and L
+    free, calibrated = (measure_growth(tmp_path, 32, 12, calibrated=one) for one in (False, True))
+    print(f"grown by {calibrated} bytes, without a metric by {free}; it has {metric}")
+    assert metric < calibrated - free < 2 * metric
+    run = RunPlan(False, 1, 0, 0, 0.0, 0)  # what is before the fit
+    assert calibrated == pytest.approx(predicted(tmp_path, 32, 12, run), rel=0.15)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_offloaded_run_stays_below_the_size_of_the_model(tmp_path, fused):
+    sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 2048}
+    for name, experts in (("warm-up", 4), ("model", 32)):
+        model = tiny_model("qwen3_moe", num_experts=experts, **sizes)
+        model.save_pretrained(tmp_path / name, save_original_format=not fused)
+        for file in shipped_model().glob("tokenizer*"):
+            shutil.copy(file, tmp_path / name)
+    text = tmp_path / "text.txt"
+    text.write_text((shipped_model() / "heldout.txt").read_text(encoding="utf-8")[:20000], encoding="utf-8")
+    weights = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    limit = weights // 2
+    plan = plan_run(ExpertSource(tmp_path / "model"), "cpu", limit)
+    assert plan.offload and plan.windows > 1
+    grown = grown_by(
+        "from globe_fit import ExpertSource; from globe_fit.calibration import calibrate",
+        f"calibrate(ExpertSource({str(tmp_path / 'warm-up')!r}), {str(text)!r}, memory_limit=60e6)",
+        f"calibrate(ExpertSource({str(tmp_path / 'model')!r}), {str(text)!r}, memory_limit={limit})",
+    )
+    print(f"grown by {grown} bytes of at most {plan.peak_bytes}; the weights are {weights}")
+    sums = 6 * 512**2 * 8
+    assert sums < grown < plan.peak_bytes <= limit

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from globe_fit.demo import shipped_model
 from globe_kernels.checkpoint import CONFIG_NAME
 from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK, assert_refused
@@ -211,3 +212,19 @@ def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tm
     assert figures["seconds"] > 0 and figures["rank"] > 0
     refused = globe("fit", model_dir, "-o", tmp_path / "out", "--memory-limit", "0.0001", *QUICK)
     assert_refused(refused, 2, "GiB at its peak and the limit is 0.0001; give a smaller ratio")
+
+
+def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
+    model, text = shipped_model(), shipped_model() / "heldout.txt"
+    options = ("fit", model, "-o", tmp_path / "out", "--dry-run")
+    free, calibrated = (
+        json.loads(globe(*options, "--json", *more)[1]) for more in ((), ("--calibrate", text, "--memory-limit", 0.09))
+    )
+    assert (free["calibration_bytes"], free["run_bytes"]) == (0, 0)
+    assert calibrated["calibration_bytes"] == 2 * 6 * 192**2 * 4
+    assert calibrated["block_bytes"] > free["block_bytes"]
+    assert calibrated["peak_bytes"] == calibrated["run_bytes"] < 0.09 * 2**30
+    code, out, _ = globe(*options, "--calibrate", text)
+    assert code == 0 and "metric 1.77 MB" in out and "before that the model runs over the text in at most" in out
+    refused = globe(*options, "--calibrate", text, "--memory-limit", "0.01")
+    assert_refused(refused, 2, "over a text layer by layer needs 0.02 GiB and 0.01 GiB may be used")

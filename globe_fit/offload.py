@@ -1,0 +1,114 @@
+"""Whether the dense model fits into memory for a run over a text, and what the run takes; by the headers alone.
+
+A model that does not fit is run with all its layers on disk: accelerate reads the weights of each module when it is
+called and drops them after. No layer stays in memory, because a batch of as many windows as memory allows needs each of
+them once.
+"""
+
+import math
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from re import search
+
+import torch
+from transformers import AutoConfig
+
+from globe_fit.evaluate import WINDOW
+from globe_fit.source import ExpertSource
+from globe_kernels.errors import RequestError
+
+_IN_MEMORY_WINDOWS = 8  # more would hardly be faster
+_MOST_WINDOWS = 1024  # a quarter of a million tokens: more would hardly save reading
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """How a dense model is run over a text."""
+
+    offload: bool
+    windows: int  # of a batch
+    in_memory_bytes: int  # the least that the run would take without offloading
+    peak_bytes: int  # at most; on the device and in host memory together
+    available_bytes: float
+    rewritten_bytes: int  # on disk, by transformers: experts that it fuses cannot be read where they are
+
+
+def plan_run(source: ExpertSource, device: str, limit: float | None = None) -> RunPlan:
+    """The plan within `limit` bytes and what is available. Raises RequestError when not even one layer fits, or when
+    offloading needs accelerate."""
+    available = min(_available(device), math.inf if limit is None else limit)
+    sizes = {key: source.files.num_bytes(key) for key in source.files.weight_map}
+    whole, outside, by_layer = sum(sizes.values()), 0, {}
+    for key, size in sizes.items():
+        layer = search(r"layers\.(\d+)\.", key)
+        if layer is not None:
+            by_layer[layer[1]] = by_layer.get(layer[1], 0) + size
+        elif not key.startswith("lm_head."):  # the head is not run, and stays on disk
+            outside += size
+    largest = max(by_layer.values())
+    sums = len(source.layers) * source.base.hidden_size**2 * (8 if device == "cpu" else 4)
+    window = WINDOW * _token_bytes(source)
+    # loading converts a layer at a time, before there are sums
+    in_memory = whole + max(largest, sums + window)
+    if in_memory <= available:
+        windows = int(min((available - whole - sums) / window, _IN_MEMORY_WINDOWS))
+        peak = whole + max(largest, sums + windows * window)
+        return RunPlan(False, windows, in_memory, peak, available, 0)
+    # of a layer that is converted there are two copies
+    least = outside + max(2 * largest, largest + sums + window)
+    if least > available:
+        raise RequestError(
+            f"Running {source.base.name} over a text layer by layer needs {least / 2**30:.2f} GiB and "
+            f"{available / 2**30:.2f} GiB may be used; raise the limit, free some memory, or fit without a text."
+        )
+    if find_spec("accelerate") is None:
+        raise RequestError(
+            f"Running {source.base.name} over a text needs {in_memory / 2**30:.2f} GiB and {available / 2**30:.2f} GiB "
+            'may be used; install accelerate (pip install "globe-moe[fit]") to read its layers from disk.'
+        )
+    left = available - outside - largest - sums
+    windows = int(min(max(left / window, 1), _MOST_WINDOWS))
+    peak = outside + max(2 * largest, largest + sums + windows * window)
+    # the experts of a layer that are tensors of their own
+    rewritten = sum(sizes[key] for key, parsed in source.expert_keys.items() if parsed.expert is not None)
+    return RunPlan(True, windows, in_memory, peak, available, rewritten)
+
+
+def _token_bytes(source: ExpertSource) -> int:
+    """What a token takes at most while a layer runs: some of it in fp32 whatever the weights are."""
+    config = AutoConfig.from_pretrained(source.model_dir).to_dict()  # with its defaults
+    width, inner = source.base.hidden_size, source.base.intermediate_size
+    heads = config["num_attention_heads"]
+    split = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
+    head = max(config.get("head_dim") or 0, split, width // heads)
+    dense = max(config.get(key) or 0 for key in ("intermediate_size", "shared_expert_intermediate_size"))
+    experts = config["num_experts_per_tok"] * (4 * width + 4 * inner)
+    # scores of every head, which not every attention keeps from memory
+    attention = heads * (6 * head + 3 * WINDOW)
+    return 4 * (8 * width + experts + attention + 3 * dense)
+
+
+def _available(device: str) -> float:
+    """Bytes that may still be taken: the fewer of host and device, because weights reach a GPU through the host."""
+    host = min(_meminfo(), _container())
+    return host if device == "cpu" else min(host, torch.cuda.mem_get_info(device)[0])
+
+
+def _meminfo() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    except (OSError, StopIteration):  # not Linux: only --memory-limit bounds the run
+        return math.inf
+
+
+def _container() -> float:
+    """What the limit of a container leaves; its cached files do not count, they give way."""
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return limit - int(used["anon"])
+    except (OSError, ValueError, KeyError):  # none, or of another kind
+        return math.inf

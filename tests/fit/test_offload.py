@@ -1,0 +1,86 @@
+"""When a model is run from disk, in batches of what size, and what is said when that cannot be."""
+
+from dataclasses import replace
+
+import pytest
+
+from globe_fit import ExpertSource, offload
+from globe_fit.calibration import calibrate
+from globe_fit.demo import shipped_model
+from globe_fit.offload import plan_run
+from globe_fit.snapshots import Snapshots
+from globe_kernels import files
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.testing import assert_close
+
+LIMIT = 20e6  # the model has 10.9 MB, and less than a window is left beside it
+
+
+@pytest.fixture(scope="module")
+def source():
+    return ExpertSource(shipped_model())
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text((shipped_model() / "heldout.txt").read_text(encoding="utf-8")[:9000], encoding="utf-8")
+    return path
+
+
+def test_a_model_that_fits_stays_in_memory(source):
+    plan = plan_run(source, "cpu")
+    weights = sum(source.files.num_bytes(key) for key in source.files.weight_map)
+    assert (plan.offload, plan.windows, plan.rewritten_bytes) == (False, 8, 0)
+    assert weights < plan.in_memory_bytes < plan.peak_bytes < weights + 2e8
+    least = plan_run(source, "cpu", plan.in_memory_bytes)
+    assert least == replace(plan, windows=1, peak_bytes=plan.in_memory_bytes, available_bytes=plan.in_memory_bytes)
+
+
+def test_a_model_that_does_not_fit_is_run_from_disk(source):
+    fits = plan_run(source, "cpu").in_memory_bytes
+    plan = plan_run(source, "cpu", fits - 1)
+    assert plan.offload and plan.peak_bytes <= plan.available_bytes == fits - 1
+    experts = 6 * 20 * 3 * 64 * 192 * 2  # bf16, a tensor each
+    assert plan.rewritten_bytes == experts
+    with pytest.raises(
+        RequestError, match=r"layer by layer needs 0\.\d\d GiB and 0\.00 GiB may be used; raise the limit"
+    ):
+        plan_run(source, "cpu", 1e6)
+
+
+def test_the_more_memory_the_larger_the_batches(monkeypatch):
+    source = ExpertSource(shipped_model())
+    small = source.files.num_bytes
+    monkeypatch.setattr(source.files, "num_bytes", lambda key: 100 * small(key))
+    plans = [plan_run(source, "cpu", limit) for limit in (5e8, 8e8)]
+    assert all(plan.offload and 0.9 * plan.available_bytes < plan.peak_bytes < plan.available_bytes for plan in plans)
+    assert 1 < plans[0].windows < plans[1].windows
+
+
+def test_without_accelerate_it_is_named(source, monkeypatch):
+    monkeypatch.setattr(offload, "find_spec", lambda name: None)
+    assert not plan_run(source, "cpu").offload
+    with pytest.raises(RequestError, match=r"install accelerate \(pip install \"globe-moe\[fit\]\"\)"):
+        plan_run(source, "cpu", LIMIT)
+
+
+def test_from_disk_a_text_says_the_same(source, text, tmp_path):
+    expected, said = calibrate(source, text), []
+    snapshots = Snapshots(tmp_path, {})
+    stale = tmp_path / ".snapshot" / "offload-killed"
+    stale.mkdir(parents=True)
+    found = calibrate(source, text, memory_limit=LIMIT, snapshots=snapshots, say=said.append)
+    assert [path.name for path in (tmp_path / ".snapshot").iterdir()] == ["calibration-0-0.safetensors"]
+    assert len(said) == 1 and "in memory needs 0.02 GiB and 0.02 GiB may be used; its layers are read from" in said[0]
+    assert found.facts == expected.facts
+    for layer, sums in expected.sums.items():  # in bf16, which batches of other sizes round differently
+        assert_close(found.sums[layer].moment, sums.moment, rms=1e-2, peak=2e-2)
+        for family, rows in sums.rows.items():
+            assert_close(found.sums[layer].rows[family], rows, rms=2e-2, peak=5e-2)
+
+
+def test_a_disk_that_is_full_is_refused_before(source, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_free", lambda target: 1000)
+    with pytest.raises(GlobeError, match="needs 8847360 bytes and 1000 are free"):
+        calibrate(source, text, memory_limit=LIMIT)
