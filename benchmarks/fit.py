@@ -13,6 +13,7 @@ gate and up experts are what each method stands for.
 
 "globe_palette" lets a layer use as many atoms as two layers have on average. "globe_calibrated" is fitted to what the
 experts compute on the text of --calibrate: its errors are of the weights all the same, and not what it minimises.
+"alternating" is the classic recipe corrected, "literal" as it is usually told (examples/literal.toml).
 """
 
 import argparse
@@ -33,7 +34,7 @@ from synthetic import SIZES, SyntheticSource
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.baselines import stored_svd
 from globe_fit.calibration import Calibration, calibrate
-from globe_fit.config import DEFAULT_RATIO, resolve_device
+from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
 from globe_fit.demo import shipped_model
 from globe_fit.estimate import estimate
 from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
@@ -43,6 +44,10 @@ from globe_fit.objective import FamilyWeights, share
 from globe_fit.source import ExpertLayer
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
+
+# Rounds for about the seconds of the default solver.
+_ALTERNATING = FitConfig(solver="alternating", alternating=AlternatingConfig(steps=150))
+_LITERAL = Path(__file__).parent.parent / "examples" / "literal.toml"
 
 Trace = list[tuple[float, float]]  # (seconds, relative error)
 
@@ -126,7 +131,8 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
         methods[name] = method
         print(f"{name}: {method.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    settings = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device, "varpro": varpro}
+    common = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device}
+    settings = common | {"varpro": varpro}
     method, result = globe(source, FitConfig(**settings), clock)
     add("globe", method)
     if args.size:
@@ -140,6 +146,8 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
         took = clock() - began
         method, _ = globe(source, FitConfig(**settings), clock, calibration)
         add("globe_calibrated", replace(method, seconds=method.seconds + took))
+    for name, config in (("alternating", _ALTERNATING), ("literal", FitConfig.from_options(_LITERAL, {}))):
+        add(name, globe(source, replace(config, **common), clock)[0])
     families = {family: FamilyWeights.measure(source, family, device) for family in FAMILIES}
     add("svd", svd(source, families, result.report["families"]["gate"]["svd_equal_bytes_rank"], clock))
     for name, warm in (("mobe", False), ("mobe_warm", True)):
