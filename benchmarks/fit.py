@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from ledger import append, conditions
@@ -131,8 +132,8 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
         methods[name] = method
         print(f"{name}: {method.seconds:.1f} s", file=sys.stderr, flush=True)
 
-    common = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device}
-    settings = common | {"varpro": varpro}
+    common: dict[str, Any] = {"ratio": args.ratio, "rank": args.rank, "support": args.support, "device": device}
+    settings: dict[str, Any] = common | {"varpro": varpro}
     method, result = globe(source, FitConfig(**settings), clock)
     add("globe", method)
     if args.size:
