@@ -132,7 +132,8 @@ def test_the_benchmark_of_fits(save_tiny, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     rows = {row["provider"]: row for row in json.loads(done.stdout)}
-    assert list(rows) == ["globe", "globe_tanh", "svd", "mobe", "mobe_warm"]
+    ours = ["globe", "globe_tanh", "globe_tanh_quick", "globe_palette", "alternating", "literal"]
+    assert list(rows) == [*ours, "svd", "mobe", "mobe_warm"]
     for name, row in rows.items():
         assert row["op"] == "fit" and row["seconds"] > 0
         assert row["bytes"] == pytest.approx(rows["globe"]["bytes"], rel=0.1)
