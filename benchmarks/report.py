@@ -103,7 +103,7 @@ def _fit_lines(rows: list[dict]) -> list[Line]:
         "s to MoBE's, up": ("up_seconds_to_mobe", ".1f"),
         "bytes": ("bytes", "d"),
         "perplexity": ("perplexity", ".2f"),
-        "KL": ("kl", ".4f"),
+        "KL": ("kl", ".5f"),
         "top-1": ("top1", ".3f"),
     }
     return [
