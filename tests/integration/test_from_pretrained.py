@@ -30,11 +30,16 @@ def test_export_load_save_load(model_type, export_tiny, fit_tiny, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert any(isinstance(module, GlobeMoEFFN) for module in model.modules())
     assert not any("gate_up" in name for name, _ in model.named_parameters())
-    assert torch.equal(logits(model.eval()), expected)
+    # not equal: weights from a file are mapped, and how products round may depend on where in a cache line they begin
+    assert_close(logits(model.eval()), expected, rms=1e-6, peak=1e-5)
 
     for name, source in {"loaded": model, "patched": patched}.items():
         source.save_pretrained(tmp_path / name)
-        assert torch.equal(logits(load(tmp_path / name)), expected)
+        again = load(tmp_path / name)
+        assert_close(logits(again), expected, rms=1e-6, peak=1e-5)
+        values = again.state_dict()
+        assert values.keys() == model.state_dict().keys()
+        assert all(torch.equal(values[key], value) for key, value in model.state_dict().items())
 
 
 def test_the_bank_is_stored_once(export_tiny, fit_tiny):
