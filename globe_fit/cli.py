@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from globe_fit.calibration import calibrate
-from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
 from globe_fit.distributed import join
@@ -49,6 +49,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+# What several commands take.
+ModelDir = Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")]
+_STEPS = f"Steps of the solver (varpro {VarProConfig.steps}, alternating {AlternatingConfig.steps})."
+Steps = Annotated[int | None, typer.Option(help=_STEPS)]
+Seed = Annotated[int | None, typer.Option(help="Seed of the start (0).")]
+Device = Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
+SnapshotMinutes = Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
@@ -64,7 +71,7 @@ def _say_what_is_left_dense(base: BaseModel) -> None:
 
 @app.command("fit")
 def fit_command(
-    model_dir: Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")],
+    model_dir: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the GloBE checkpoint.")],
     ratio: Annotated[float | None, typer.Option(help="GloBE bytes / dense gate and up bytes (0.625).")] = None,
     rank: Annotated[int | None, typer.Option(help="Inner dimension r.")] = None,
@@ -74,9 +81,9 @@ def fit_command(
     phi: Annotated[str | None, typer.Option(help="identity, silu or tanh.")] = None,
     scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
     solver: Annotated[str | None, typer.Option(help="varpro, or alternating.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver (varpro 1500, alternating 50).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    device: Device = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
     calibrate_on: Annotated[
         Path | None, typer.Option("--calibrate", help="UTF-8 text: fit what the experts compute on it.")
@@ -87,7 +94,7 @@ def fit_command(
         typer.Option(help="GiB; refuse a fit that needs more; --calibrate reads what is larger from disk.", min=0),
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished fit in OUT.")] = False,
-    snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
+    snapshot_minutes: SnapshotMinutes = 5.0,
     wandb: Annotated[str | None, typer.Option(help="Send the metrics to this Weights & Biases project.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -179,21 +186,21 @@ def fit_command(
 
 @app.command("sweep")
 def sweep_command(
-    model_dir: Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")],
+    model_dir: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoints, one inside for each point.")],
     ratio: Annotated[str | None, typer.Option(help="Ratios, such as 0.5,0.625.")] = None,
     rank: Annotated[str | None, typer.Option(help="Ranks, such as 48,64.")] = None,
     atoms: Annotated[str | None, typer.Option(help="Atoms of each family's bank, such as 20,34.")] = None,
     support: Annotated[str | None, typer.Option(help="Atoms that each expert mixes, such as 6,12.")] = None,
     palette: Annotated[str | None, typer.Option(help="Most atoms that one layer uses, such as none,17.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps of the solver (varpro 1500, alternating 50).")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the start (0).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
+    steps: Steps = None,
+    seed: Seed = None,
+    device: Device = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the settings of a fit; options win.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text: quality of every point on it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print points, sizes and time, and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what OUT holds of these points.")] = False,
-    snapshot_minutes: Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)] = 5.0,
+    snapshot_minutes: SnapshotMinutes = 5.0,
     as_json: Json = False,
 ) -> None:
     """Fit every combination of sizes; the same command goes on after an interruption."""
@@ -261,7 +268,7 @@ def eval_command(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
     text: Annotated[Path, typer.Option(help="UTF-8 text to evaluate on.")],
     base: Annotated[Path | None, typer.Option(help="The dense model to compare with.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Perplexity and throughput of a model; with --base beside the dense one, with KL and top-1 agreement."""
