@@ -2,7 +2,7 @@
 
     python benchmarks/fit.py                                  the shipped model
     python benchmarks/fit.py --size qwen3-30b                 GloBE alone, experts of that size made on the fly
-    python benchmarks/fit.py MODEL_DIR --text TEXT --calibrate OTHER_TEXT --curves out.png --ledger
+    python benchmarks/fit.py MODEL_DIR --text TEXT --calibrate self OTHER_TEXT --curves out.png --ledger
 
 Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds are of the process on a CPU,
 on one thread, so that other work of the machine counts for no method; on a GPU of the wall. They are those of both
@@ -12,8 +12,9 @@ only once its supports are chosen. Perplexity, KL(dense || compressed) and top-1
 gate and up experts are what each method stands for.
 
 "globe_tanh_quick" takes a quarter of the steps. "globe_palette" lets a layer use as many atoms as two layers have on
-average. "globe_calibrated" and "globe_tanh_calibrated" are fitted to what the experts compute on the text of
---calibrate: their errors are of the weights all the same, and not what they minimise.
+average. "globe_self" and "globe_tanh_self" are fitted to what the experts compute on what the model itself writes,
+which takes no data, "globe_calibrated" and "globe_tanh_calibrated" on a text: their errors are of the weights all the
+same, and not what they minimise.
 "alternating" is the classic recipe corrected, "literal" as it is usually told (examples/literal.toml).
 """
 
@@ -35,7 +36,7 @@ from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.baselines import stored_svd
-from globe_fit.calibration import Calibration, calibrate
+from globe_fit.calibration import SELF, Calibration, calibrate, require_text
 from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
 from globe_fit.demo import shipped_model
 from globe_fit.estimate import estimate
@@ -145,11 +146,11 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
     add("globe_tanh_quick", globe(source, quick, clock)[0])
     two_groups = max(args.support, -(-2 * result.config.num_atoms // len(source.layers)))
     add("globe_palette", globe(source, replace(identity, palette=two_groups), clock)[0])
-    if args.calibrate:
+    for text in args.calibrate:
         began = clock()
-        calibration = calibrate(source, args.calibrate, device)
-        took = clock() - began
-        for name, config in (("globe_calibrated", identity), ("globe_tanh_calibrated", tanh)):
+        calibration = calibrate(source, text, device)
+        took, ending = clock() - began, "self" if text == SELF else "calibrated"
+        for name, config in ((f"globe_{ending}", identity), (f"globe_tanh_{ending}", tanh)):
             method, _ = globe(source, config, clock, calibration)
             add(name, replace(method, seconds=method.seconds + took))
     for name, config in (("alternating", _ALTERNATING), ("literal", FitConfig.from_options(_LITERAL, {}))):
@@ -227,7 +228,9 @@ def main() -> None:
     parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", type=Path, help="measure perplexity, KL and top-1 agreement on it")
-    parser.add_argument("--calibrate", type=Path, help="add a fit to what the experts compute on this text")
+    parser.add_argument(
+        "--calibrate", nargs="+", default=[], help="a text, self (what the model writes) or both: add fits to them"
+    )
     parser.add_argument("--curves", type=Path, help="a plot of the errors over time")
     parser.add_argument("--ledger", action="store_true", help="append the rows to benchmarks/results")
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, nothing else")
@@ -240,6 +243,8 @@ def main() -> None:
     try:
         source = planted(args) if args.size else ExpertSource(args.model_dir or shipped_model())
         windows = token_windows(source.model_dir, args.text) if args.text else None
+        for text in args.calibrate:
+            require_text(text)
         methods, result = run(source, args)
     except RequestError as error:
         parser.error(str(error))

@@ -18,6 +18,8 @@ independent; how errors of different rows add up is left out. The square root wa
 Both parts are relative to their layer, so that layers weigh as they do without them, and both are shrunk: a text of
 finite length says nothing of some directions, and hardly reaches some experts. All experts of a layer share C_l, which
 is never averaged over layers.
+
+Without a text at hand the model writes one itself (globe_fit.self_text), which takes no data at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,14 +32,17 @@ from tempfile import TemporaryDirectory
 import torch
 
 from globe_fit.collect import OnBatch, Sums, collect
-from globe_fit.evaluate import load_model, token_windows
+from globe_fit.evaluate import WINDOW, load_model, token_windows
 from globe_fit.objective import Metric
 from globe_fit.offload import plan_run
+from globe_fit.self_text import sample_windows
 from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
-from globe_kernels.errors import GlobeError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import require_room, sha256
+
+SELF = "self"  # in the place of a text file: what the model itself writes
 
 _NAME = "calibration"
 _SHRINKAGE = 0.1  # of C_l
@@ -49,8 +54,8 @@ _OFFLOADED = "offload-"
 class Calibration:
     """The text of a calibrated fit and what it said of the experts."""
 
-    text: str  # name of the file, for people
-    sha256: str
+    text: str  # name of the file, for people, or SELF
+    sha256: str | None  # of the file
     tokens: int
     sums: dict[int, Sums]  # by layer id, on the CPU
 
@@ -75,12 +80,12 @@ def calibrate(
     on_batch: OnBatch | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Calibration:
-    """Run the dense model of `source` on `device` once over a text.
+    """Run the dense model of `source` on `device` once over a text file, or over what it writes itself (SELF).
 
     A model that does not fit into `memory_limit` bytes, or into what is available, is read from disk layer by layer for
-    every batch, which `say` is told. With `snapshots`, what an interrupted fit had collected is taken over. Raises
-    RequestError for a text that is missing or too short and for too little memory, GlobeError for a model whose inputs
-    are not finite.
+    every batch, which `say` is told; such a model cannot write. With `snapshots`, what an interrupted fit had collected
+    is taken over. Raises RequestError for a text that is missing or too short and for too little memory, GlobeError for
+    a model whose inputs are not finite.
     """
     saved = None if snapshots is None else snapshots.load(_NAME)
     if saved is not None:
@@ -90,19 +95,57 @@ def calibrate(
             for layer in facts["layers"]
         }
         return Calibration(**facts["calibration"], sums=sums)
-    windows = token_windows(source.model_dir, text)
-    sums = _run(source, windows, device, memory_limit, snapshots, on_batch, say)
+    if text == SELF:
+        sums, tokens = _run_on_its_own(source, device, memory_limit, on_batch)
+    else:
+        windows = token_windows(source.model_dir, text)
+        sums, tokens = _run(source, windows, device, memory_limit, snapshots, on_batch, say), windows.numel()
     for layer, one in sums.items():
         if not all(torch.isfinite(tensor).all() for tensor in (one.moment, *one.rows.values())):
             raise GlobeError(
                 f"The inputs of the experts of layer {layer} are not finite on {text}; calibrate on another text."
             )
-    result = Calibration(Path(text).name, sha256(Path(text)), windows.numel(), sums)
+    result = Calibration(Path(text).name, None if text == SELF else sha256(Path(text)), tokens, sums)
     if snapshots is not None:
         tensors = {f"{layer}.moment": one.moment for layer, one in sums.items()}
         tensors |= {f"{layer}.{family}": one.rows[family] for layer, one in sums.items() for family in FAMILIES}
         snapshots.save(_NAME, 0, tensors, {"calibration": result.facts, "layers": list(sums)})
     return result
+
+
+def require_text(text: str | Path) -> None:
+    """Raises RequestError when there is no such text to calibrate on."""
+    if text != SELF and not Path(text).is_file():
+        raise RequestError(
+            f'{text} is not a file; give a text file to calibrate on, or "{SELF}" for what the model writes.'
+        )
+
+
+def identity(text: str | Path) -> str:
+    """What tells one text to calibrate on from another."""
+    return SELF if text == SELF else sha256(Path(text))
+
+
+def _run_on_its_own(
+    source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch | None
+) -> tuple[dict[int, Sums], int]:
+    """The sums of a text that the model writes, and its tokens."""
+    plan = plan_run(source, device, memory_limit, writes=True)
+    model = load_model(source.model_dir, device)
+    done = 0  # of the batches that are written, which come before those that are collected
+
+    def on_written(number: int, total: int) -> None:
+        nonlocal done
+        done = total
+        if on_batch is not None:
+            on_batch(number, 2 * total)
+
+    def on_collected(number: int, total: int) -> None:
+        if on_batch is not None:
+            on_batch(done + done * number // total, 2 * done)
+
+    windows = sample_windows(model, WINDOW, device, on_batch=on_written)
+    return collect(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
 
 
 def _run(

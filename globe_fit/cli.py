@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from globe_fit.calibration import calibrate
+from globe_fit.calibration import SELF, calibrate, identity, require_text
 from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
@@ -86,7 +86,8 @@ def fit_command(
     device: Device = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the same settings; options win.")] = None,
     calibrate_on: Annotated[
-        Path | None, typer.Option("--calibrate", help="UTF-8 text: fit what the experts compute on it.")
+        str | None,
+        typer.Option("--calibrate", help="UTF-8 text: fit what the experts compute on it; self: the model writes it."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time, and stop.")] = False,
     memory_limit: Annotated[
@@ -122,7 +123,8 @@ def fit_command(
     require_room(out, sizes.tensor_bytes)
     limit = None if memory_limit is None else memory_limit * 2**30
     if dry_run or limit is not None:
-        run = None if calibrate_on is None else plan_run(source, resolve_device(settings.device), limit)
+        target = resolve_device(settings.device)
+        run = None if calibrate_on is None else plan_run(source, target, limit, writes=calibrate_on == SELF)
         needs = estimate(sizes, ranks.world, run)
         if limit is not None and needs.peak_bytes > limit:
             raise RequestError(
@@ -146,9 +148,11 @@ def fit_command(
     if restart:
         discard_snapshots(out)
         ranks.every(0)  # before one of them writes there
-    if calibrate_on is not None and not calibrate_on.is_file():
-        raise RequestError(f"{calibrate_on} is not a file; give a text file to calibrate on.")
-    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrate_on, ranks)
+    calibrated_on = None
+    if calibrate_on is not None:
+        require_text(calibrate_on)
+        calibrated_on = identity(calibrate_on)
+    snapshots = open_snapshots(out, source, settings, snapshot_minutes, calibrated_on, ranks)
     loggers = Loggers(snapshots, wandb, sizes.to_dict() | {"fit": asdict(settings)}) if ranks.leads else nullcontext()
     with loggers as log, progress(as_json or not ranks.leads) as stage:
         calibration = None

@@ -30,7 +30,7 @@ class VarProConfig:
     final_lr_scale: float = 0.02
     betas: tuple[float, float] = (0.8, 0.95)
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
-    support_at: float = 0.15  # share of the steps after which the support is fixed
+    support_at: float = 0.02  # share of the steps after which the support is fixed
 
     def __post_init__(self):
         _require("steps", self.steps, int, 0)

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from globe_fit.evaluate import WINDOW
+from globe_fit.self_text import AT_ONCE
 from globe_fit.source import ExpertSource
 from globe_kernels.errors import RequestError
 
@@ -34,9 +35,10 @@ class RunPlan:
     rewritten_bytes: int  # on disk, by transformers: experts that it fuses cannot be read where they are
 
 
-def plan_run(source: ExpertSource, device: str, limit: float | None = None) -> RunPlan:
-    """The plan within `limit` bytes and what is available. Raises RequestError when not even one layer fits, or when
-    offloading needs accelerate."""
+def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, writes: bool = False) -> RunPlan:
+    """The plan within `limit` bytes and what is available; of a model that `writes` its text before it. Raises
+    RequestError when not even one layer fits, when a model that is to write does not fit, or when offloading needs
+    accelerate."""
     available = min(_available(device), math.inf if limit is None else limit)
     sizes = {key: source.files.num_bytes(key) for key in source.files.weight_map}
     whole, outside, by_layer = sum(sizes.values()), 0, {}
@@ -50,11 +52,17 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None) -> R
     sums = len(source.layers) * source.base.hidden_size**2 * (8 if device == "cpu" else 4)
     window = WINDOW * _token_bytes(source)
     # loading converts a layer at a time, before there are sums
-    in_memory = whole + max(largest, sums + window)
+    writing = AT_ONCE * _written_bytes(source) if writes else 0
+    in_memory = whole + max(largest, sums + window, writing)
     if in_memory <= available:
         windows = int(min((available - whole - sums) / window, _IN_MEMORY_WINDOWS))
-        peak = whole + max(largest, sums + windows * window)
+        peak = whole + max(largest, sums + windows * window, writing)
         return RunPlan(False, windows, in_memory, peak, available, 0)
+    if writes:
+        raise RequestError(
+            f"{source.base.name} would take {in_memory / 2**30:.2f} GiB to write a text and {available / 2**30:.2f} "
+            "GiB may be used; give a text file to calibrate on, over which it can be run layer by layer."
+        )
     # of a layer that is converted there are two copies
     least = outside + max(2 * largest, largest + sums + window)
     if least > available:
@@ -87,6 +95,16 @@ def _token_bytes(source: ExpertSource) -> int:
     # scores of every head, which not every attention keeps from memory
     attention = heads * (6 * head + 3 * WINDOW)
     return 4 * (8 * width + experts + attention + 3 * dense)
+
+
+def _written_bytes(source: ExpertSource) -> int:
+    """What a window takes at most while a model writes it: keys, values, and what it takes to choose a token."""
+    config = AutoConfig.from_pretrained(source.model_dir).to_dict()
+    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    head = config.get("head_dim") or source.base.hidden_size // config["num_attention_heads"]
+    head = max(head, config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0))
+    cache = 2 * WINDOW * (config["num_hidden_layers"] + 1) * heads * head * 4  # one layer is copied as it grows
+    return cache + 4 * 4 * config["vocab_size"] + _token_bytes(source)
 
 
 def _available(device: str) -> float:

@@ -30,7 +30,6 @@ from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
-from globe_kernels.files import sha256
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -123,13 +122,13 @@ def open_snapshots(
     source: ExpertSource,
     config: FitConfig,
     minutes: float = 5.0,
-    text: Path | None = None,
+    calibrated_on: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Snapshots:
-    """Snapshots in `out` for `fit(source, config)`, calibrated on `text`, over `ranks`. Raises RequestError when `out`
-    holds those of another fit."""
+    """Snapshots in `out` for `fit(source, config)`, calibrated on what `calibrated_on` identifies, over `ranks`. Raises
+    RequestError when `out` holds those of another fit."""
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
-    identity["calibration"] = None if text is None else sha256(text)
+    identity["calibration"] = calibrated_on
     return Snapshots(out, identity, minutes, ranks)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, calibration, fit
-from globe_fit.calibration import Calibration, calibrate, metric_root, row_weights
+from globe_fit.calibration import Calibration, calibrate, identity, metric_root, row_weights
 from globe_fit.collect import Sums
 from globe_fit.demo import shipped_model
 from globe_fit.evaluate import load_model, token_windows
@@ -136,9 +136,9 @@ def test_a_metric_without_directions_changes_nothing(noise):
 def test_the_text_is_read_once(text, calibrated, tmp_path, monkeypatch):
     source, config = ExpertSource(shipped_model()), FitConfig(varpro=VarProConfig(steps=2))
     monkeypatch.setattr(calibration, "_run", lambda *_: calibrated.sums)
-    first = calibrate(source, text, snapshots=open_snapshots(tmp_path, source, config, text=text))
+    first = calibrate(source, text, snapshots=open_snapshots(tmp_path, source, config, calibrated_on=identity(text)))
     monkeypatch.setattr(calibration, "_run", lambda *_: pytest.fail("the model ran again"))
-    second = calibrate(source, text, snapshots=open_snapshots(tmp_path, source, config, text=text))
+    second = calibrate(source, text, snapshots=open_snapshots(tmp_path, source, config, calibrated_on=identity(text)))
     assert second.facts == first.facts
     for layer in range(6):
         assert torch.equal(second.sums[layer].moment, first.sums[layer].moment)
@@ -171,7 +171,7 @@ def test_an_interrupted_calibrated_fit_goes_on_bitwise(text, calibrated, tmp_pat
             raise RuntimeError("stopped")
 
     def run(on_step=None):
-        snapshots = open_snapshots(tmp_path, source, config, 0, text)
+        snapshots = open_snapshots(tmp_path, source, config, 0, identity(text))
         metric = calibrate(source, text, snapshots=snapshots)
         return fit(source, config, on_step=on_step, snapshots=snapshots, calibration=metric)
 

@@ -228,3 +228,14 @@ def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
     assert code == 0 and "metric 1.77 MB" in out and "before that the model runs over the text in at most" in out
     refused = globe(*options, "--calibrate", text, "--memory-limit", "0.01")
     assert_refused(refused, 2, "over a text layer by layer needs 0.02 GiB and 0.01 GiB may be used")
+
+
+def test_a_model_may_write_the_text_it_is_calibrated_on(globe, tmp_path):
+    options = ("fit", shipped_model(), "-o", tmp_path / "out", "--calibrate", "self")
+    figures = json.loads(globe(*options, "--dry-run", "--json")[1])
+    assert figures["run_bytes"] > 0 and figures["calibration_bytes"] == 2 * 6 * 192**2 * 4
+    refused = globe(*options, "--memory-limit", "0.06")  # enough to run over a text
+    assert_refused(refused, 2, "would take 0.07 GiB to write a text and 0.06 GiB may be used; give a text")
+    refused = globe(*options[:-1], tmp_path / "none.txt")
+    assert_refused(refused, 2, 'none.txt is not a file; give a text file to calibrate on, or "self"')
+    assert not (tmp_path / "out").exists()
