@@ -1,8 +1,9 @@
-"""The one owner of the bank in a live model."""
+"""The one owner of the bank in a live model, and of what all layers share beside it."""
 
 import torch
 from torch import nn
 
+from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.families import FAMILIES
 
@@ -11,16 +12,19 @@ class GlobeBank(nn.Module):
     """The atoms of both families, (M, R, D) each, registered once at the root of a model as `globe_bank`.
 
     Every layer composes from this bank and none holds a copy, so `state_dict` has each atom once.
-    A *parked* bank stays in host memory when the model moves to a device: strategies that have
-    composed every basis no longer need it there, and saving still finds it.
+    A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis no
+    longer needs it there, and saving still finds it. `cache` is the pool of composed bases of a model that has one.
     """
 
     gate: nn.Parameter
     up: nn.Parameter
+    cache: BasisCache | None
 
     def __init__(self, config: GlobeConfig, device=None):
         super().__init__()
+        self.config = config
         self.parked = False
+        self.cache = None
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))
@@ -33,6 +37,11 @@ class GlobeBank(nn.Module):
         self.parked = False
         self.to("cpu")
         self.parked = True
+
+    def unpark(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the atoms to where the experts run, in their dtype, and let them follow the model."""
+        self.parked = False
+        self.to(device, dtype)
 
     def _apply(self, fn, recurse=True):
         # nn.Module.to, .cuda, .half and the like all end here

@@ -6,9 +6,14 @@ from torch import nn
 from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
-from globe_kernels.functional import moe_ffn
-from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
+from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.strategy import LayerSizes, Policy, Pool, machine_for, switch_points
+
+_BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
 
 
 class GlobeMoEFFN(nn.Module):
@@ -16,9 +21,10 @@ class GlobeMoEFFN(nn.Module):
 
     Parameters and buffers (E experts, P intermediate size, R rank, C support, D hidden size):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
-    float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D);
-    and, once `compose` ran, `basis` (E, 2R, D), gate rows first, which `state_dict` leaves out: it is made from the
-    codes and the bank.
+    float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
+
+    `run_from` says by which paths (globe_kernels.strategy) calls may run, and makes what these hold beside that, which
+    `state_dict` leaves out: `basis` (E, 2R, D), gate rows first, and of each family a LayerCode.
     """
 
     gate_adapter: nn.Parameter
@@ -38,6 +44,11 @@ class GlobeMoEFFN(nn.Module):
         self.layer = layer
         self.phi = config.phi
         self.activation = activation
+        self._shared: tuple[GlobeBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
+        self._paths: tuple[str, ...] = ()
+        self._choices = 0  # K
+        self._palette = 0.0  # U, mean of the families
+        self._policy: Policy | None = None
         for name, (shape, stored) in config.layer_shapes(layer).items():
             if name.endswith("_adapter"):
                 adapter = torch.empty(shape, dtype=dtype, device=device)
@@ -57,46 +68,105 @@ class GlobeMoEFFN(nn.Module):
             values = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(values, requires_grad=False))
         self.register_buffer("basis", None, persistent=False)
+        for family in FAMILIES:
+            for part in LayerCode._fields:
+                self.register_buffer(f"{family}_{part}", None, persistent=False)
 
     def code(self, family: str) -> Code:
         return Code(getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value"))
 
+    def layer_code(self, family: str) -> LayerCode:
+        """What `bank_first` and `scratch` hold of the codes."""
+        return LayerCode(*(getattr(self, f"{family}_{part}") for part in LayerCode._fields))
+
+    @property
+    def bank(self) -> GlobeBank:
+        if not self._shared:
+            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(bank, paths, choices) after loading it.")
+        return self._shared[0]
+
     @torch.no_grad()
-    def compose(self, bank: GlobeBank) -> None:
-        """Compose the basis of every expert from the bank, in the dtype and on the device of the adapters."""
-        adapter, composed = self.gate_adapter, []
-        for family in FAMILIES:
-            atoms, code = bank.atoms(family), self.code(family)
-            dense = layer_code(code.index.to(atoms.device), code.value.to(atoms.device))
-            basis = compose_layer(*dense, atoms, self.phi, adapter.dtype)
-            composed.append(basis.to(adapter.device))
-        self.basis = torch.cat(composed, dim=1)
+    def run_from(self, bank: GlobeBank, paths: tuple[str, ...], choices: int) -> None:
+        """Make what `paths` need from the bank, on the device of the adapters and in their dtype, and drop the rest.
+
+        `choices`: experts per token, on which the times of the paths depend.
+        """
+        self._shared, self._paths, self._choices = (bank,), paths, choices
+        codes = {family: layer_code(*self._code_for(bank, family)) for family in FAMILIES}
+        self.basis = self._compose(codes) if "composed" in paths else None
+        for family, code in codes.items():
+            for part, tensor in code._asdict().items():
+                setattr(self, f"{family}_{part}", tensor if _BY_PALETTE & set(paths) else None)
+        self._palette = sum(code.palette.numel() for code in codes.values()) / len(codes)
+        self._choose_paths()
+
+    def _choose_paths(self) -> None:
+        cache = self.bank.cache
+        pool = None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
+        machine = machine_for(self.gate_adapter.device)
+        self._policy = Policy(switch_points(self._paths, self.sizes(), machine, pool))
+
+    def _code_for(self, bank: GlobeBank, family: str) -> tuple[torch.Tensor, torch.Tensor]:
+        device, code = bank.atoms(family).device, self.code(family)
+        return code.index.to(device), code.value.to(device)
+
+    def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
+        """(E, 2R, D)"""
+        adapter = self.gate_adapter
+        both = compose_bases(*codes["gate"], *codes["up"], self.bank.gate, self.bank.up, self.phi, adapter.dtype)
+        return both.to(adapter.device)
+
+    @property
+    def _kept(self) -> tuple[torch.Tensor | None, ...]:
+        """What every path multiplies with after the basis."""
+        return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+
+    def cached_weights(self) -> CachedWeights:
+        """What the path `cached` takes beside the pool."""
+        codes = [tensor for code in map(self.code, FAMILIES) for tensor in (code.index, code.value)]
+        return CachedWeights(self.bank.gate, self.bank.up, *codes, *self._kept)
+
+    def sizes(self) -> LayerSizes:
+        """What the times of the paths depend on."""
+        _, inner, rank = self.gate_adapter.shape
+        support = self.code("gate").index.shape[1]
+        item_size = self.gate_adapter.element_size()
+        return LayerSizes(
+            self.num_experts, self._choices, self.hidden_dim, inner, rank, support, self._palette, self.phi, item_size
+        )
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
-        values = {f"{family}_code_value": self.code(family).value for family in FAMILIES}
+        names = [f"{family}_{part}" for family in FAMILIES for part in ("code_value", "value", "scale")]
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, value in values.items():
             moved = getattr(self, name)
             setattr(self, name, moved.float() if value.is_meta or moved.is_meta else value.to(moved.device))
+        if self._paths:
+            self._choose_paths()  # for the device it is on now
         return self
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
-        if self.basis is None:
-            raise RuntimeError("GlobeMoEFFN has no composed bases yet; call compose(bank) after loading its weights.")
-        weights = ExpertWeights(
-            self.basis,
-            self.gate_adapter,
-            self.up_adapter,
-            self.down_proj,
-            self.gate_bias,
-            self.up_bias,
-            self.down_bias,
-        )
-        return moe_ffn(hidden_states, top_k_index, top_k_weights, weights, self.activation)
+        bank, routed = self.bank, (hidden_states, top_k_index, top_k_weights)
+        assert self._policy is not None
+        path = self._policy.path(hidden_states.shape[0])
+        if path == "bank_first":
+            codes = (*self.layer_code("gate"), *self.layer_code("up"))
+            return moe_ffn_bank_first(*routed, BankFirstWeights(bank.gate, bank.up, *codes, *self._kept), self.activation)
+        if path == "cached":
+            cache = bank.cache
+            assert cache is not None
+            place = cache.first_expert(self.layer)
+            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, place, self.phi, self.activation)
+        basis = self.basis
+        if path == "scratch":
+            basis = self._compose({family: self.layer_code(family) for family in FAMILIES})
+        assert basis is not None
+        return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

@@ -11,19 +11,21 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.memory import parse_bytes, workspace_bytes
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.replacement import (
     Target,
     activation_of,
+    choices_of,
     globe_modules,
     install_bank,
     is_patched,
     plan_replacement,
     remove_bank,
 )
+from globe_kernels.residency import arrange, plan_arrangement
 
-STRATEGIES = ("composed",)
 _DENSE_NAME = "_globe_dense_experts"
 
 
@@ -31,32 +33,42 @@ _DENSE_NAME = "_globe_dense_experts"
 class PatchReport:
     """What `patch` did.
 
-    `replaced` and `skipped` are module paths; bytes count the experts of the replaced layers (gate,
-    up, down and biases), the bank included where it stays on the device of the model.
+    `replaced` and `skipped` are module paths, `paths` those of globe_kernels.strategy by which calls may run. Bytes
+    count the experts of the replaced layers (gate, up, down and biases): the dense ones before, and now what is resident
+    on the device of the model, bank, bases and cache included, and that with what a call with `PEAK_TOKENS` tokens takes
+    beside (predicted). On disk: of the checkpoint, which has no down.
     """
 
     replaced: tuple[str, ...]
     skipped: tuple[str, ...]
+    paths: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    bytes_peak: int
+    bytes_on_disk: int
 
 
 def patch(
     model: nn.Module,
     path: str | Path | None = None,
     *,
-    strategy: str = "composed",
+    strategy: str = "auto",
+    memory_budget: int | str | None = None,
+    cache_bytes: int | str | None = None,
     keep_dense: bool = False,
 ) -> PatchReport:
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
-    Without `path`, the checkpoint in the directory that the model was loaded from. `keep_dense` keeps the dense
-    experts for `unpatch`. Everything is read, checked and built before the model is touched: a failed call leaves it
-    as it was, and for a moment dense and GloBE experts are both in memory. Where that is too much, export the
-    checkpoint and load it with from_pretrained. Raises GlobeError with what was found and what to do.
+    Without `path`, the checkpoint in the directory that the model was loaded from. `strategy` is one of
+    globe_kernels.strategy, "auto" for the fastest path at every number of tokens among those whose tensors fit into
+    `memory_budget` (bytes, or "20GiB"; of all experts, down included). `cache_bytes` is the size of the pool of composed
+    bases of "cached" and "auto". `keep_dense` keeps the dense experts for `unpatch`.
+
+    Everything is read, checked and built before the model is touched: a failed call leaves it as it was, and for a
+    moment dense and GloBE experts are both in memory. Where that is too much, export the checkpoint and load it with
+    from_pretrained. Raises GlobeError with what was found and what to do.
     """
-    if strategy not in STRATEGIES:
-        raise RequestError(f"strategy {strategy!r} is not known; this version has: {', '.join(STRATEGIES)}.")
+    bounds = tuple(None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
     if is_patched(model):
         raise RequestError("This model already runs on GloBE experts; call globe_kernels.unpatch(model) first.")
     checkpoint = GlobeCheckpoint(_checkpoint_path(model) if path is None else path)
@@ -65,6 +77,7 @@ def patch(
         _check_shapes(target, checkpoint.config)
     _refuse_other_weights(targets[0], checkpoint)
     bank, modules = _build(targets, checkpoint, activation_of(model))
+    arrange(bank, modules, plan_arrangement(bank, modules, choices_of(model), strategy, *bounds))
 
     before = sum(_module_bytes(target.experts) for target in targets)
     for target, module in zip(targets, modules, strict=True):
@@ -161,7 +174,7 @@ def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
 def _build(
     targets: tuple[Target, ...], checkpoint: GlobeCheckpoint, activation: str
 ) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
-    """The bank and the replacements, composed, on the devices and in the dtypes of the experts they replace."""
+    """The bank and the replacements, on the devices and in the dtypes of the experts they replace."""
     config = checkpoint.config
     architecture = architecture_of(config.base.model_type)
     bank = GlobeBank(config, "meta")
@@ -185,10 +198,8 @@ def _build(
             setattr(module, f"{family}_adapter", adapter)
             setattr(module, f"{family}_code_index", factors.code.index.to(down.device))
             setattr(module, f"{family}_code_value", factors.code.value.to(down.device))
-        module.compose(bank)
         module.train(target.experts.training)
         modules.append(module)
-    bank.park()
     return bank, modules
 
 

@@ -11,6 +11,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.families import architecture_of
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
+from globe_kernels.residency import arrange
 
 _HOOK_NAME = "_globe_load_hook"
 
@@ -66,6 +67,11 @@ def activation_of(model: nn.Module) -> str:
     return name
 
 
+def choices_of(model: nn.Module) -> int:
+    """K: how many experts a token is routed to."""
+    return int(_text_config(model).num_experts_per_tok)
+
+
 def _span(layers) -> str:
     return ", ".join(map(str, sorted(layers))) or "none"
 
@@ -80,9 +86,9 @@ def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
 
 
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
-    """Register the bank at the root of a model whose modules are composed, and compose again when weights change."""
+    """Register the bank at the root of a model whose experts are arranged, and arrange them again when weights change."""
     setattr(model, BANK_NAME, bank)
-    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_compose_again))
+    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_arrange_again))
 
 
 def remove_bank(model: nn.Module) -> None:
@@ -92,8 +98,7 @@ def remove_bank(model: nn.Module) -> None:
     delattr(model, BANK_NAME)
 
 
-def _compose_again(model: nn.Module, _: Any) -> None:
-    """After load_state_dict: the composed bases are no part of it."""
+def _arrange_again(model: nn.Module, _: Any) -> None:
+    """After load_state_dict: what is made from the codes and the bank is no part of it."""
     bank = getattr(model, BANK_NAME)
-    for module in globe_modules(model).values():
-        module.compose(bank)
+    arrange(bank, list(globe_modules(model).values()), bank.arrangement)

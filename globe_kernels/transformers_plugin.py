@@ -25,7 +25,8 @@ from globe_kernels.checkpoint import (
 from globe_kernels.errors import GlobeError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
-from globe_kernels.replacement import activation_of, globe_modules, install_bank, plan_replacement
+from globe_kernels.replacement import activation_of, choices_of, globe_modules, install_bank, plan_replacement
+from globe_kernels.residency import arrange, plan_arrangement
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -45,7 +46,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class GlobeHfQuantizer(HfQuantizer):
-    """Swaps the experts before the weights are loaded and composes their bases after."""
+    """Swaps the experts before the weights are loaded and makes what they run from after."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -71,8 +72,8 @@ class GlobeHfQuantizer(HfQuantizer):
                 check_codes(module.code(family).index, self.globe.num_atoms, path)
             # transformers 5.17 leaves what its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
-            module.compose(bank)
-        bank.park()
+        modules = list(globe_modules(model).values())
+        arrange(bank, modules, plan_arrangement(bank, modules, choices_of(model), "auto"))
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
         model.is_quantized = False

@@ -1,0 +1,53 @@
+"""How a model that runs on GloBE experts is looked at and changed: its strategy, the reasons for it, its cache."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from globe_kernels.bank import GlobeBank
+from globe_kernels.cache import CacheStats
+from globe_kernels.checkpoint import BANK_NAME
+from globe_kernels.errors import RequestError
+from globe_kernels.memory import parse_bytes
+from globe_kernels.replacement import choices_of, globe_modules, is_patched
+from globe_kernels.residency import Arrangement, arrange, plan_arrangement
+
+
+def set_strategy(
+    model: nn.Module,
+    strategy: str = "auto",
+    *,
+    memory_budget: int | str | None = None,
+    cache_bytes: int | str | None = None,
+) -> Arrangement:
+    """Run the GloBE experts of `model` by another strategy from now on; weights and results stay.
+
+    The arguments are those of `globe_kernels.patch`. Raises RequestError, and changes nothing, when they cannot be met.
+    """
+    bank, modules = bank_of(model), list(globe_modules(model).values())
+    bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    arrangement = plan_arrangement(bank, modules, choices_of(model), strategy, *bounds)
+    arrange(bank, modules, arrangement)
+    return arrangement
+
+
+def cache_stats(model: nn.Module) -> CacheStats:
+    """What the cache of composed bases did since it was made; waits for the device."""
+    return _cache_of(model).stats()
+
+
+def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
+    """Fill the cache with the experts that were used most, before any token comes.
+
+    `uses`: {layer id: (E,) times each expert was used}, such as `cache_stats(model).uses` of an earlier run.
+    """
+    cache, bank = _cache_of(model), bank_of(model)
+    weights = {module.layer: module.cached_weights() for module in globe_modules(model).values()}
+    cache.warm(weights, uses, bank.config.phi)
+
+
+def bank_of(model: nn.Module) -> GlobeBank:
+    if not is_patched(model):
+        raise RequestError("This model does not run on GloBE experts; call globe_kernels.patch(model, path) first.")
+    return getattr(model, BANK_NAME)
