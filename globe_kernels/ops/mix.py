@@ -15,7 +15,6 @@ import torch
 from globe_kernels.ops.compose_layer import dot_codes
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
-
 # value and scale of gate, value and scale of up
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -42,7 +41,7 @@ class MixConfig:
 # A palette is one or two tiles of atoms: several programs on a multiprocessor hide the loads, not pipeline stages.
 CONFIGS = (
     (32, MixConfig(block_u=32, block_r=64, num_warps=4, num_stages=2)),
-    (None, MixConfig(block_u=32, block_r=256, num_warps=4, num_stages=2)),
+    (None, MixConfig(block_u=32, block_r=128, num_warps=4, num_stages=2)),
 )
 
 

@@ -7,13 +7,13 @@ For token t, routed row s = (t, choice k) with expert e = top_k_index[t, k], and
     S2    y[s] = act(adapter_gate[e] h_gate[s] + bias_gate[e], adapter_up[e] h_up[s] + bias_up[e])   (ops/gate_up.py)
     S3    out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias_down[e])         (ops/down.py)
 
-Shapes: T tokens, K choices, S = T * K, E experts, P intermediate size, D hidden size, R rank, M atoms of a bank, U atoms
-of a palette. `act` joins gate and up (ops/activations.py); biases are optional. A choice whose id names no expert
+Shapes: T tokens, K choices, S = T * K, E experts, P intermediate size, D hidden size, R rank, M atoms of a bank, U
+atoms of a palette. `act` joins gate and up (ops/activations.py); biases are optional. A choice whose id names no expert
 contributes nothing. Deterministic, unless told otherwise.
 
-Where the layers share atoms this reads fewer bytes than dense experts as soon as most experts are active, and holds
-fewer always. It multiplies every token with U atoms instead of K bases: many tokens are faster from composed bases.
-z is as large as U / K times h, so tokens go through S1 and mix in chunks whose z stays below WORKSPACE_BYTES.
+Every token meets U atoms instead of the bases of its K experts. That reads fewer bytes than composed bases or dense
+experts as soon as more than U experts are active, and takes U / K times the arithmetic: for more tokens than a step of
+decoding has, composed bases are faster. z has U / K times the values of h, so tokens go through S1 and mix in chunks.
 """
 
 from collections.abc import Iterator
@@ -31,13 +31,15 @@ from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
-WORKSPACE_BYTES = 256 * 2**20  # z of both families
-_CHUNK = 128  # tokens: chunks are whole tiles of S1
+WORKSPACE_BYTES = 256 * 2**20  # z of both families, for the tokens of one chunk
+_TILE = 128  # tokens: no chunk but the last ends within a tile of S1
 
 
 class BankFirstWeights(NamedTuple):
-    """Everything that the experts of one layer multiply with, on one device: codes as LayerCode has them, the rest in one
-    dtype."""
+    """Everything that the experts of one layer multiply with, on one device.
+
+    Palettes and codes are those of a LayerCode, the rest has one dtype.
+    """
 
     gate_bank: torch.Tensor  # (M, R, D)
     up_bank: torch.Tensor  # (M, R, D)
@@ -82,7 +84,7 @@ class BankFirstWeights(NamedTuple):
         """As many tokens as the workspace has room for."""
         atoms = self.gate_palette.numel() + self.up_palette.numel()
         room = max(1, WORKSPACE_BYTES // (atoms * self.rank * self.gate_bank.element_size()))
-        return room - room % _CHUNK or room
+        return room - room % _TILE or room
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
         step = self.chunk_tokens()

@@ -26,9 +26,9 @@ class PaletteInConfig:
     gemm: GemmConfig
 
 
-# By tokens: (up to this many, configuration). Up to a few hundred tokens the launch is bound by reading atoms, each once:
-# one row tile for all tokens as long as it has enough programs for every multiprocessor. Beyond it is bound by
-# arithmetic, and takes the widest tile that registers hold. On sm_90 tiles from 64 rows are wgmma.
+# By tokens: (up to this many, configuration). Up to about 256 tokens the launch is bound by reading the atoms: it takes
+# row tiles that hold the tokens, and column tiles narrow enough for every multiprocessor to have one. Beyond that it is
+# bound by arithmetic and takes the widest tile that registers hold. On sm_90 tiles from 64 rows are wgmma.
 CONFIGS = (
     (16, PaletteInConfig(16, GemmConfig(64, 128, group_m=1, num_warps=4, num_stages=4))),
     (32, PaletteInConfig(32, GemmConfig(64, 128, group_m=1, num_warps=4, num_stages=4))),
