@@ -27,8 +27,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from globe_kernels.ops import compose_basis, compose_layer, down, gate_up, low_rank_in, routing_plan
-from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, FfnConfig, fit_to
+from globe_kernels.ops import (
+    compose_basis,
+    compose_layer,
+    down,
+    gate_up,
+    low_rank_in,
+    mix,
+    palette_in,
+    routing_plan,
+)
+from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, FfnConfig, GemmConfig, fit_gemm, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = (
@@ -41,6 +50,9 @@ _INT = (
     "block_counts_ptr",
     "places_ptr",
 )
+_FLOAT = ("value_ptr", "scale_ptr", "row_weight_ptr")
+# multiples of 16, as the addresses of torch are: others run, but slower
+_ALIGNED = ("depth", "num_columns", "row_stride", "num_values", "padded", "gate_padded", "up_padded", "width", "rank")
 
 
 @dataclass(frozen=True)
@@ -65,11 +77,7 @@ class Case:
                 types[name] = "*i32"
             elif name == "index_ptr":
                 types[name] = "*i32" if "PHI" in self.constexprs else "*i64"
-            elif (
-                name in ("value_ptr", "scale_ptr", "row_weight_ptr")
-                or name == "out_ptr"
-                and self.constexprs.get("ATOMIC")
-            ):
+            elif name.endswith(_FLOAT) or name == "out_ptr" and self.constexprs.get("ATOMIC"):
                 types[name] = "*fp32"
             else:
                 types[name] = "*bf16"
@@ -112,7 +120,8 @@ _VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
             ("silu", {"GATHER": False, "ACTIVATION": "silu", **_NO_BIAS}),
             ("gelu", {"GATHER": False, "ACTIVATION": "gelu", **_NO_BIAS}),
             ("clamped swiglu, biases", {"GATHER": False, "ACTIVATION": "clamped_swiglu"}),
-            ("dense twin", {"GATHER": True, "ACTIVATION": "silu", **_NO_BIAS}),
+            ("gather, silu", {"GATHER": True, "ACTIVATION": "silu", **_NO_BIAS}),
+            ("gather, clamped swiglu, biases", {"GATHER": True, "ACTIVATION": "clamped_swiglu"}),
         ],
     ),
     "down": (
@@ -131,13 +140,20 @@ def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
         kernel, variants = _VARIANTS[stage]
         for variant, constexprs in variants:
             own = down.atomic_config(gemm) if variant == "atomic" else gemm
-            launch = own.launch()
-            options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-            for even in (True, False):
-                shape = {"BLOCK_M": config.block_m, "EVEN_K": even, **launch}
-                tile = f"{config.block_m}x{own.block_n}x{own.block_k} w{own.num_warps} s{own.num_stages}"
-                label = ", ".join(part for part in (tile, variant, "" if even else "ragged K") if part)
-                yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=config.block_m >= 64)
+            yield from _tile_cases(kernel, variant, constexprs, config.block_m, own)
+
+
+def _tile_cases(
+    kernel: Any, variant: str, constexprs: dict[str, Any], block_m: int, gemm: GemmConfig
+) -> Iterator[Case]:
+    """A GEMM whose depth fills its tiles, and one whose depth does not."""
+    options = {"num_warps": gemm.num_warps, "num_stages": gemm.num_stages}
+    launch = {name: value for name, value in gemm.launch().items() if name not in options}
+    for even in (True, False):
+        tile = f"{block_m}x{gemm.block_n}x{gemm.block_k} w{gemm.num_warps} s{gemm.num_stages}"
+        label = ", ".join(part for part in (tile, variant, "" if even else "ragged K") if part)
+        shape = {"BLOCK_M": block_m, "EVEN_K": even, **launch}
+        yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=block_m >= 64)
 
 
 def tuned_configs(architecture: str) -> Iterator[FfnConfig]:
@@ -153,6 +169,13 @@ def cases(architecture: str) -> Iterator[Case]:
     defaults = (fit_to(config, 2, CARDS[architecture]) for _, config in DEFAULTS)
     for config in dict.fromkeys([*defaults, *tuned_configs(architecture)]):
         yield from _gemm_cases(config)
+    for _, config in palette_in.CONFIGS:
+        gemm = fit_gemm(config.gemm, config.block_m, 2, CARDS[architecture])
+        yield from _tile_cases(palette_in._palette_in_kernel, "", {}, config.block_m, gemm)
+    for _, config in mix.CONFIGS:
+        launch = config.launch()
+        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+        yield Case(mix._mix_kernel, f"{config.block_u}x{config.block_r}", {"K_PAD": 16, **launch}, options)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
@@ -179,11 +202,10 @@ def cases(architecture: str) -> Iterator[Case]:
 def compile_case(case: Case, architecture: str) -> Row:
     """Compile one case and read the machine code."""
     signature = case.signature()
-    # torch allocates on 512 bytes; hidden, intermediate size and rank are multiples of 16 (others run, but slower)
     aligned = {
         (number,): [["tt.divisibility", 16]]
         for number, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name in ("depth", "num_columns", "row_stride", "num_values", "padded", "width")
+        if kind.startswith("*") or name in _ALIGNED
     }
     source = ASTSource(case.kernel, signature, case.constexprs, aligned)
     compiled = triton.compile(source, target=_target(architecture), options=case.options)

@@ -3,6 +3,7 @@
     python benchmarks/ffn.py                       on a GPU: bf16, Qwen3-30B-A3B, rank 384
     python benchmarks/ffn.py --cpu                 the reference paths, on a small layer, fp32
     python benchmarks/ffn.py --model olmoe --rank 512 --tokens 1 --tokens 64 --ledger
+    python benchmarks/ffn.py --rank 768            the rank of a layer that is to be smaller: globe_bank_first, 32 atoms
     python benchmarks/ffn.py --graph --tokens 1    every provider replayed as a CUDA graph, as engines decode
 
 Every provider computes the same function, and is compared with an fp64 reference before anything is timed: a provider
@@ -76,13 +77,14 @@ def _gate(layer: Layer, inputs: Inputs, calls: dict) -> dict[str, float]:
 def _row(name: str, time: Timing, error: float, layer: Layer, inputs: Inputs, ceilings: Ceilings) -> dict:
     shape, rank = layer.shape, layer.weights.gate_adapter.shape[2]
     own_rank = rank if PROVIDERS[name].low_rank else None
+    palette = None if PROVIDERS[name].composed else layer.palette
     tokens = inputs.hidden.shape[0]
     item_size = inputs.hidden.element_size()
-    moved = shape.weight_bytes(inputs.active_experts, own_rank, item_size) + 2 * inputs.hidden.nbytes
+    moved = shape.weight_bytes(inputs.active_experts, own_rank, item_size, palette) + 2 * inputs.hidden.nbytes
     gb_per_s = moved / time.median_us / 1e3
-    tflop_per_s = shape.flops(tokens, own_rank) / time.median_us / 1e6
+    tflop_per_s = shape.flops(tokens, own_rank, palette) / time.median_us / 1e6
     return {
-        "shape": {**asdict(shape), "tokens": tokens, "rank": rank},
+        "shape": {**asdict(shape), "tokens": tokens, "rank": rank, "palette": layer.palette},
         "provider": name,
         **asdict(time),
         "gb_per_s": gb_per_s,
@@ -94,7 +96,9 @@ def _row(name: str, time: Timing, error: float, layer: Layer, inputs: Inputs, ce
 
 
 def _print(model: str, rows: list[dict]) -> None:
-    table = Table(title=f"{model}, rank {rows[0]['shape']['rank']}", title_justify="left")
+    table = Table(
+        title=f"{model}, rank {rows[0]['shape']['rank']}, {rows[0]['shape']['palette']} atoms", title_justify="left"
+    )
     for name in ("tokens", "provider", "us", "GB/s", "% copy", "TFLOP/s", "% matmul", "vs best", "vs twin", "error"):
         table.add_column(name, justify="left" if name == "provider" else "right")
     last = rows[0]["shape"]["tokens"]
@@ -125,6 +129,7 @@ def main() -> None:
     parser.add_argument("--cpu", action="store_true", help="the torch reference paths, fp32")
     parser.add_argument("--model", choices=list(MODELS), help="qwen3-30b-a3b; with --cpu qwen3-small")
     parser.add_argument("--rank", type=int, help="half the intermediate size by default")
+    parser.add_argument("--palette", type=int, help="atoms of the layer, a quarter of its experts or 12 by default")
     parser.add_argument("--tokens", type=int, action="append", help="may be given several times")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parser.add_argument("--repeats", type=int, default=20)
@@ -141,12 +146,14 @@ def main() -> None:
     rank = args.rank or shape.intermediate // 2
     if not 1 <= rank <= min(shape.intermediate, shape.hidden):
         parser.error(f"--rank is {rank}; expected 1 to {min(shape.intermediate, shape.hidden)} for {model}.")
+    if args.palette is not None and args.palette < 1:
+        parser.error(f"--palette is {args.palette}; expected 1 or more.")
     torch.manual_seed(0)
     names = [name for name, provider in PROVIDERS.items() if provider.runs(device)]
     for name, provider in PROVIDERS.items():
         if name not in names and (provider.cpu or not args.cpu):
             print(f"{name} is left out: it needs {provider.package}, which is not installed", file=sys.stderr)
-    layer, ceilings = random_layer(shape, rank, dtype, device), measure_ceilings(device, dtype)
+    layer, ceilings = random_layer(shape, rank, dtype, device, args.palette), measure_ceilings(device, dtype)
     tokens = args.tokens or ([1, 16, 128, 512] if args.cpu else [1, 4, 16, 64, 256, 1024, 4096, 16384])
     with torch.inference_mode():
         rows = [row for count in tokens for row in run_tokens(layer, names, count, ceilings, args)]

@@ -8,14 +8,16 @@ import torch
 import torch.nn.functional as F
 from shapes import LayerShape
 
-from globe_kernels.functional import moe_ffn
+from globe_kernels.functional import moe_ffn, moe_ffn_bank_first
+from globe_kernels.ops.compose_layer import LayerCode, layer_code
 from globe_kernels.ops.down import Down, launch_down
-from globe_kernels.ops.gate_up import _gate_up_kernel
+from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
 from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.routing_plan import launch_routing_plan
-from globe_kernels.ops.triton_import import triton
-from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
-from globe_kernels.routing import RoutingPlan
+from globe_kernels.ops.tuning import FfnShape, choose
+
+SUPPORT = 12  # atoms of one expert
 
 
 @dataclass
@@ -23,22 +25,56 @@ class Layer:
     """Factors of random experts and the dense matrices that they stand for, in one dtype on one device."""
 
     shape: LayerShape
+    factors: BankFirstWeights  # the truth: what follows is rounded from it
     weights: ExpertWeights
     gate_up: torch.Tensor  # (E, 2P, D)
 
+    @property
+    def palette(self) -> int:
+        """U, of the family that has more."""
+        return max(self.factors.gate_palette.numel(), self.factors.up_palette.numel())
 
-def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str) -> Layer:
-    """Random factors with outputs of order one; never zeros, which some hardware multiplies faster."""
+
+def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str, palette: int | None = None) -> Layer:
+    """Random factors with outputs of order one; never zeros, which some hardware multiplies faster.
+
+    The layer uses `palette` atoms in each family: those of a bank of a quarter as many atoms as experts by default.
+    """
+    atoms = palette or max(SUPPORT, shape.experts // 4)
 
     def draw(*sizes: int) -> torch.Tensor:
         return (torch.randn(*sizes, device=device) / sizes[-1] ** 0.5).to(dtype)
 
-    basis = draw(shape.experts, 2 * rank, shape.hidden)
-    gate_adapter = draw(shape.experts, shape.intermediate, rank)
-    up_adapter = draw(shape.experts, shape.intermediate, rank)
-    gate_up = torch.cat([gate_adapter @ basis[:, :rank], up_adapter @ basis[:, rank:]], dim=1)
+    def codes() -> LayerCode:
+        support = min(SUPPORT, atoms)
+        index = torch.rand(shape.experts, atoms, device=device).topk(support).indices.int()
+        return layer_code(index, torch.randn(shape.experts, support, device=device) / support**0.5)
+
+    banks = (draw(atoms, rank, shape.hidden), draw(atoms, rank, shape.hidden))
+    adapters = (draw(shape.experts, shape.intermediate, rank), draw(shape.experts, shape.intermediate, rank))
     down = draw(shape.experts, shape.hidden, shape.intermediate)
-    return Layer(shape, ExpertWeights(basis, gate_adapter, up_adapter, down), gate_up)
+    factors = BankFirstWeights(*banks, *codes(), *codes(), *adapters, down)
+    basis = torch.empty(shape.experts, 2 * rank, shape.hidden, dtype=dtype, device=device)
+    gate_up = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=dtype, device=device)
+    for expert in range(shape.experts):
+        exact = _bases(factors, expert, torch.float32)
+        basis[expert] = torch.cat(exact)
+        gate_up[expert] = torch.cat([a[expert].float() @ b for a, b in zip(adapters, exact, strict=True)])
+    return Layer(shape, factors, ExpertWeights(basis, *adapters, down), gate_up)
+
+
+def _bases(w: BankFirstWeights, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, D) of gate and of up of one expert, composed in `dtype`."""
+
+    def compose(bank: torch.Tensor, palette: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        own = value[expert].nonzero().squeeze(1)
+        code = value[expert, own].to(dtype) * scale[expert].to(dtype)
+        return torch.tensordot(code, bank[palette[own]].to(dtype), 1)
+
+    return (
+        compose(w.gate_bank, w.gate_palette, w.gate_value, w.gate_scale),
+        compose(w.up_bank, w.up_palette, w.up_value, w.up_scale),
+    )
 
 
 @dataclass
@@ -75,44 +111,21 @@ def globe_atomic(layer: Layer) -> Provider:
     return lambda i: moe_ffn(i.hidden, i.index, i.weights, layer.weights, "silu", deterministic=False)
 
 
-def launch_dense_gate_up(
-    hidden: torch.Tensor, plan: RoutingPlan, gate: torch.Tensor, up: torch.Tensor, config: GemmConfig
-) -> torch.Tensor:
-    """S2 of GloBE on dense gate and up (E, P, D), which gathers the rows that S1 would."""
-    _, inner, width = gate.shape
-    out = hidden.new_empty(plan.num_rows, inner)
-    _gate_up_kernel[(plan.num_tiles * triton.cdiv(inner, config.block_n),)](
-        hidden,
-        hidden,
-        gate,
-        up,
-        None,
-        None,
-        out,
-        *plan.schedule,
-        inner,
-        width,
-        width,
-        plan.num_choices,
-        GATHER=True,
-        ACTIVATION="silu",
-        EVEN_K=width % config.block_k == 0,
-        BLOCK_M=plan.block_m,
-        **config.launch(),
-    )
-    return out
+def globe_bank_first(layer: Layer) -> Provider:
+    """GloBE, strategy `bank_first`."""
+    return lambda i: moe_ffn_bank_first(i.hidden, i.index, i.weights, layer.factors, "silu")
 
 
 def dense_twin(layer: Layer) -> Provider:
     """GloBE's own kernels on dense weights: isolates what the low rank gives from what the kernels give."""
     inner, width, count = layer.shape.intermediate, layer.shape.hidden, layer.shape.experts
-    gate, up = layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous()
+    dense = GatedAdapters(layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous())
     shape = FfnShape(count, width, inner, rank=inner)
 
     def run(i: Inputs) -> torch.Tensor:
         config = choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
         plan = launch_routing_plan(i.index, count, config.block_m)
-        y = launch_dense_gate_up(i.hidden, plan, gate, up, config.gate_up)
+        y = launch_gate_up(i.hidden, plan, dense, "silu", config.gate_up, gather=plan.num_choices)
         return launch_down(y, plan, Down(layer.weights.down_proj), (i.index, i.weights), config.down)
 
     return run
@@ -152,13 +165,14 @@ def liger(layer: Layer) -> Provider:
 
 def reference(layer: Layer, i: Inputs) -> torch.Tensor:
     """fp64, expert by expert, from the factors."""
-    w, rank = layer.weights, layer.weights.gate_adapter.shape[2]
+    w = layer.factors
     out = torch.zeros(i.hidden.shape, dtype=torch.float64, device=i.hidden.device)
     for expert in i.index.unique().tolist():
         token, choice = torch.where(i.index == expert)
         x = i.hidden[token].double()
-        gate = F.linear(F.linear(x, w.basis[expert, :rank].double()), w.gate_adapter[expert].double())
-        up = F.linear(F.linear(x, w.basis[expert, rank:].double()), w.up_adapter[expert].double())
+        gate_basis, up_basis = _bases(w, expert, torch.float64)
+        gate = F.linear(F.linear(x, gate_basis), w.gate_adapter[expert].double())
+        up = F.linear(F.linear(x, up_basis), w.up_adapter[expert].double())
         y = F.linear(F.silu(gate) * up, w.down_proj[expert].double())
         out.index_add_(0, token, y * i.weights[token, choice, None].double())
     return out
@@ -170,6 +184,7 @@ class ProviderSpec:
 
     build: Callable[[Layer], Provider]
     low_rank: bool = False  # multiplies with the factors, not with dense gate and up
+    composed: bool = True  # of the low rank: with the bases, not with the atoms
     cpu: bool = True
     package: str | None = None  # that it needs beyond those of the project
 
@@ -180,6 +195,7 @@ class ProviderSpec:
 PROVIDERS = {
     "globe": ProviderSpec(globe, low_rank=True),
     "globe_atomic": ProviderSpec(globe_atomic, low_rank=True, cpu=False),
+    "globe_bank_first": ProviderSpec(globe_bank_first, low_rank=True, composed=False),
     "dense_twin": ProviderSpec(dense_twin, cpu=False),
     "hf_eager": ProviderSpec(transformers_experts("eager")),
     "hf_grouped_mm": ProviderSpec(transformers_experts("grouped_mm")),

@@ -4,7 +4,7 @@ compute-sanitizer --error-exitcode 1 python benchmarks/sanitize.py
 """
 
 import torch
-from providers import dense_twin, globe, globe_atomic, random_inputs, random_layer, reference
+from providers import dense_twin, globe, globe_atomic, globe_bank_first, random_inputs, random_layer, reference
 from shapes import LayerShape
 
 from globe_kernels.functional import moe_ffn
@@ -28,7 +28,7 @@ def run(device: str, dtype: torch.dtype) -> None:
         inputs = random_inputs(SHAPE, tokens, dtype, device)
         inputs.index[0, 0] = SHAPE.experts  # a sentinel
         expected = reference(layer, without_sentinels(inputs))
-        for build in (globe, globe_atomic, dense_twin):
+        for build in (globe, globe_atomic, globe_bank_first, dense_twin):
             assert_close(build(layer)(inputs), expected, rms=2e-2, peak=5e-2)
         case = (inputs.hidden, inputs.index, inputs.weights, with_biases, "clamped_swiglu")
         assert_close(moe_ffn(*case), moe_ffn_ref(*case), rms=2e-2, peak=5e-2)

@@ -23,13 +23,24 @@ class LayerShape:
             return 2 * self.intermediate * self.hidden
         return 2 * rank * (self.intermediate + self.hidden)
 
-    def flops(self, tokens: int, rank: int | None) -> float:
-        """Floating point operations of all experts for `tokens` tokens."""
-        return 2.0 * tokens * self.choices * (self.gate_up_values(rank) + self.hidden * self.intermediate)
+    def flops(self, tokens: int, rank: int | None, palette: int | None = None) -> float:
+        """Floating point operations of all experts for `tokens` tokens; with `palette` nothing is composed."""
+        atoms, expert = self._values(rank, palette)
+        mixed = 0 if palette is None else self.choices * 2 * palette * (rank or 0)
+        return 2.0 * tokens * (atoms + mixed + self.choices * expert)
 
-    def weight_bytes(self, active: int, rank: int | None, item_size: int) -> int:
-        """Bytes of the weights of `active` experts, each read once."""
-        return active * (self.gate_up_values(rank) + self.hidden * self.intermediate) * item_size
+    def weight_bytes(self, active: int, rank: int | None, item_size: int, palette: int | None = None) -> int:
+        """Bytes of the weights of `active` experts, each read once; with `palette` nothing is composed."""
+        atoms, expert = self._values(rank, palette)
+        return (atoms + active * expert) * item_size
+
+    def _values(self, rank: int | None, palette: int | None) -> tuple[int, int]:
+        """Values of weights that meet every token, and those of one expert."""
+        expert = self.gate_up_values(rank) + self.hidden * self.intermediate
+        if rank is None or palette is None:
+            return 0, expert
+        bases = 2 * rank * self.hidden
+        return palette * bases, expert - bases
 
 
 MODELS = {

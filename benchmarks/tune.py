@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 from measure import device_name, time_side_by_side
-from providers import Inputs, Layer, launch_dense_gate_up, random_inputs, random_layer, reference
+from providers import Inputs, Layer, random_inputs, random_layer, reference
 from shapes import MODELS
 
 from globe_kernels.ops import tuning
 from globe_kernels.ops.down import Down, launch_down
-from globe_kernels.ops.gate_up import launch_gate_up
+from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in
 from globe_kernels.ops.routing_plan import launch_routing_plan
 from globe_kernels.ops.triton_import import triton
@@ -78,9 +78,9 @@ def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
             "down": down,
         }
     else:
-        gate, up = layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous()
+        dense = GatedAdapters(layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous())
         stages = {
-            "gate_up": lambda c, i, plan, x: launch_dense_gate_up(x, plan, gate, up, c.gate_up),
+            "gate_up": lambda c, i, plan, x: launch_gate_up(x, plan, dense, "silu", c.gate_up, plan.num_choices),
             "down": down,
         }
 

@@ -4,6 +4,8 @@ import torch
 
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn import moe_ffn as _moe_ffn_op
+from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
+from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as _moe_ffn_bank_first_op
 
 
 def moe_ffn(
@@ -14,13 +16,34 @@ def moe_ffn(
     activation: str,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The routed experts of one layer (formula: `globe_kernels.ops.moe_ffn`).
+    """The routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
 
     hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, where ids outside 0..E-1
     contribute nothing; top_k_weights (T, K) of any float dtype. Any strides. Returns (T, D). Without `deterministic`
     a GPU sums the choices of a token in any order. Raises ValueError when shapes or dtypes do not fit.
     """
-    _, width, _ = weights.down_proj.shape
+    _check(hidden_states, top_k_index, top_k_weights, weights.down_proj)
+    return _moe_ffn_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
+
+
+def moe_ffn_bank_first(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: BankFirstWeights,
+    activation: str,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """As `moe_ffn`, from the bank, with nothing composed (formula: `globe_kernels.ops.moe_ffn_bank_first`)."""
+    _check(hidden_states, top_k_index, top_k_weights, weights.down_proj)
+    return _moe_ffn_bank_first_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
+
+
+def _check(
+    hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, down_proj: torch.Tensor
+) -> None:
+    """Raises ValueError when shapes or dtypes of a call do not fit the weights."""
+    _, width, _ = down_proj.shape
     if hidden_states.ndim != 2 or hidden_states.shape[1] != width:
         raise ValueError(
             f"hidden_states has shape {tuple(hidden_states.shape)} and (tokens, {width}) was expected; flatten "
@@ -31,9 +54,8 @@ def moe_ffn(
             f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
             f"(tokens, choices) with {hidden_states.shape[0]} tokens."
         )
-    if hidden_states.dtype != weights.down_proj.dtype:
+    if hidden_states.dtype != down_proj.dtype:
         raise ValueError(
-            f"hidden_states is {hidden_states.dtype} and the expert weights are {weights.down_proj.dtype}; cast one "
+            f"hidden_states is {hidden_states.dtype} and the expert weights are {down_proj.dtype}; cast one "
             "of them, for example with model.to(dtype)."
         )
-    return _moe_ffn_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)

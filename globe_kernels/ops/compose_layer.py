@@ -75,6 +75,22 @@ def choose_compose(num_experts: int) -> ComposeConfig:
 
 
 @triton.jit
+def dot_codes(
+    code,  # (rows, atoms) float32
+    values,  # (atoms, columns)
+    acc,  # (rows, columns) float32
+):
+    """acc + code @ values, with codes in full precision beside 16-bit values too."""
+    if values.dtype == tl.float32:
+        acc = tl.dot(code, values, acc, input_precision="ieee")
+    else:
+        high = code.to(values.dtype)
+        acc = tl.dot(high, values, acc)
+        acc = tl.dot((code - high.to(tl.float32)).to(values.dtype), values, acc)
+    return acc
+
+
+@triton.jit
 def _compose_layer_kernel(
     palette_ptr,  # (U,) int32
     value_ptr,  # (E, padded) float32
@@ -108,12 +124,7 @@ def _compose_layer_kernel(
             bank_ptr + atom[:, None] * num_values + values[None, :], mask=used[:, None] & value_mask[None, :], other=0.0
         )
         code = tl.load(value_ptr + experts[:, None] * padded + places[None, :], mask=expert_mask[:, None], other=0.0)
-        if atoms.dtype == tl.float32:
-            acc = tl.dot(code, atoms, acc, input_precision="ieee")
-        else:
-            high = code.to(atoms.dtype)
-            acc = tl.dot(high, atoms, acc)
-            acc = tl.dot((code - high.to(tl.float32)).to(atoms.dtype), atoms, acc)
+        acc = dot_codes(code, atoms, acc)
     scale = tl.load(scale_ptr + experts, mask=expert_mask, other=0.0)
     basis = apply_phi(acc * scale[:, None], PHI)
     out = out_ptr + experts.to(tl.int64)[:, None] * row_stride + values[None, :]

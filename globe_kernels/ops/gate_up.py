@@ -34,7 +34,7 @@ class GatedAdapters(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
-    gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER (T, ...)
+    gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER, row order[s] // num_choices belongs to s
     up_in_ptr,
     gate_ptr,  # (E, P, R)
     up_ptr,  # (E, P, R)
@@ -84,23 +84,32 @@ def _gate_up_kernel(
 
 
 def launch_gate_up(
-    h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, config: GemmConfig
+    h: torch.Tensor,
+    plan: RoutingPlan,
+    adapters: GatedAdapters,
+    activation: str,
+    config: GemmConfig,
+    gather: int | None = None,
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given."""
+    """The kernel on contiguous inputs, in the configuration given.
+
+    With `gather`, h is not in the order of the plan: row order[s] // gather of it belongs to routed row s. Gate takes
+    the first R columns and up the last R.
+    """
     _, columns, depth = adapters.gate.shape
     out = h.new_empty(plan.num_rows, columns)
     grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
     _gate_up_kernel[grid](
         h,
-        h[:, depth:],
+        h[:, -depth:],
         *adapters,
         out,
         *plan.schedule,
         columns,
         depth,
         h.stride(0),
-        plan.num_choices,
-        GATHER=False,
+        gather or 1,
+        GATHER=gather is not None,
         ACTIVATION=activation,
         EVEN_K=depth % config.block_k == 0,
         BLOCK_M=plan.block_m,
@@ -140,16 +149,19 @@ def _(h, order, starts, tile_expert, tile_first, block_m, num_choices, gate_adap
     return h.new_empty(order.shape[0], gate_adapter.shape[1])
 
 
-def gate_up_ref(h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str) -> torch.Tensor:
-    """As `gate_up`; rows that belong to no expert are zero."""
+def gate_up_ref(
+    h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, gather: int | None = None
+) -> torch.Tensor:
+    """As `gate_up`, and `gather` as in `launch_gate_up`; rows that belong to no expert are zero."""
     rank, act = adapters.gate.shape[2], GATED_ACTIVATIONS[activation]
     out = h.new_zeros(plan.num_rows, adapters.gate.shape[1])
     for expert, rows in plan.rows_by_expert():
+        own = h[rows] if gather is None else h[plan.order[rows] // gather]
         gate, up = (
             F.linear(half, adapter[expert], None if bias is None else bias[expert])
             for half, adapter, bias in (
-                (h[rows, :rank], adapters.gate, adapters.gate_bias),
-                (h[rows, rank:], adapters.up, adapters.up_bias),
+                (own[:, :rank], adapters.gate, adapters.gate_bias),
+                (own[:, -rank:], adapters.up, adapters.up_bias),
             )
         )
         out[rows] = act(gate, up)

@@ -1,11 +1,25 @@
 # pyright: reportInvalidTypeForm=false
-"""What the grouped GEMMs share: which rows and columns a program owns, and the accumulation over K.
+"""What the GEMMs share: which rows and columns a program owns, and the accumulation over K.
 
 A grouped GEMM multiplies the rows of each expert with that expert's matrix. Rows are in the order of a RoutingPlan
 (sorted by expert, tiles of BLOCK_M rows that never span two experts); programs past the last tile exit.
 """
 
 from globe_kernels.ops.triton_import import tl, triton
+
+
+@triton.jit
+def tile_of_program(num_tiles, num_columns, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(row tile, columns) of this program in a grid of num_tiles * cdiv(num_columns, BLOCK_N).
+
+    GROUP_M row tiles share a column tile in turn, for L2.
+    """
+    pid = tl.program_id(0)
+    in_group = GROUP_M * tl.cdiv(num_columns, BLOCK_N)
+    first = (pid // in_group) * GROUP_M
+    size = tl.minimum(num_tiles - first, GROUP_M)
+    columns = (pid % in_group) // size * BLOCK_N + tl.arange(0, BLOCK_N)
+    return first + (pid % in_group) % size, columns
 
 
 @triton.jit
@@ -21,16 +35,11 @@ def program_tile(
 ):
     """What this program owns: (expert or -1, rows, which of them exist, columns, which of them exist).
 
-    GROUP_M row tiles share a column tile in turn, for L2. The expert is int64: it starts every weight address.
+    The expert is int64: it starts every weight address.
     """
-    pid = tl.program_id(0)
-    in_group = GROUP_M * tl.cdiv(num_columns, BLOCK_N)
-    first = (pid // in_group) * GROUP_M
-    size = tl.minimum(num_tiles - first, GROUP_M)
-    tile = first + (pid % in_group) % size
+    tile, columns = tile_of_program(num_tiles, num_columns, BLOCK_N, GROUP_M)
     expert = tl.load(tile_expert_ptr + tile).to(tl.int64)
     rows = tl.load(tile_first_ptr + tile) + tl.arange(0, BLOCK_M)
-    columns = (pid % in_group) // size * BLOCK_N + tl.arange(0, BLOCK_N)
     return expert, rows, rows < tl.load(starts_ptr + expert + 1), columns, columns < num_columns
 
 

@@ -48,7 +48,7 @@ _NEAR = 2.0
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One launch of a grouped GEMM. The rows of a tile belong to the RoutingPlan, which all stages share."""
+    """One launch of a GEMM. The rows of its tile stand beside it: all stages share those of the RoutingPlan."""
 
     block_n: int
     block_k: int
@@ -137,20 +137,23 @@ def supports(config: FfnConfig, item_size: int, card: Card) -> bool:
     )
 
 
+def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, card: Card, count: int = 1) -> GemmConfig:
+    """`gemm`, whose tile of block_m rows has `count` accumulators, with as many columns as `card` has registers for,
+    then as many pipeline stages, then as deep a tile."""
+    while gemm.accumulators(block_m, count) > card.accumulators:
+        gemm = replace(gemm, block_n=gemm.block_n // 2)
+    while gemm.shared_bytes(block_m, item_size) > card.shared_bytes:
+        if gemm.num_stages > 2:
+            gemm = replace(gemm, num_stages=gemm.num_stages - 1)
+        else:
+            gemm = replace(gemm, block_k=gemm.block_k // 2)
+    return gemm
+
+
 def fit_to(config: FfnConfig, item_size: int, card: Card) -> FfnConfig:
-    """`config` with as many columns as `card` has registers for, then as many pipeline stages, then as deep a tile."""
-
-    def fitted(gemm: GemmConfig, count: int) -> GemmConfig:
-        while gemm.accumulators(config.block_m, count) > card.accumulators:
-            gemm = replace(gemm, block_n=gemm.block_n // 2)
-        while gemm.shared_bytes(config.block_m, item_size) > card.shared_bytes:
-            if gemm.num_stages > 2:
-                gemm = replace(gemm, num_stages=gemm.num_stages - 1)
-            else:
-                gemm = replace(gemm, block_k=gemm.block_k // 2)
-        return gemm
-
-    return FfnConfig(config.block_m, *(fitted(gemm, count) for _, gemm, count in config.stages()))
+    """`config` with every stage cut by `fit_gemm`."""
+    stages = (fit_gemm(gemm, config.block_m, item_size, card, count) for _, gemm, count in config.stages())
+    return FfnConfig(config.block_m, *stages)
 
 
 def rows_per_expert(num_rows: int, num_experts: int) -> int:

@@ -35,7 +35,7 @@ def test_the_dense_twin_computes_the_same_layer(providers, monkeypatch, tokens):
     )
     inputs = providers.random_inputs(layer.shape, tokens, torch.float32, DEVICE)
     expected = providers.reference(layer, inputs)
-    for name in ("dense_twin", "globe", "hf_eager"):
+    for name in ("dense_twin", "globe", "globe_bank_first", "hf_eager"):
         out = providers.PROVIDERS[name].build(layer)(inputs)
         assert_close(out, expected, rms=1e-5, peak=2e-5)
 
@@ -50,7 +50,13 @@ def test_ffn_on_a_cpu():
     done = run("ffn.py", "--cpu", "--json", "--tokens", "4", "--repeats", "1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
-    assert {row["provider"] for row in rows} == {"globe", "hf_eager", "hf_grouped_mm", "hf_batched_mm"}
+    assert {row["provider"] for row in rows} == {
+        "globe",
+        "globe_bank_first",
+        "hf_eager",
+        "hf_grouped_mm",
+        "hf_batched_mm",
+    }
     for row in rows:
         assert row["op"] == "moe_ffn" and row["shape"]["tokens"] == 4 and row["device"] == "cpu"
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]

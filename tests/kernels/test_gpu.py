@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.functional import moe_ffn
+from globe_kernels.functional import moe_ffn, moe_ffn_bank_first
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
+from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -144,3 +145,78 @@ def test_rows_past_int32():
     out = moe_ffn(x, index, scale, w, "silu")
     last = slice(tokens - 50, tokens)
     assert_close(out[last], moe_ffn_ref(x[last], index[last], scale[last], w, "silu"), rms=1.5e-2, peak=3e-2)
+
+
+def layer_on_atoms(model: str, rank: int, palette: int) -> BankFirstWeights:
+    """A layer that uses `palette` atoms, 12 per expert, of a bank of three times as many."""
+    experts, _, hidden, inner, _ = MODELS[model]
+
+    def code():
+        index = torch.rand(experts, palette, device="cuda").topk(12).indices.int() * 3 + 1
+        return layer_code(index, torch.randn(experts, 12, device="cuda") / 12**0.5)
+
+    banks = (draw(3 * palette, rank, hidden), draw(3 * palette, rank, hidden))
+    adapters = (draw(experts, inner, rank), draw(experts, inner, rank))
+    return BankFirstWeights(*banks, *code(), *code(), *adapters, draw(experts, hidden, inner))
+
+
+# rank and palette; 3000 tokens are more than one chunk of Qwen3
+ON_ATOMS = {"Qwen3-30B-A3B": (768, 32), "DeepSeek-V2-Lite": (576, 20)}
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 64, 200, 3000])
+@pytest.mark.parametrize("model", list(ON_ATOMS))
+def test_error_at_real_sizes_straight_from_the_bank(model, tokens):
+    torch.manual_seed(0)
+    w, case = layer_on_atoms(model, *ON_ATOMS[model]), routed(model, tokens)
+    out = moe_ffn_bank_first(*case, w, "silu")
+    eager = moe_ffn_bank_first_ref(*case, w, "silu")
+    hidden, index, scale = case
+    full = BankFirstWeights(*(t.float() if t is not None and t.is_floating_point() else t for t in w))
+    exact = moe_ffn_bank_first_ref(hidden.float(), index, scale, full, "silu")
+    found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
+    assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
+    assert_close(out, exact, rms=1.5e-2, peak=3e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_cuda_graph_straight_from_the_bank(tokens):
+    torch.manual_seed(0)
+    w, case = layer_on_atoms("Qwen3-30B-A3B", 768, 32), routed("Qwen3-30B-A3B", tokens)
+    for _ in range(2):  # compiles before capture
+        moe_ffn_bank_first(*case, w, "silu")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = moe_ffn_bank_first(*case, w, "silu")
+    for kept, new in zip(case, routed("Qwen3-30B-A3B", tokens), strict=True):
+        kept.copy_(new)
+    graph.replay()
+    assert torch.equal(out, moe_ffn_bank_first(*case, w, "silu"))
+    assert out.abs().max() > 0
+
+
+def test_straight_from_the_bank_nothing_waits_and_memory_is_bounded():
+    w = layer_on_atoms("Qwen3-30B-A3B", 768, 32)
+    case = routed("Qwen3-30B-A3B", 20_000)  # z of all of them would take 2 GB
+    moe_ffn_bank_first(*case, w, "silu")
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moe_ffn_bank_first(*case, w, "silu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rows = case[1].numel() * (2 * 768 + 768 + 2048) * 2  # h, y and the rows of S3
+    assert torch.cuda.max_memory_allocated() - before < rows + case[0].nbytes + WORKSPACE_BYTES + 2**26
+
+
+def test_straight_from_the_bank_a_new_number_of_tokens_compiles_nothing():
+    from globe_kernels.ops import gate_up, mix, palette_in
+
+    w = layer_on_atoms("Qwen3-30B-A3B", 768, 32)
+    kernels = (palette_in._palette_in_kernel, mix._mix_kernel, gate_up._gate_up_kernel)
+    moe_ffn_bank_first(*routed("Qwen3-30B-A3B", 33), w, "silu")
+    before = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+    for tokens in (34, 47, 48, 64):  # multiples of 16 and others, in one bucket of every stage
+        moe_ffn_bank_first(*routed("Qwen3-30B-A3B", tokens), w, "silu")
+    assert [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels] == before

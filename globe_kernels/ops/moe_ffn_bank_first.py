@@ -1,0 +1,218 @@
+"""The experts of one layer straight from the bank, with nothing composed: for phi = identity.
+
+For token t, routed row s = (t, choice k) with expert e = top_k_index[t, k], and f in gate, up:
+
+    S1    z_f[t, u] = bank_f[palette_f[u]] hidden[t]                                 (ops/palette_in.py)
+    mix   h_f[s] = scale_f[e] * sum_u value_f[e, u] z_f[t, u]                        (ops/mix.py)
+    S2    y[s] = act(adapter_gate[e] h_gate[s] + bias_gate[e], adapter_up[e] h_up[s] + bias_up[e])   (ops/gate_up.py)
+    S3    out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias_down[e])         (ops/down.py)
+
+Shapes: T tokens, K choices, S = T * K, E experts, P intermediate size, D hidden size, R rank, M atoms of a bank, U
+atoms of a palette. `act` joins gate and up (ops/activations.py); biases are optional. A choice whose id names no expert
+contributes nothing. Deterministic, unless told otherwise.
+
+Every token meets U atoms instead of the bases of its K experts. That reads fewer bytes than composed bases or dense
+experts as soon as more than U experts are active, and takes U / K times the arithmetic: for more tokens than a step of
+decoding has, composed bases are faster. z has U / K times the values of h, so tokens go through S1 and mix in chunks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from globe_kernels.ops.counters import count_call
+from globe_kernels.ops.down import Down, down_ref, launch_down
+from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
+from globe_kernels.ops.mix import Codes, MixConfig, choose_mix, launch_mix, mix_ref
+from globe_kernels.ops.palette_in import PaletteInConfig, choose_palette_in, launch_palette_in, palette_in_ref
+from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.triton_import import use_triton
+from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
+
+WORKSPACE_BYTES = 256 * 2**20  # z of both families, for the tokens of one chunk
+_TILE = 128  # tokens: no chunk but the last ends within a tile of S1
+
+
+class BankFirstWeights(NamedTuple):
+    """Everything that the experts of one layer multiply with, on one device.
+
+    Palettes and codes are those of a LayerCode, the rest has one dtype.
+    """
+
+    gate_bank: torch.Tensor  # (M, R, D)
+    up_bank: torch.Tensor  # (M, R, D)
+    gate_palette: torch.Tensor  # (U,) int32
+    gate_value: torch.Tensor  # (E, U padded) float32
+    gate_scale: torch.Tensor  # (E,) float32
+    up_palette: torch.Tensor  # (U,) int32, of another U than gate's in general
+    up_value: torch.Tensor  # (E, U padded) float32
+    up_scale: torch.Tensor  # (E,) float32
+    gate_adapter: torch.Tensor  # (E, P, R)
+    up_adapter: torch.Tensor  # (E, P, R)
+    down_proj: torch.Tensor  # (E, D, P)
+    gate_bias: torch.Tensor | None = None  # (E, P), with up_bias or not at all
+    up_bias: torch.Tensor | None = None  # (E, P)
+    down_bias: torch.Tensor | None = None  # (E, D)
+
+    def contiguous(self) -> "BankFirstWeights":
+        return BankFirstWeights(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def shape(self) -> FfnShape:
+        num_experts, width, inner = self.down_proj.shape
+        return FfnShape(num_experts, width, inner, self.rank)
+
+    @property
+    def rank(self) -> int:
+        return self.gate_bank.shape[1]
+
+    @property
+    def codes(self) -> Codes:
+        return self.gate_value, self.gate_scale, self.up_value, self.up_scale
+
+    @property
+    def adapters(self) -> GatedAdapters:
+        return GatedAdapters(self.gate_adapter, self.up_adapter, self.gate_bias, self.up_bias)
+
+    @property
+    def down(self) -> Down:
+        return Down(self.down_proj, self.down_bias)
+
+    def chunk_tokens(self) -> int:
+        """As many tokens as the workspace has room for."""
+        atoms = self.gate_palette.numel() + self.up_palette.numel()
+        room = max(1, WORKSPACE_BYTES // (atoms * self.rank * self.gate_bank.element_size()))
+        return room - room % _TILE or room
+
+    def chunks(self, num_tokens: int) -> Iterator[slice]:
+        step = self.chunk_tokens()
+        yield from (slice(start, start + step) for start in range(0, num_tokens, step))
+
+
+@dataclass(frozen=True)
+class BankFirstConfig:
+    """The launches of one layer; of `ffn` the row tile, gate_up and down."""
+
+    palette_in: PaletteInConfig
+    mix: MixConfig
+    ffn: FfnConfig
+
+
+def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFirstConfig:
+    item_size, device = w.down_proj.element_size(), w.down_proj.device
+    tokens = min(top_k_index.shape[0], w.chunk_tokens())
+    return BankFirstConfig(
+        choose_palette_in(tokens, item_size, device),
+        choose_mix(tokens),
+        choose(w.shape, top_k_index.numel(), item_size, device),
+    )
+
+
+@torch.library.custom_op("globe::moe_ffn_bank_first", mutates_args=())
+def moe_ffn_bank_first(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    activation: str,
+    deterministic: bool,
+    gate_bank: torch.Tensor,
+    up_bank: torch.Tensor,
+    gate_palette: torch.Tensor,
+    gate_value: torch.Tensor,
+    gate_scale: torch.Tensor,
+    up_palette: torch.Tensor,
+    up_value: torch.Tensor,
+    up_scale: torch.Tensor,
+    gate_adapter: torch.Tensor,
+    up_adapter: torch.Tensor,
+    down_proj: torch.Tensor,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """(T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere.
+
+    top_k_index, top_k_weights (T, K); the weights are those of BankFirstWeights, all but the codes in the dtype of
+    `hidden`. Shapes are checked by globe_kernels.functional.
+    """
+    w = BankFirstWeights(
+        gate_bank,
+        up_bank,
+        gate_palette,
+        gate_value,
+        gate_scale,
+        up_palette,
+        up_value,
+        up_scale,
+        gate_adapter,
+        up_adapter,
+        down_proj,
+        gate_bias,
+        up_bias,
+        down_bias,
+    )
+    if not use_triton(hidden):
+        count_call("moe_ffn_bank_first_ref")
+        return moe_ffn_bank_first_ref(hidden, top_k_index, top_k_weights, w, activation)
+    count_call("moe_ffn_bank_first")
+    config = choose_bank_first(w, top_k_index)
+    routing = (top_k_index.contiguous(), top_k_weights.contiguous())
+    return launch_moe_ffn_bank_first(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
+
+
+@moe_ffn_bank_first.register_fake
+def _(hidden, *rest):
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def launch_moe_ffn_bank_first(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    w: BankFirstWeights,
+    activation: str,
+    config: BankFirstConfig,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
+    num_tokens = hidden.shape[0]
+    if num_tokens == 0:
+        return torch.empty_like(hidden)
+    choices = top_k_index.shape[1]
+    h = hidden.new_empty(num_tokens * choices, 2 * w.rank)
+    for part in w.chunks(num_tokens):
+        own = h.view(num_tokens, choices, 2 * w.rank)[part]
+        _launch_mixed(hidden[part], top_k_index[part], w, config, own)
+    plan = launch_routing_plan(top_k_index, w.shape.experts, config.ffn.block_m)
+    y = launch_gate_up(h, plan, w.adapters, activation, config.ffn.gate_up, gather=1)
+    return launch_down(y, plan, w.down, (top_k_index, top_k_weights), config.ffn.down, deterministic)
+
+
+def _launch_mixed(
+    hidden: torch.Tensor, top_k_index: torch.Tensor, w: BankFirstWeights, config: BankFirstConfig, out: torch.Tensor
+) -> None:
+    """S1 and mix of one chunk: a function of its own, so that the next chunk gets the memory of this one's z."""
+    gate = launch_palette_in(hidden, w.gate_palette, w.gate_bank, config.palette_in)
+    up = launch_palette_in(hidden, w.up_palette, w.up_bank, config.palette_in)
+    launch_mix((gate, up), top_k_index, w.codes, out, config.mix)
+
+
+def moe_ffn_bank_first_ref(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    w: BankFirstWeights,
+    activation: str,
+) -> torch.Tensor:
+    """As `moe_ffn_bank_first`: the references of the stages."""
+    h = hidden.new_empty(top_k_index.numel(), 2 * w.rank)
+    rows = h.view(-1, top_k_index.shape[1], 2 * w.rank)
+    for part in w.chunks(hidden.shape[0]):
+        gate = palette_in_ref(hidden[part], w.gate_palette, w.gate_bank)
+        up = palette_in_ref(hidden[part], w.up_palette, w.up_bank)
+        rows[part] = mix_ref((gate, up), top_k_index[part], w.codes).view_as(rows[part])
+    plan = routing_plan_ref(top_k_index, w.shape.experts, block_m=16)
+    y = gate_up_ref(h, plan, w.adapters, activation, gather=1)
+    return down_ref(y, plan, w.down, top_k_weights)
