@@ -20,7 +20,7 @@ import torch
 
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
-_BLOCK = 1024  # slots that the hand passes at once
+_BLOCK = 512  # slots that the hand passes at once: more than a step misses, once the marks are spread
 
 
 class CacheMaps(NamedTuple):
@@ -102,8 +102,9 @@ def _cache_lookup_kernel(
     last = -1
     while taken < misses:
         steps = first + tl.arange(0, BLOCK)
-        slot = (hand + steps) % num_slots
         inside = steps < num_slots
+        slot = hand + steps
+        slot -= tl.where(slot < num_slots, 0, num_slots)
         marked = tl.load(referenced_ptr + slot, mask=inside, other=0)
         free = inside & (tl.load(pinned_ptr + slot, mask=inside, other=0) != tick)
         tl.debug_barrier()
