@@ -28,8 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from globe_kernels.ops import (
+    cache_lookup,
     compose_basis,
     compose_layer,
+    compose_slots,
     down,
     gate_up,
     low_rank_in,
@@ -49,7 +51,16 @@ _INT = (
     "totals_ptr",
     "block_counts_ptr",
     "places_ptr",
+    "slots_ptr",
+    "slot_of_ptr",
+    "owner_ptr",
+    "referenced_ptr",
+    "miss_expert_ptr",
+    "miss_slot_ptr",
+    "gate_index_ptr",
+    "up_index_ptr",
 )
+_LONG = ("pinned_ptr", "uses_ptr", "registers_ptr")
 _FLOAT = ("value_ptr", "scale_ptr", "row_weight_ptr")
 # multiples of 16, as the addresses of torch are: others run, but slower
 _ALIGNED = ("depth", "num_columns", "row_stride", "num_values", "padded", "gate_padded", "up_padded", "width", "rank")
@@ -66,7 +77,8 @@ class Case:
     needs_wgmma: bool = False
 
     def signature(self) -> dict[str, str]:
-        """Types by name: code indices and plans are int32, ids int64, weights of codes and rows fp32, the rest bf16."""
+        """Types by name: code indices, plans and slots are int32, ids and counters int64, weights of codes and rows
+        fp32, the rest bf16."""
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constexprs:
@@ -77,6 +89,8 @@ class Case:
                 types[name] = "*i32"
             elif name == "index_ptr":
                 types[name] = "*i32" if "PHI" in self.constexprs else "*i64"
+            elif name in _LONG:
+                types[name] = "*i64"
             elif name.endswith(_FLOAT) or name == "out_ptr" and self.constexprs.get("ATOMIC"):
                 types[name] = "*fp32"
             else:
@@ -113,7 +127,7 @@ class Row:
 # The variants of each stage: (what the label says, constexprs; a bias that is None is one)
 _NO_BIAS = {"gate_bias_ptr": None, "up_bias_ptr": None}
 _VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
-    "low_rank_in": (low_rank_in._low_rank_in_kernel, [("", {})]),
+    "low_rank_in": (low_rank_in._low_rank_in_kernel, [("", {"slots_ptr": None}), ("pool", {})]),
     "gate_up": (
         gate_up._gate_up_kernel,
         [
@@ -179,6 +193,9 @@ def cases(architecture: str) -> Iterator[Case]:
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
+        for experts in (8, 128, 512):
+            constexprs = {"PHI": phi, "BLOCK": compose_slots._BLOCK, "W_PAD": experts}
+            yield Case(compose_slots._compose_slots_kernel, f"{phi}, {experts} experts", constexprs, {"num_warps": 8})
     for _, config in compose_layer.CONFIGS:
         launch = config.launch()
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
@@ -195,6 +212,9 @@ def cases(architecture: str) -> Iterator[Case]:
         yield Case(routing_plan._plan_in_one_block_kernel, label, {**padded, **tiles}, wide)
         yield Case(routing_plan._count_kernel, label, padded, {"num_warps": 4})
         yield Case(routing_plan._tiles_kernel, label, {"E_PAD": experts, **tiles}, wide)
+        for slots in (16, 256, 8192):
+            constexprs = {"E_PAD": experts, "BLOCK": min(slots, cache_lookup._BLOCK)}
+            yield Case(cache_lookup._cache_lookup_kernel, f"{label}, {slots} slots", constexprs, {"num_warps": 8})
     yield Case(routing_plan._scatter_kernel, "", {"BLOCK": routing_plan._BLOCK}, {"num_warps": 4})
     yield Case(routing_plan._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
 

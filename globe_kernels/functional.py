@@ -2,10 +2,13 @@
 
 import torch
 
+from globe_kernels.ops.cache_lookup import CacheState
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn import moe_ffn as _moe_ffn_op
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as _moe_ffn_bank_first_op
+from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.ops.moe_ffn_cached import moe_ffn_cached as _moe_ffn_cached_op
 
 
 def moe_ffn(
@@ -22,7 +25,7 @@ def moe_ffn(
     contribute nothing; top_k_weights (T, K) of any float dtype. Any strides. Returns (T, D). Without `deterministic`
     a GPU sums the choices of a token in any order. Raises ValueError when shapes or dtypes do not fit.
     """
-    _check(hidden_states, top_k_index, top_k_weights, weights.down_proj)
+    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
     return _moe_ffn_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
 
 
@@ -35,11 +38,45 @@ def moe_ffn_bank_first(
     deterministic: bool = True,
 ) -> torch.Tensor:
     """As `moe_ffn`, from the bank, with nothing composed (formula: `globe_kernels.ops.moe_ffn_bank_first`)."""
-    _check(hidden_states, top_k_index, top_k_weights, weights.down_proj)
+    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
     return _moe_ffn_bank_first_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
 
 
-def _check(
+def moe_ffn_cached(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: CachedWeights,
+    cache: CacheState,
+    first_expert: int,
+    phi: str,
+    activation: str,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """As `moe_ffn`, from a cache of bases and the bank (`globe_kernels.ops.moe_ffn_cached`).
+
+    The pool of the cache has the dtype of hidden_states; the experts of this layer are first_expert .. first_expert + E
+    - 1 of the cache.
+    """
+    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
+    num_experts, _, rank = weights.gate_adapter.shape
+    expected = (2 * rank, hidden_states.shape[1])
+    if cache.pool.shape[1:] != expected or cache.pool.dtype != hidden_states.dtype:
+        raise ValueError(
+            f"The slots of the cache are {cache.pool.dtype} {tuple(cache.pool.shape[1:])} and those of the layer "
+            f"{hidden_states.dtype} {expected}; build the cache for this model and cast both together."
+        )
+    if not 0 <= first_expert <= cache.slot_of.shape[0] - num_experts:
+        raise ValueError(
+            f"first_expert is {first_expert} with {num_experts} experts in the layer and {cache.slot_of.shape[0]} in "
+            "the cache; take it from BasisCache.first_expert."
+        )
+    return _moe_ffn_cached_op(
+        hidden_states, top_k_index, top_k_weights, first_expert, phi, activation, deterministic, *cache, *weights
+    )
+
+
+def _check_inputs(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, down_proj: torch.Tensor
 ) -> None:
     """Raises ValueError when shapes or dtypes of a call do not fit the weights."""

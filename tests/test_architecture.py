@@ -21,7 +21,7 @@ LAYERS = [
     ("checkpoint",),
     ("ops", "routing"),
     ("functional",),
-    ("bank", "modules"),
+    ("bank", "cache", "modules"),
     ("replacement",),
     ("transformers_plugin",),
     ("patching",),

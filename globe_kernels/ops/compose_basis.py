@@ -35,6 +35,28 @@ def apply_phi(mixture, PHI: tl.constexpr):
 
 
 @triton.jit
+def compose_values(
+    index_ptr,  # (E, C) int32
+    value_ptr,  # (E, C) float32
+    bank_ptr,  # (M, num_values)
+    out_ptr,  # (num_values,), the basis of this expert
+    expert,
+    values,  # the places to compute
+    num_values,  # R * D
+    support,  # C
+    PHI: tl.constexpr,
+):
+    """Compose some values of the basis of one expert."""
+    mask = values < num_values
+    mixture = tl.zeros(values.shape, dtype=tl.float32)
+    for place in range(support):
+        atom = tl.load(index_ptr + expert * support + place).to(tl.int64)
+        alpha = tl.load(value_ptr + expert * support + place)
+        mixture += alpha * tl.load(bank_ptr + atom * num_values + values, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + values, apply_phi(mixture, PHI).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _compose_basis_kernel(
     index_ptr,  # (E, C) int32
     value_ptr,  # (E, C) float32
@@ -52,14 +74,8 @@ def _compose_basis_kernel(
     """
     expert = tl.program_id(0)
     values = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = values < num_values
-    mixture = tl.zeros((BLOCK,), dtype=tl.float32)
-    for place in range(support):
-        atom = tl.load(index_ptr + expert * support + place).to(tl.int64)
-        alpha = tl.load(value_ptr + expert * support + place)
-        mixture += alpha * tl.load(bank_ptr + atom * num_values + values, mask=mask, other=0.0).to(tl.float32)
-    out = out_ptr + expert.to(tl.int64) * num_values + values
-    tl.store(out, apply_phi(mixture, PHI).to(out_ptr.dtype.element_ty), mask=mask)
+    out = out_ptr + expert.to(tl.int64) * num_values
+    compose_values(index_ptr, value_ptr, bank_ptr, out, expert, values, num_values, support, PHI)
 
 
 def launch_compose_basis(

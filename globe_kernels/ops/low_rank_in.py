@@ -5,6 +5,9 @@
 
 Shapes: T tokens, S = T * K routed rows, E experts, N = 2R (gate rows first, then up), D hidden size.
 Rows past the last routed one (sentinels) are not written.
+
+With `slots` (E,) the matrix of expert e is basis[slots[e]], of a pool of any size; rows of an expert with slot -1 are
+not written, so that several calls fill one result.
 """
 
 import torch
@@ -19,7 +22,8 @@ from globe_kernels.routing import RoutingPlan
 @triton.jit(do_not_specialize=["num_tiles"])
 def _low_rank_in_kernel(
     x_ptr,  # (T, D)
-    basis_ptr,  # (E, N, D)
+    basis_ptr,  # (E, N, D); with slots (slots, N, D)
+    slots_ptr,  # (E,) int32, or None
     out_ptr,  # (S, N)
     order_ptr,  # (S,) int32
     starts_ptr,  # (E + 1,) int32
@@ -39,14 +43,17 @@ def _low_rank_in_kernel(
     expert, rows, row_mask, columns, column_mask = program_tile(
         starts_ptr, tile_expert_ptr, tile_first_ptr, num_tiles, num_columns, BLOCK_M, BLOCK_N, GROUP_M
     )
-    if expert < 0:
+    matrix = expert
+    if slots_ptr is not None:
+        matrix = tl.load(slots_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
+    if matrix < 0:
         return
     token = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
     acc = accumulate(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + token.to(tl.int64)[:, None] * depth,
         row_mask[:, None],
-        basis_ptr + (expert * num_columns + columns)[None, :] * depth,
+        basis_ptr + (matrix * num_columns + columns)[None, :] * depth,
         column_mask[None, :],
         depth,
         EVEN_K,
@@ -56,14 +63,22 @@ def _low_rank_in_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
-def launch_low_rank_in(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor, config: GemmConfig) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given."""
+def launch_low_rank_in(
+    x: torch.Tensor,
+    plan: RoutingPlan,
+    basis: torch.Tensor,
+    config: GemmConfig,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel on contiguous inputs, in the configuration given, into `out` where there is one."""
     depth, columns = x.shape[1], basis.shape[1]
-    out = x.new_empty(plan.num_rows, columns)
+    out = x.new_empty(plan.num_rows, columns) if out is None else out
     grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
     _low_rank_in_kernel[grid](
         x,
         basis,
+        slots,
         out,
         *plan.schedule,
         columns,
@@ -86,26 +101,38 @@ def low_rank_in(
     block_m: int,
     num_choices: int,
     basis: torch.Tensor,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(S, N) in the dtype of `x`, from x (T, D), the arguments of a RoutingPlan, and basis (E, N, D)."""
+    """(S, N) in the dtype of `x`, from x (T, D), the arguments of a RoutingPlan, and basis (E, N, D).
+
+    With slots (E,) int32 the basis is a pool (slots, N, D).
+    """
     plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
     if not use_triton(x):
-        return low_rank_in_ref(x, plan, basis)
-    num_experts, columns, width = basis.shape
-    shape = FfnShape(num_experts, hidden=width, intermediate=None, rank=columns // 2)
+        return low_rank_in_ref(x, plan, basis, slots)
+    _, columns, width = basis.shape
+    shape = FfnShape(starts.numel() - 1, hidden=width, intermediate=None, rank=columns // 2)
     config = choose(shape, plan.num_rows, x.element_size(), x.device).low_rank_in
-    return launch_low_rank_in(x.contiguous(), plan, basis.contiguous(), config)
+    return launch_low_rank_in(x.contiguous(), plan, basis.contiguous(), config, slots)
 
 
 @low_rank_in.register_fake
-def _(x, order, starts, tile_expert, tile_first, block_m, num_choices, basis):
+def _(x, order, starts, tile_expert, tile_first, block_m, num_choices, basis, slots=None):
     return x.new_empty(order.shape[0], basis.shape[1])
 
 
-def low_rank_in_ref(x: torch.Tensor, plan: RoutingPlan, basis: torch.Tensor) -> torch.Tensor:
-    """As `low_rank_in`; rows that belong to no expert are zero."""
-    out = x.new_zeros(plan.num_rows, basis.shape[1])
+def low_rank_in_ref(
+    x: torch.Tensor,
+    plan: RoutingPlan,
+    basis: torch.Tensor,
+    slots: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """As `low_rank_in`, into `out` where there is one; in a new result, rows that belong to no expert are zero."""
+    out = x.new_zeros(plan.num_rows, basis.shape[1]) if out is None else out
+    matrices = range(plan.starts.numel() - 1) if slots is None else slots.tolist()
     for expert, rows in plan.rows_by_expert():
-        token = plan.order[rows] // plan.num_choices
-        out[rows] = F.linear(x[token], basis[expert])
+        if matrices[expert] >= 0:
+            token = plan.order[rows] // plan.num_choices
+            out[rows] = F.linear(x[token], basis[matrices[expert]])
     return out

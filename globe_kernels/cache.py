@@ -1,0 +1,170 @@
+"""A bounded pool of composed bases that all layers of a model share, and what is known of it.
+
+The experts of all layers are numbered one layer after the other. What happens to the state while a model runs is in
+`globe_kernels.ops.cache_lookup`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from globe_kernels.errors import RequestError
+from globe_kernels.ops.cache_lookup import CacheState
+from globe_kernels.ops.compose_slots import compose_slots
+from globe_kernels.ops.moe_ffn_cached import CachedWeights
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache did since its last `reset_stats`."""
+
+    hits: int  # active experts whose basis was in the pool
+    misses: int  # active experts whose basis was composed
+    evictions: int  # bases that gave way to them
+    slots: int
+    slot_bytes: int  # of one basis, gate and up
+    uses: dict[int, torch.Tensor]  # layer -> (E,) int64 on the CPU, how often each expert was active
+
+    @property
+    def hit_rate(self) -> float:
+        """0 before the first token."""
+        return self.hits / max(1, self.hits + self.misses)
+
+    @property
+    def bytes_composed(self) -> int:
+        return self.misses * self.slot_bytes
+
+
+class BasisCache(nn.Module):
+    """The state of `globe_kernels.functional.moe_ffn_cached`, registered once at the root of a model.
+
+    Its tensors follow the model to a device; a cast of the model casts the pool, whose contents stay valid. None is in
+    `state_dict`: all of it is made from the codes and the bank.
+    """
+
+    pool: torch.Tensor
+    slot_of: torch.Tensor
+    owner: torch.Tensor
+    referenced: torch.Tensor
+    pinned: torch.Tensor
+    uses: torch.Tensor
+    registers: torch.Tensor
+
+    def __init__(
+        self, num_experts: Mapping[int, int], slots: int, rank: int, width: int, dtype: torch.dtype, device=None
+    ):
+        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}."""
+        super().__init__()
+        self.num_experts = dict(num_experts)
+        n = sum(self.num_experts.values())
+        shapes = {
+            "pool": ((slots, 2 * rank, width), dtype),
+            "slot_of": ((n,), torch.int32),
+            "owner": ((slots,), torch.int32),
+            "referenced": ((slots,), torch.int32),
+            "pinned": ((slots,), torch.int64),
+            "uses": ((n,), torch.int64),
+            "registers": ((5,), torch.int64),
+        }
+        for name, (shape, kind) in shapes.items():
+            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device), persistent=False)
+        self.clear()
+        self.reset_stats()
+
+    @classmethod
+    def slots_for(
+        cls, cache_bytes: int, num_experts: Mapping[int, int], rank: int, width: int, dtype: torch.dtype
+    ) -> int:
+        """How many slots a cache within `cache_bytes` has, everything counted, at most one for every expert.
+
+        Raises RequestError when not even one fits.
+        """
+        none, one = (cls(num_experts, slots, rank, width, dtype, "meta").nbytes for slots in (0, 1))
+        if cache_bytes < one:
+            raise RequestError(
+                f"A cache of {cache_bytes} bytes cannot hold one basis: at rank {rank}, hidden size {width} and "
+                f"{dtype} the smallest takes {one} bytes; give at least that much."
+            )
+        return min((cache_bytes - none) // (one - none), sum(num_experts.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.state)
+
+    @property
+    def state(self) -> CacheState:
+        return CacheState(self.pool, self.slot_of, self.owner, self.referenced, self.pinned, self.uses, self.registers)
+
+    def first_expert(self, layer: int) -> int:
+        """Number of the layer's first expert among those of all layers."""
+        layers = list(self.num_experts)
+        return sum(self.num_experts[before] for before in layers[: layers.index(layer)])
+
+    def clear(self) -> None:
+        """Forget all bases, as one must when banks or codes have changed. Statistics stay."""
+        self.slot_of.fill_(-1)
+        self.owner.fill_(-1)
+        self.referenced.zero_()
+        self.pinned.zero_()
+        self.registers[:2].zero_()
+
+    def stats(self) -> CacheStats:
+        """Waits for the device."""
+        hits, misses, evictions = self.registers[2:].tolist()
+        uses = self.uses.cpu().split(list(self.num_experts.values()))
+        return CacheStats(
+            hits,
+            misses,
+            evictions,
+            slots=self.pool.shape[0],
+            slot_bytes=self.pool.nbytes // self.pool.shape[0],
+            uses={layer: own.clone() for layer, own in zip(self.num_experts, uses, strict=True)},
+        )
+
+    def reset_stats(self) -> None:
+        self.registers[2:].zero_()
+        self.uses.zero_()
+
+    @torch.no_grad()
+    def warm(self, weights: Mapping[int, CachedWeights], uses: Mapping[int, torch.Tensor], phi: str) -> None:
+        """Fill the pool with the most used experts, from `CacheStats.uses` of an earlier run; statistics stay.
+
+        weights {layer: its CachedWeights}; uses {layer: (E,)}, where a layer may be missing and an expert that was
+        never used is left out. What was in the pool is forgotten. Raises RequestError for uses of another model.
+        """
+        for layer, own in uses.items():
+            if own.shape != (self.num_experts.get(layer),):
+                raise RequestError(
+                    f"The uses of layer {layer} have shape {tuple(own.shape)} and the model has "
+                    f"{self.num_experts.get(layer, 'no')} experts there; give those of a run of this model."
+                )
+        self.clear()
+        unused = {layer: torch.zeros(size, dtype=torch.int64) for layer, size in self.num_experts.items()}
+        counts = torch.cat([uses.get(layer, zeros).cpu() for layer, zeros in unused.items()])
+        most = counts.argsort(descending=True, stable=True)[: self.owner.numel()]
+        most = most[counts[most] > 0]
+        # the hand starts at slot 0: empty slots go first, then those of the least used experts
+        slots = self.owner.numel() - 1 - torch.arange(most.numel())
+        most, slots = most.int().to(self.pool.device), slots.int().to(self.pool.device)
+        for layer, size in self.num_experts.items():
+            number = most - self.first_expert(layer)
+            own = (number >= 0) & (number < size)
+            compose_slots(number[own], slots[own], self.pool, *weights[layer].mixtures, phi)
+        self.owner[slots] = most
+        self.slot_of[most] = slots
+
+    def _apply(self, fn, recurse=True):
+        was_meta = self.pool.is_meta
+        super()._apply(fn, recurse)
+        if was_meta:
+            # what to_empty allocates holds anything
+            self.clear()
+            self.reset_stats()
+        return self
+
+    def extra_repr(self) -> str:
+        slots, rows, width = self.pool.shape
+        return f"slots={slots}, rank={rows // 2}, hidden={width}, experts={self.slot_of.numel()}"
