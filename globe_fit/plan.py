@@ -81,7 +81,7 @@ def _kv_values(config) -> int:
 
 
 def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckpoint | None]:
-    """The model at `path`; where that is a GloBE checkpoint, the model `base` that it was fitted on, and the checkpoint.
+    """The model at `path`; where that is a GloBE checkpoint, the model `base` it was fitted on, and the checkpoint.
 
     Raises RequestError when they do not belong together.
     """
@@ -100,8 +100,8 @@ def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckp
         expected = layers if name == "MoE layers" else getattr(fitted, name)
         if found != expected:
             raise RequestError(
-                f"{path} was fitted on {fitted.name} with {name} {expected} and {base} has {found}; give the model that "
-                "it was fitted on."
+                f"{path} was fitted on {fitted.name} with {name} {expected} and {base} has {found}; give the model "
+                "that it was fitted on."
             )
     return model, checkpoint
 

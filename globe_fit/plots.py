@@ -235,7 +235,7 @@ def plan_figure(figures: dict) -> "Figure":
         held.invert_yaxis()
         held.set(xlabel="GB on the device")
         held.set_title(f"rank {point['rank']}, {point['atoms']} atoms", fontsize=9.5, color="#475569")
-        held.legend(frameon=False, fontsize=8)
+        held.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
         held.grid(axis="y", visible=False)
     return figure
 

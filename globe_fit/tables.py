@@ -34,8 +34,8 @@ def print_plan(figures: dict) -> None:
     """What `globe plan` says."""
     machine, (inner, width) = figures["machine"], figures["shape"]
     print(
-        f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts of "
-        f"{inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside the experts, "
+        f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts "
+        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside the experts, "
         f"{figures['kv_bytes_per_token']} bytes of KV cache per token"
     )
     print(
@@ -57,17 +57,16 @@ def _print_planned(point: dict) -> None:
     )
     ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
     cards = f"{point['cards']} card{'s' if point['cards'] > 1 else ''}"
-    header = ["", "on disk", "resident", "in host memory", "peak, 4096 tokens", "within the limit"]
-    header += [f"sequences of 4096 on {cards}", f"context of one on {cards}"]
+    header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
     rows = []
     for name, one in ways.items():
         size = disk["dense" if name == "dense" else "globe"]
         held = [gigabytes(value) for value in (size, one["resident"], one["host"], one["peak"])]
         rows.append([name, *held, "yes" if one["fits"] else "no", str(one["batch"]), str(one["kv_tokens"])])
-    print_table("Bytes of the experts, and what is left for the KV cache", header, rows)
+    print_table(f"Bytes of the experts, and what the KV cache of {cards} has room for", header, rows)
     tokens = list(ways["dense"]["tokens_per_s"])
     rows = [
-        [name, *(f"{one['us_per_layer'][count]:.0f} / {one['tokens_per_s'][count]:.0f}" for count in tokens)]
+        [name, *(f"{one['us_per_layer'][count]:.0f} / {one['tokens_per_s'][count]:.1f}" for count in tokens)]
         for name, one in ways.items()
     ]
     if "auto" in ways:

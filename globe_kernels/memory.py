@@ -211,13 +211,13 @@ def why_not_composed(config: GlobeConfig) -> str | None:
     """Why `auto` does not compose every basis at this rank; None where composing saves bytes and arithmetic."""
     inner, width, rank = config.base.intermediate_size, config.base.hidden_size, config.rank
     limit = break_even_rank(inner, width)
-    if rank < limit:
+    if rank <= limit:
         return None
     dense, composed = 2 * inner * width, 2 * rank * (inner + width)
     return (
         f"composed at rank {rank} holds {composed / 1e6:.2f} M values for gate and up of an expert and computes "
         f"{2 * composed / 1e6:.2f} M floating point operations per row, the dense matrices {dense / 1e6:.2f} M and "
-        f"{2 * dense / 1e6:.2f} M: it saves nothing from rank {limit} on, so auto does not take it"
+        f"{2 * dense / 1e6:.2f} M: it saves nothing above rank {limit}, so auto does not take it"
     )
 
 
@@ -246,7 +246,7 @@ def choose_residents(
     """What to hold within `budget` bytes on the device, for a model whose layers are mostly of `sizes`.
 
     A named strategy holds what it needs; without a budget there is no limit but that a cache fills what is left of the
-    dense experts' bytes. "auto" takes composed where the rank is below break-even and it fits; else the bank, scratch
+    dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits; else the bank, scratch
     where it fits, and a cache of what is left, of which it keeps what the cheapest path of some number of tokens needs
     on `machine`; without a budget it may hold what the dense experts would. A given `cache_bytes` is the cache's size.
     Raises RequestError when it cannot be had.

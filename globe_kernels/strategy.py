@@ -136,7 +136,7 @@ class Prediction:
 
 
 def break_even_rank(intermediate: int, hidden: int) -> int:
-    """p d / (p + d): below this rank adapter and composed basis have fewer values than the dense matrix."""
+    """p d / (p + d): above this rank adapter and composed basis have more values than the dense matrix."""
     return intermediate * hidden // (intermediate + hidden)
 
 
