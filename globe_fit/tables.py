@@ -35,7 +35,7 @@ def print_plan(figures: dict) -> None:
     machine, (inner, width) = figures["machine"], figures["shape"]
     print(
         f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts "
-        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside the experts, "
+        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside them, "
         f"{figures['kv_bytes_per_token']} bytes of KV cache per token"
     )
     print(
@@ -44,10 +44,10 @@ def print_plan(figures: dict) -> None:
         f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform"
     )
     for point in figures["points"]:
-        _print_planned(point)
+        _print_planned(point, machine["name"])
 
 
-def _print_planned(point: dict) -> None:
+def _print_planned(point: dict, machine: str) -> None:
     disk = point["bytes_on_disk"]
     palette = f"{point['mean_palette']:.0f} atoms in a layer" + ("" if point["palettes_known"] else ", expected")
     print(
@@ -56,14 +56,13 @@ def _print_planned(point: dict) -> None:
         f"{gigabytes(point['budget'])} of experts on the device"
     )
     ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
-    cards = f"{point['cards']} card{'s' if point['cards'] > 1 else ''}"
     header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
     rows = []
     for name, one in ways.items():
         size = disk["dense" if name == "dense" else "globe"]
         held = [gigabytes(value) for value in (size, one["resident"], one["host"], one["peak"])]
         rows.append([name, *held, "yes" if one["fits"] else "no", str(one["batch"]), str(one["kv_tokens"])])
-    print_table(f"Bytes of the experts, and what the KV cache of {cards} has room for", header, rows)
+    print_table(f"Bytes of the experts, and room for the KV cache on {point['cards']} x {machine}", header, rows)
     tokens = list(ways["dense"]["tokens_per_s"])
     rows = [
         [name, *(f"{one['us_per_layer'][count]:.0f} / {one['tokens_per_s'][count]:.1f}" for count in tokens)]
