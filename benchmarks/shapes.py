@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from globe_kernels.strategy import break_even_rank
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -14,8 +16,7 @@ class LayerShape:
 
     @property
     def break_even_rank(self) -> int:
-        """Below this rank two thin matrices have fewer values than the dense one."""
-        return self.intermediate * self.hidden // (self.intermediate + self.hidden)
+        return break_even_rank(self.intermediate, self.hidden)
 
     def gate_up_values(self, rank: int | None) -> int:
         """Values of gate and up of one expert: dense, or adapter and composed basis of `rank`."""

@@ -1,4 +1,4 @@
-"""The `globe` command: fit, sweep, export, eval, inspect, report, demo."""
+"""The `globe` command: plan, fit, sweep, export, eval, inspect, report, demo."""
 
 import json
 import sys
@@ -20,6 +20,8 @@ from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
 from globe_fit.offload import plan_run
+from globe_fit.plan import plan_all
+from globe_fit.plots import plan_figure, save_png
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
@@ -33,14 +35,17 @@ from globe_fit.tables import (
     print_estimate,
     print_fit,
     print_inspection,
+    print_plan,
     print_quality,
     print_sweep,
     print_sweep_estimate,
 )
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.files import require_room
+from globe_kernels.files import replacing_file, require_room
+from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
+from globe_kernels.strategy import machine_named
 
 app = typer.Typer(
     help="GloBE: one global bank of basis matrices for the experts of a Mixture-of-Experts model.",
@@ -56,6 +61,11 @@ Steps = Annotated[int | None, typer.Option(help=_STEPS)]
 Seed = Annotated[int | None, typer.Option(help="Seed of the start (0).")]
 Device = Annotated[str | None, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")]
 SnapshotMinutes = Annotated[float, typer.Option(help="Between snapshots, from which a fit goes on.", min=0)]
+Ratios = Annotated[str | None, typer.Option("--ratio", help="Ratios, such as 0.5,0.625.")]
+Ranks = Annotated[str | None, typer.Option("--rank", help="Ranks, such as 48,64.")]
+Atoms = Annotated[str | None, typer.Option("--atoms", help="Atoms of each family's bank, such as 20,34.")]
+Supports = Annotated[str | None, typer.Option("--support", help="Atoms that each expert mixes, such as 6,12.")]
+Palettes = Annotated[str | None, typer.Option("--palette", help="Most atoms that one layer uses, such as none,17.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
 
 
@@ -67,6 +77,40 @@ def _say_what_is_left_dense(base: BaseModel) -> None:
     if base.left_dense:
         note = left_dense_note((base.intermediate_size, base.hidden_size), base.left_dense)
         print(f"globe: {note}", file=sys.stderr)
+
+
+@app.command("plan")
+def plan_command(
+    model: Annotated[Path, typer.Argument(help="A model's directory or config.json, or a GloBE checkpoint.")],
+    ratio: Ratios = None,
+    rank: Ranks = None,
+    atoms: Atoms = None,
+    support: Supports = None,
+    palette: Palettes = None,
+    phi: Annotated[str | None, typer.Option(help="identity, silu or tanh.")] = None,
+    scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Of a GloBE checkpoint: the model it was fitted on.")] = None,
+    machine: Annotated[str, typer.Option("--on", help="h100, h200, a100, rtx4090 or cpu.")] = "h100",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="What the experts may hold, such as 20GiB (as much as the dense ones).")
+    ] = None,
+    cache_bytes: Annotated[str | None, typer.Option(help="Size of the cache of bases, such as 4GiB.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw times and bytes into this PNG file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Predict bytes and times of every way to run a model as GloBE, from its config.json alone."""
+    sizes = {"ratio": ratio, "rank": rank, "atoms": atoms, "support": support, "palette": palette}
+    limits = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    settings = {"phi": phi, "scope": scope}
+    figures = plan_all(model, base, machine_named(machine), settings, read_lists(sizes), *limits)
+    if plot is not None:
+        figure = plan_figure(figures)
+        with replacing_file(plot) as path:
+            save_png(figure, f"{figures['model']} on {machine}, predicted", str(path))
+    if as_json:
+        _print_json(figures)
+    else:
+        print_plan(figures)
 
 
 @app.command("fit")
@@ -192,11 +236,11 @@ def fit_command(
 def sweep_command(
     model_dir: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the checkpoints, one inside for each point.")],
-    ratio: Annotated[str | None, typer.Option(help="Ratios, such as 0.5,0.625.")] = None,
-    rank: Annotated[str | None, typer.Option(help="Ranks, such as 48,64.")] = None,
-    atoms: Annotated[str | None, typer.Option(help="Atoms of each family's bank, such as 20,34.")] = None,
-    support: Annotated[str | None, typer.Option(help="Atoms that each expert mixes, such as 6,12.")] = None,
-    palette: Annotated[str | None, typer.Option(help="Most atoms that one layer uses, such as none,17.")] = None,
+    ratio: Ratios = None,
+    rank: Ranks = None,
+    atoms: Atoms = None,
+    support: Supports = None,
+    palette: Palettes = None,
     steps: Steps = None,
     seed: Seed = None,
     device: Device = None,

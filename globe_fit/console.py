@@ -58,3 +58,7 @@ def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
 
 def megabytes(count: float) -> str:
     return f"{count / 1e6:.2f} MB"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -61,5 +61,5 @@ def _effective_rank(factors: LayerFactors, bank: torch.Tensor, phi: str) -> int:
 
 def stored_codes(checkpoint: GlobeCheckpoint, family: str) -> torch.Tensor:
     """(n, M) dense codes of a family."""
-    codes = [checkpoint.layer(layer, family).code for layer in checkpoint.config.base.num_experts]
+    codes = [checkpoint.code(layer, family) for layer in checkpoint.config.base.num_experts]
     return torch.cat([dense_codes(code, checkpoint.config.num_atoms) for code in codes])

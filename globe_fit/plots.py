@@ -37,7 +37,7 @@ def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: f
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise RequestError("globe report draws with matplotlib; run `pip install matplotlib` and try again.") from None
+        raise RequestError("GloBE draws with matplotlib; run `pip install matplotlib` and try again.") from None
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=False, **axes)
@@ -207,6 +207,36 @@ def sweep(rows: list[dict]) -> "Figure":
     panels[0].set_ylabel("relative squared error")
     panels[-1].legend(frameon=False, fontsize=8)
     _plain_log(panels[0])
+    return figure
+
+
+def plan_figure(figures: dict) -> "Figure":
+    """What `globe plan` predicts, a row per point: times relative to the dense experts, bytes by what they hold."""
+    rows = figures["points"]
+    figure, grid = _figure(len(rows), 2, width=2 * _WIDTH, height=1.2 * _HEIGHT * len(rows))
+    for (times, held), point in zip(grid, rows, strict=True):
+        ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
+        dense = ways["dense"]["us_per_layer"]
+        for name, one in ways.items():
+            style: dict[str, Any] = {"color": _GREY} if name == "dense" else {}
+            style |= {"linewidth": 3, "alpha": 0.35} if name == "auto" else {"linewidth": 1.4}
+            relative = [us / dense[tokens] for tokens, us in one["us_per_layer"].items()]
+            times.plot([int(tokens) for tokens in dense], relative, label=name, **style)
+        times.set(yscale="log", xlabel="tokens", ylabel="time relative to dense")
+        times.set_xscale("log", base=2)
+        _plain_log(times)
+        times.legend(frameon=False, fontsize=8)
+        start = dict.fromkeys(ways, 0.0)
+        for number, part in enumerate(ways["dense"]["parts"]):
+            sizes = {name: one["parts"][part] / 1e9 for name, one in ways.items()}
+            if any(sizes.values()):
+                held.barh(list(ways), list(sizes.values()), left=list(start.values()), label=part, color=f"C{number}")
+                start = {name: start[name] + size for name, size in sizes.items()}
+        held.invert_yaxis()
+        held.set(xlabel="GB on the device")
+        held.set_title(f"rank {point['rank']}, {point['atoms']} atoms", fontsize=9.5, color="#475569")
+        held.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
+        held.grid(axis="y", visible=False)
     return figure
 
 

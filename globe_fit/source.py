@@ -6,7 +6,7 @@ Reads both layouts: one 2-D tensor per expert (`experts.{e}.gate_proj.weight`) a
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import ExpertKey, architecture_of
 from globe_kernels.files import read_json
 
+_CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READABLE = ("BF16", "F16", "F32")
@@ -26,12 +27,33 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL"
 
 def read_config(model_dir: Path) -> dict:
     """config.json of a model directory. Raises RequestError when there is none, GlobeError when it is damaged."""
-    path = model_dir / "config.json"
+    path = model_dir / _CONFIG_NAME
     if not path.is_file():
         raise RequestError(
             f"{model_dir} holds no config.json, so it is not a Hugging Face model; give a model's local directory."
         )
     return read_json(path, "download it again")
+
+
+def configured_base(config: dict, where: Path) -> BaseModel:
+    """The experts that a config.json describes, without a look at the weights.
+
+    Raises RequestError when it is of no known MoE model, GlobeError when it lacks sizes; `where` is its path.
+    """
+    architecture = architecture_of(config.get("model_type"))
+    try:
+        num_experts = architecture.num_experts(config)
+        return BaseModel(
+            name=where.resolve().parent.name if where.name == _CONFIG_NAME else where.stem,
+            model_type=architecture.model_type,
+            hidden_size=int(config["hidden_size"]),
+            intermediate_size=architecture.intermediate_size(config),
+            num_experts=dict.fromkeys(architecture.moe_layers(config), num_experts),
+        )
+    except (KeyError, TypeError) as error:
+        raise GlobeError(
+            f"{where} is not a complete {architecture.model_type} configuration ({error}); download it again."
+        ) from error
 
 
 class TensorFiles:
@@ -121,16 +143,8 @@ class ExpertSource:
                 f"{self.model_dir} is not a directory; give the local directory of a Hugging Face model."
             )
         config = read_config(self.model_dir)
-        self.architecture = architecture_of(config.get("model_type"))
-        try:
-            num_experts = self.architecture.num_experts(config)
-            expected_layers = self.architecture.moe_layers(config)
-            inner, width = self.architecture.intermediate_size(config), int(config["hidden_size"])
-        except (KeyError, TypeError) as error:
-            raise GlobeError(
-                f"config.json in {self.model_dir} is not a complete {self.architecture.model_type} configuration "
-                f"({error}); download it again."
-            ) from error
+        configured = configured_base(config, self.model_dir / _CONFIG_NAME)
+        self.architecture = architecture_of(configured.model_type)
         self.files = TensorFiles(self.model_dir)
         self.expert_keys: dict[str, ExpertKey] = {}
         for key in self.files.weight_map:
@@ -143,15 +157,14 @@ class ExpertSource:
             # layers past num_hidden_layers are prediction heads that transformers does not load
             if parsed is not None and parsed.layer < config["num_hidden_layers"]:
                 self.expert_keys[key] = parsed
-        self.layers = self._group(num_experts, expected_layers)
-        shapes = self._shapes(inner, width)
+        self.layers = self._group(self.architecture.num_experts(config), list(configured.num_experts))
+        shapes = self._shapes(configured.intermediate_size, configured.hidden_size)
         inner, width = _shape_of_most(self.layers, shapes)
         left_dense = {layer: shape for layer, shape in shapes.items() if shape != (inner, width)}
         self.layers = [layer for layer in self.layers if layer.layer not in left_dense]
         self.expert_keys = {key: one for key, one in self.expert_keys.items() if one.layer not in left_dense}
-        self.base = BaseModel(
-            name=self.model_dir.resolve().name,
-            model_type=self.architecture.model_type,
+        self.base = replace(
+            configured,
             hidden_size=width,
             intermediate_size=inner,
             num_experts={layer.layer: layer.num_experts for layer in self.layers},

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from globe_fit.console import megabytes, print_table
+from globe_fit.console import gigabytes, megabytes, print_table
 from globe_kernels.families import FAMILIES
 
 
@@ -28,6 +28,54 @@ def print_estimate(figures: dict) -> None:
     )
     if figures["run_bytes"]:
         print(f"before that the model runs over the text in at most {megabytes(figures['run_bytes'])}")
+
+
+def print_plan(figures: dict) -> None:
+    """What `globe plan` says."""
+    machine, (inner, width) = figures["machine"], figures["shape"]
+    print(
+        f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts "
+        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside them, "
+        f"{figures['kv_bytes_per_token']} bytes of KV cache per token"
+    )
+    print(
+        f"Predictions of a model, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
+        f"multiplies at {machine['matmul_tflop_per_s']:g} TFLOP/s, takes {machine['launch_us']:g} us per launch, has "
+        f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform"
+    )
+    for point in figures["points"]:
+        _print_planned(point, machine["name"])
+
+
+def _print_planned(point: dict, machine: str) -> None:
+    disk = point["bytes_on_disk"]
+    palette = f"{point['mean_palette']:.0f} atoms in a layer" + ("" if point["palettes_known"] else ", expected")
+    print(
+        f"\nrank {point['rank']}, {point['atoms']} atoms per family ({palette}), support {point['support']}, phi "
+        f"{point['phi']}, scope {point['scope']}: gate and up {point['ratio']:.3f} of dense; at most "
+        f"{gigabytes(point['budget'])} of experts on the device"
+    )
+    ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
+    header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
+    rows = []
+    for name, one in ways.items():
+        size = disk["dense" if name == "dense" else "globe"]
+        held = [gigabytes(value) for value in (size, one["resident"], one["host"], one["peak"])]
+        rows.append([name, *held, "yes" if one["fits"] else "no", str(one["batch"]), str(one["kv_tokens"])])
+    print_table(f"Bytes of the experts, and room for the KV cache on {point['cards']} x {machine}", header, rows)
+    tokens = list(ways["dense"]["tokens_per_s"])
+    rows = [
+        [name, *(f"{one['us_per_layer'][count]:.0f} / {one['tokens_per_s'][count]:.1f}" for count in tokens)]
+        for name, one in ways.items()
+    ]
+    if "auto" in ways:
+        rows.append(["auto takes", *(ways["auto"]["path"][count] for count in tokens)])
+    print_table("us per MoE layer / tokens/s of all", ["", *(f"T = {count}" for count in tokens)], rows)
+    for name, one in point["strategies"].items():
+        if "refused" in one:
+            print(f"{name}: {one['refused']}")
+    if point["why_not_composed"]:
+        print(f"{point['why_not_composed']}.")
 
 
 def print_fit(figures: dict, out: Path, advice: str) -> None:

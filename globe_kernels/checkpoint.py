@@ -244,16 +244,20 @@ class GlobeCheckpoint:
 
     def bank(self, family: str) -> torch.Tensor:
         """(M, R, D)"""
-        return self._where[f"bank.{family}"].get_tensor(f"bank.{family}")
+        return self._tensor(f"bank.{family}")
 
     def layer(self, layer: int, family: str) -> LayerFactors:
         """Factors of the layer with id `layer`. Raises GlobeError when a code points outside the bank."""
-        adapter, index, value = (
-            self._where[f"layers.{layer}.{family}_{part}"].get_tensor(f"layers.{layer}.{family}_{part}")
-            for part in ("adapter", "code_index", "code_value")
-        )
+        return LayerFactors(self._tensor(f"layers.{layer}.{family}_adapter"), self.code(layer, family))
+
+    def code(self, layer: int, family: str) -> Code:
+        """As in `layer`, without reading the adapters."""
+        index, value = (self._tensor(f"layers.{layer}.{family}_code_{part}") for part in ("index", "value"))
         check_codes(index, self.config.num_atoms, f"layers.{layer}.{family}_code_index in {self.path}")
-        return LayerFactors(adapter, Code(index, value))
+        return Code(index, value)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        return self._where[name].get_tensor(name)
 
     @property
     def bytes_on_disk(self) -> int:

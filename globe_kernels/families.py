@@ -106,6 +106,10 @@ class Architecture:
             "routed experts; pass the directory of a Mixture-of-Experts model."
         )
 
+    def choices(self, config: dict) -> int:
+        """K: experts that a token is routed to."""
+        return int(config["num_experts_per_tok"])
+
     def intermediate_size(self, config: dict) -> int:
         return int(config[self.intermediate_key])
 

@@ -19,6 +19,8 @@ LAYERS = [
     ("errors", "version", "families"),
     ("files",),
     ("checkpoint",),
+    ("strategy",),
+    ("memory",),
     ("ops", "routing"),
     ("functional",),
     ("bank", "cache", "modules"),

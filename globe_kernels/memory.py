@@ -1,0 +1,311 @@
+"""What a checkpoint takes in memory, by the ways to run it (globe_kernels.strategy), and which of them a budget holds.
+
+Bytes of all layers, on the device; L layers, E experts, n experts of all layers, P intermediate size, D hidden size,
+R rank, M atoms, C support, U palette:
+
+    adapters      gate and up (E, P, R)                      every path but dense
+    codes         index (E, C) int32, value (E, C) float32   every path but dense
+    down          (E, D, P), and biases                      every path
+    bases         (E, 2R, D)                                 composed, whose bank stays in host memory
+    bank          gate and up (M, R, D)                      bank_first, cached, scratch
+    palette_codes (U,) int32, (E, U to the next 32) float32, (E,) float32 per family     bank_first, scratch
+    pool          slots of (2R, D), and the maps of the cache                            cached
+    scratch       two buffers of the largest layer's bases                               scratch
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import ceil
+from typing import NamedTuple
+
+from globe_kernels.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.errors import RequestError
+from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.strategy import (
+    DENSE,
+    PATHS,
+    LayerSizes,
+    Machine,
+    Pool,
+    break_even_rank,
+    paths_of,
+    switch_points,
+)
+
+AUTO = "auto"
+Z_BYTES = 256 * 2**20  # of one chunk of tokens of bank_first, both families
+_PALETTE_PADDING = 32
+_CODE_BYTES = 4 + 4  # int32 index, float32 value
+_SLOT_MAP_BYTES = 4 + 4 + 8  # owner, referenced, pinned
+_EXPERT_MAP_BYTES = 4 + 8  # slot_of, uses
+_REGISTER_BYTES = 5 * 8
+_SCRATCH_BUFFERS = 2
+_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
+
+Palettes = Mapping[int, Mapping[str, float]]  # layer id -> family -> U
+
+
+@dataclass(frozen=True)
+class Residents:
+    """Bytes on the device by what they hold, and beside them those that stay in host memory."""
+
+    down: int
+    dense: int = 0  # gate and up matrices
+    adapters: int = 0
+    codes: int = 0
+    bases: int = 0
+    bank: int = 0
+    palette_codes: int = 0
+    pool: int = 0
+    scratch: int = 0
+    host: int = 0  # the bank of a composed model
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """On the device."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "host"}
+
+    @property
+    def total(self) -> int:
+        """On the device."""
+        return sum(self.parts.values())
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes that "20GiB", "1.5 GB" or a number stand for. Raises RequestError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
+    if match is None or match[2] not in _UNITS:
+        raise RequestError(f"{size!r} is no size in bytes; give a number with a unit, such as 20GiB or 800MB.")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def palettes_of(checkpoint: GlobeCheckpoint) -> Palettes:
+    """The distinct atoms that each layer uses, by the stored codes."""
+    return {
+        layer: {family: checkpoint.code(layer, family).index.unique().numel() for family in FAMILIES}
+        for layer in checkpoint.config.base.num_experts
+    }
+
+
+def expected_palettes(config: GlobeConfig) -> Palettes:
+    """As `palettes_of` for a checkpoint that does not exist: experts draw their C atoms at random.
+
+    From all M atoms, with scope layer from the layer's share of them, with a palette from as many as that; of A atoms
+    A (1 - (1 - C/A)^E) are drawn by someone. A fit lets neighbouring experts share atoms, so it uses fewer.
+    """
+    palettes = {}
+    for layer, experts in config.base.num_experts.items():
+        atoms = config.num_atoms
+        if config.scope == "layer":
+            atoms = atoms * experts // config.base.total_experts
+        atoms = min(atoms, config.palette or atoms)
+        drawn = atoms * (1 - (1 - min(config.support / atoms, 1.0)) ** experts)
+        palettes[layer] = dict.fromkeys(FAMILIES, drawn)
+    return palettes
+
+
+def layer_sizes(
+    config: GlobeConfig, layer: int, choices: int, item_size: int, palettes: Palettes | None = None
+) -> LayerSizes:
+    """The sizes that the time of one layer depends on."""
+    palette = (palettes or expected_palettes(config))[layer]
+    return LayerSizes(
+        config.base.num_experts[layer],
+        choices,
+        config.base.hidden_size,
+        config.base.intermediate_size,
+        config.rank,
+        config.support,
+        sum(palette.values()) / len(palette),
+        config.phi,
+        item_size,
+    )
+
+
+def resident(
+    config: GlobeConfig,
+    paths: tuple[str, ...],
+    *,
+    item_size: int,
+    cache_bytes: int = 0,
+    palettes: Palettes | None = None,
+) -> Residents:
+    """What stays in memory to take any of `paths`, with weights of `item_size` bytes a value."""
+    base = config.base
+    experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
+    biases = 2 * inner + width if architecture_of(base.model_type).has_bias else 0
+    down = experts * (width * inner + biases) * item_size
+    if paths == (DENSE,):
+        return Residents(down, dense=2 * experts * inner * width * item_size)
+    atom = config.rank * width
+    bank = len(FAMILIES) * config.num_atoms * atom
+    needs_bank = not {"bank_first", "cached", "scratch"}.isdisjoint(paths)
+    palette_codes = 0
+    if "bank_first" in paths or "scratch" in paths:
+        for layer, palette in (palettes or expected_palettes(config)).items():
+            for used in map(ceil, palette.values()):
+                padded = -(-used // _PALETTE_PADDING) * _PALETTE_PADDING
+                palette_codes += 4 * used + base.num_experts[layer] * 4 * (padded + 1)
+    slots = pool_slots(config, cache_bytes, item_size)
+    return Residents(
+        down,
+        adapters=2 * experts * inner * config.rank * item_size,
+        codes=2 * experts * config.support * _CODE_BYTES,
+        bases=experts * 2 * atom * item_size if "composed" in paths else 0,
+        bank=bank * item_size if needs_bank else 0,
+        palette_codes=palette_codes,
+        pool=pool_bytes(config, slots, item_size) if "cached" in paths else 0,
+        scratch=_SCRATCH_BUFFERS * max(base.num_experts.values()) * 2 * atom * item_size if "scratch" in paths else 0,
+        host=0 if needs_bank else bank * config.torch_dtype.itemsize,
+    )
+
+
+def pool_bytes(config: GlobeConfig, slots: int, item_size: int) -> int:
+    """Bytes of a cache with that many slots, its maps included."""
+    slot = 2 * config.rank * config.base.hidden_size * item_size + _SLOT_MAP_BYTES
+    return slots * slot + config.base.total_experts * _EXPERT_MAP_BYTES + _REGISTER_BYTES
+
+
+def pool_slots(config: GlobeConfig, cache_bytes: int, item_size: int) -> int:
+    """Slots of a cache of at most that many bytes: no more than there are experts."""
+    empty = pool_bytes(config, 0, item_size)
+    slots = (cache_bytes - empty) // (pool_bytes(config, 1, item_size) - empty)
+    return max(0, min(slots, config.base.total_experts))
+
+
+def workspace(
+    config: GlobeConfig,
+    paths: tuple[str, ...],
+    tokens: int,
+    choices: int,
+    item_size: int,
+    palettes: Palettes | None = None,
+) -> int:
+    """Bytes of the largest temporaries of one layer's call, over `paths`: what comes to the residents at the peak.
+
+    Rows h (S, 2R), y (S, P), those before the sum over choices (S, D) and the sum (T, D); z (T, 2U, R) of a chunk of
+    tokens. Of the dense experts, as transformers runs them: rows of x, gate and up, their product, rows of the output.
+    """
+    rows, inner, width = tokens * choices, config.base.intermediate_size, config.base.hidden_size
+    if paths == (DENSE,):
+        return (rows * (2 * width + 3 * inner) + tokens * width) * item_size
+    size = (rows * (2 * config.rank + inner + width) + tokens * width) * item_size
+    if "bank_first" in paths:
+        largest = max(sum(palette.values()) for palette in (palettes or expected_palettes(config)).values())
+        z_row = ceil(largest) * config.rank * item_size
+        size += min(tokens, max(1, Z_BYTES // z_row)) * z_row
+    return size
+
+
+def strategies_that_fit(
+    config: GlobeConfig, budget: int, *, item_size: int, palettes: Palettes | None = None
+) -> tuple[str, ...]:
+    """The paths whose residents are at most `budget` bytes; of the cached one with one slot."""
+    smallest = {"item_size": item_size, "palettes": palettes, "cache_bytes": pool_bytes(config, 1, item_size)}
+    return tuple(path for path in paths_of(config.phi) if resident(config, (path,), **smallest).total <= budget)
+
+
+def why_not_composed(config: GlobeConfig) -> str | None:
+    """Why `auto` does not compose every basis at this rank; None where composing saves bytes and arithmetic."""
+    inner, width, rank = config.base.intermediate_size, config.base.hidden_size, config.rank
+    limit = break_even_rank(inner, width)
+    if rank <= limit:
+        return None
+    dense, composed = 2 * inner * width, 2 * rank * (inner + width)
+    return (
+        f"composed at rank {rank} holds {composed / 1e6:.2f} M values for gate and up of an expert and computes "
+        f"{2 * composed / 1e6:.2f} M floating point operations per row, the dense matrices {dense / 1e6:.2f} M and "
+        f"{2 * dense / 1e6:.2f} M: it saves nothing above rank {limit}, so auto does not take it"
+    )
+
+
+class Choice(NamedTuple):
+    """What a model holds: enough for each of `paths`, of which every call takes the cheapest."""
+
+    paths: tuple[str, ...]
+    cache_bytes: int  # of the pool, when "cached" is among them
+
+    def pool(self, config: GlobeConfig, item_size: int, miss_rate: float | None = None) -> Pool | None:
+        """The pool as the cost model takes it."""
+        slots = pool_slots(config, self.cache_bytes, item_size)
+        return Pool(slots, config.base.total_experts, miss_rate) if "cached" in self.paths else None
+
+
+def choose_residents(
+    config: GlobeConfig,
+    sizes: LayerSizes,
+    machine: Machine,
+    budget: int | None = None,
+    strategy: str = AUTO,
+    *,
+    cache_bytes: int | None = None,
+    palettes: Palettes | None = None,
+) -> Choice:
+    """What to hold within `budget` bytes on the device, for a model whose layers are mostly of `sizes`.
+
+    A named strategy holds what it needs; without a budget there is no limit but that a cache fills what is left of the
+    dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits; else the bank, scratch
+    where it fits, and a cache of what is left, of which it keeps what the cheapest path of some number of tokens needs
+    on `machine`; without a budget it may hold what the dense experts would. A given `cache_bytes` is the cache's size.
+    Raises RequestError when it cannot be had.
+    """
+    item_size = sizes.item_size
+    if strategy not in (AUTO, *PATHS):
+        raise RequestError(f"strategy {strategy!r} is not known; expected one of {', '.join((AUTO, *PATHS))}.")
+    if strategy not in (AUTO, *paths_of(config.phi)):
+        raise RequestError(
+            f"strategy bank_first needs phi identity and this checkpoint has phi {config.phi}; use "
+            f"{', '.join(paths_of(config.phi))} or auto."
+        )
+
+    def held(paths: tuple[str, ...], cache: int = 0) -> int:
+        return resident(config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes).total
+
+    def whole_slots(size: int) -> int:
+        slots = pool_slots(config, size, item_size)
+        return pool_bytes(config, slots, item_size) if slots else 0
+
+    limit = held((DENSE,)) if budget is None else budget
+    one_slot = pool_bytes(config, 1, item_size)
+    if cache_bytes is not None and cache_bytes < one_slot:
+        raise RequestError(
+            f"The cache is given {cache_bytes} bytes and one basis of this checkpoint takes {one_slot}; give more."
+        )
+    cache = whole_slots(cache_bytes or 0)
+    if strategy == "cached":
+        cache = cache or whole_slots(limit - held(("cached",)) + pool_bytes(config, 0, item_size))
+        needed = held(("cached",), cache or one_slot)
+        if not cache or (budget is not None and needed > budget):
+            raise _too_small("cached", needed, limit)
+        return Choice(("cached",), cache)
+    if strategy != AUTO:
+        if budget is not None and held((strategy,)) > budget:
+            raise _too_small(strategy, held((strategy,)), budget)
+        return Choice((strategy,), 0)
+
+    if why_not_composed(config) is None and held(("composed",)) <= limit:
+        return Choice(("composed",), 0)
+    paths = tuple(path for path in ("bank_first",) if path in paths_of(config.phi))
+    if cache:
+        paths = (*paths, "cached")
+    if held((*paths, "scratch"), cache) <= limit:
+        paths = (*paths, "scratch")
+    if cache_bytes is None:
+        cache = whole_slots(limit - held((*paths, "cached")) + pool_bytes(config, 0, item_size))
+        paths = (*paths, "cached") if cache else paths
+    if not paths or held(paths, cache) > limit:
+        least = min(held((path,), cache or one_slot) for path in paths_of(config.phi))
+        raise _too_small("the smallest way to run this checkpoint", max(least, held(paths, cache)), limit)
+    used = {path for _, path in switch_points(paths, sizes, machine, Choice(paths, cache).pool(config, item_size))}
+    if cache_bytes is not None:  # asked for: routing that is not uniform may make use of it
+        used.add("cached")
+    return Choice(tuple(path for path in paths if path in used), cache if "cached" in used else 0)
+
+
+def _too_small(what: str, needed: int, budget: int) -> RequestError:
+    return RequestError(
+        f"The memory budget is {budget / 2**30:.2f} GiB and {what} holds {needed / 2**30:.2f} GiB of experts; give a "
+        "larger budget, or a checkpoint of a smaller rank or with fewer atoms."
+    )

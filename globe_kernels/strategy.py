@@ -1,0 +1,221 @@
+"""What a layer of experts costs on a machine, by each way to run it, and which way is the cheapest for how many tokens.
+
+    time = sum over stages of max(bytes / copy, operations / matmul) + launches * launch_us
+
+A weight that a stage needs is read once, rows that a stage leaves for the next are written and read once. Tokens are
+routed uniformly: of E experts E (1 - (1 - K/E)^T) are active. Nothing here is measured while a model runs.
+
+Ways ("paths") to run the gate and up matrices of one checkpoint:
+
+    composed    every basis is resident:  bases, adapters, down
+    bank_first  phi = identity only:      z = x B_palette^T, mix, adapters, down; nothing is composed
+    cached      a pool of bases:          those that miss are composed, then as composed
+    scratch     one layer's bases:        the whole layer is composed, then as composed
+    dense       what they stand beside:   gate and up in one stage, down
+
+Symbols: T tokens, K choices, S = T K rows, E experts, P intermediate size, D hidden size, R rank, C support, U palette.
+"""
+
+import json
+import re
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from globe_kernels.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+PATHS = ("composed", "bank_first", "cached", "scratch")
+DENSE = "dense"
+_MACHINES = Path(__file__).parent / "machines.json"
+_UNKNOWN_CARD = "a100"  # of those listed the card with the least arithmetic per byte
+_LARGEST_CALL = 2**17  # tokens: from here on nothing changes
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The constants of the model, and where they come from."""
+
+    name: str
+    device: str  # as it stands in the name that torch gives the device
+    copy_gb_per_s: float  # bytes read and bytes written
+    matmul_tflop_per_s: float
+    launch_us: float
+    memory_gb: float
+    item_size: int  # bytes of a value of the dtype that the constants are of
+    origin: str
+    grouped: bool = True  # one launch serves all experts of a stage; else every expert is a launch
+
+
+@lru_cache
+def machines() -> dict[str, Machine]:
+    """{name: Machine} of all that are known."""
+    listed = json.loads(_MACHINES.read_text(encoding="utf-8"))
+    return {name: Machine(name, **constants) for name, constants in listed.items()}
+
+
+def machine_named(name: str) -> Machine:
+    """Raises RequestError for a name that is not listed."""
+    if name not in machines():
+        raise RequestError(f"machine {name!r} is not known; expected one of {', '.join(machines())}.")
+    return machines()[name]
+
+
+def machine_for(device: "str | torch.device") -> Machine:
+    """The machine that a device, or the name that torch gives it, belongs to; an unknown card is taken for an A100."""
+    name = device if isinstance(device, str) else device.type
+    if not isinstance(device, str) and device.type == "cuda":
+        import torch  # the arithmetic does without
+
+        name = torch.cuda.get_device_name(device)
+    for machine in machines().values():
+        if re.search(rf"\b{machine.device}\b", name, re.IGNORECASE):
+            return machine
+    return replace(machines()[_UNKNOWN_CARD], name=f"{name}, taken for {_UNKNOWN_CARD}")
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The sizes of one layer that its time depends on."""
+
+    experts: int  # E
+    choices: int  # K
+    hidden: int  # D
+    intermediate: int  # P
+    rank: int  # R
+    support: int  # C
+    palette: float  # U: distinct atoms per family, on average over the families
+    phi: str
+    item_size: int
+
+    def active_experts(self, tokens: int) -> float:
+        """Expected number of experts that `tokens` tokens choose."""
+        return self.experts * (1 - (1 - self.choices / self.experts) ** tokens)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The cache of composed bases that all layers share."""
+
+    slots: int
+    experts: int  # n, of all layers
+    miss_rate: float | None = None  # as measured; None: that of uniform routing
+
+    def misses(self, share_active: float) -> float:
+        """Misses per active expert when a step activates `share_active` of every layer's experts.
+
+        What was used last stays: an expert hits when it comes back before the slots are used up, which under uniform
+        routing is the share of experts that have a slot. When one step over all layers needs more, none lasts.
+        """
+        share = self.slots / self.experts
+        if self.miss_rate is not None:
+            return self.miss_rate
+        return 1 - min(share, 1.0) if share >= share_active else 1.0
+
+
+class Stage(NamedTuple):
+    """One step of a layer."""
+
+    values: float  # read and written, of item_size bytes each
+    flops: float
+    launches: int = 1
+    pieces: float = 1  # launches where every expert or atom is one
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one layer."""
+
+    us: float
+    bytes: float
+    flops: float
+
+
+def break_even_rank(intermediate: int, hidden: int) -> int:
+    """p d / (p + d): above this rank adapter and composed basis have more values than the dense matrix."""
+    return intermediate * hidden // (intermediate + hidden)
+
+
+def paths_of(phi: str) -> tuple[str, ...]:
+    """The paths that a checkpoint of this phi can take."""
+    return tuple(path for path in PATHS if phi == "identity" or path != "bank_first")
+
+
+def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) -> list[Stage]:
+    """What `path` does for `tokens` tokens, in order; `pool` is that of the path cached."""
+    width, inner, rank, palette = sizes.hidden, sizes.intermediate, sizes.rank, sizes.palette
+    rows, active = tokens * sizes.choices, sizes.active_experts(tokens)
+    plan = Stage(rows, 0)
+    down = [
+        Stage(active * width * inner + rows * (inner + width), 2 * rows * inner * width, pieces=active),
+        Stage((rows + tokens) * width, rows * width),  # the sum over the choices of a token
+    ]
+    if path == DENSE:
+        gate_up = 2 * active * inner * width + tokens * width + rows * inner
+        return [plan, Stage(gate_up, 4 * rows * inner * width, pieces=active), *down]
+    adapters = Stage(2 * active * inner * rank + rows * (2 * rank + inner), 4 * rows * inner * rank, pieces=active)
+    if path == "bank_first":
+        z = 2 * tokens * palette * rank  # of all atoms of the layer, whoever uses them
+        product = Stage(2 * palette * rank * width + tokens * width + z, 2 * z * width, 2, pieces=2 * palette)
+        mix = Stage(z + 2 * rows * rank, 4 * rows * palette * rank)
+        return [plan, product, mix, adapters, *down]
+    bases = Stage(2 * active * rank * width + tokens * width + 2 * rows * rank, 4 * rows * rank * width, pieces=active)
+    if path == "composed":
+        return [plan, bases, adapters, *down]
+    if path == "scratch":
+        # a product over the palette, which takes 16-bit atoms twice (ops/compose_layer.py)
+        products = 1 if sizes.item_size == 4 else 2
+        mixed = 4 * products * sizes.experts * palette * rank * width
+        return [Stage(2 * (palette + sizes.experts) * rank * width, mixed, 2, 2), plan, bases, adapters, *down]
+    assert path == "cached" and pool is not None, path
+    passes = -(-min(rows, sizes.experts) // pool.slots)
+    misses = active * pool.misses(active / sizes.experts)
+    composed = 2 * misses * rank * width
+    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, 2 * passes, pieces=misses)
+    return [plan, compose, bases._replace(launches=passes), adapters, *down]
+
+
+def predict(path: str, sizes: LayerSizes, tokens: int, machine: Machine, pool: Pool | None = None) -> Prediction:
+    """Time, bytes moved and floating point operations of one layer for `tokens` tokens."""
+    us = moved = flops = 0.0
+    for stage in stages(path, sizes, tokens, pool):
+        read_and_written = stage.values * sizes.item_size
+        launches = stage.launches if machine.grouped else max(stage.pieces, stage.launches)
+        # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
+        bound = max(read_and_written / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s))
+        us += bound + launches * machine.launch_us
+        moved += read_and_written
+        flops += stage.flops
+    return Prediction(us, moved, flops)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which path a call takes: decided when a model is loaded, looked up by the number of tokens."""
+
+    points: tuple[tuple[int | None, str], ...]  # (up to this many tokens, path), fewest first; the last has no limit
+
+    def path(self, tokens: int) -> str:
+        return self.points[bisect_left([limit for limit, _ in self.points if limit is not None], tokens)][1]
+
+
+def switch_points(
+    paths: tuple[str, ...], sizes: LayerSizes, machine: Machine, pool: Pool | None = None
+) -> tuple[tuple[int | None, str], ...]:
+    """The cheapest of `paths` at powers of two, of equals the first, merged into the ranges of a Policy.
+
+    Between two powers the path of the larger one.
+    """
+    points: list[tuple[int | None, str]] = []
+    tokens = 1
+    while tokens <= _LARGEST_CALL:
+        best = min(paths, key=lambda path: predict(path, sizes, tokens, machine, pool).us)
+        if points and points[-1][1] == best:
+            points.pop()
+        points.append((tokens, best))
+        tokens *= 2
+    return (*points[:-1], (None, points[-1][1]))

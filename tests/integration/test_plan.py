@@ -1,0 +1,187 @@
+"""`globe plan`: from the numbers of real configurations, without a weight."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from globe_fit.plan import TOKENS, read_model
+from globe_kernels import GlobeCheckpoint
+from globe_kernels.memory import palettes_of, resident
+from tests.integration.conftest import assert_refused
+
+CONFIGS = Path(__file__).parent.parent / "fit" / "configs"
+QWEN = CONFIGS / "qwen3-30b-a3b.json"
+
+
+def planned(globe, *arguments) -> dict:
+    code, stdout, stderr = globe("plan", *arguments, "--json")
+    assert (code, stderr) == (0, "")
+    return json.loads(stdout)
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "experts", "billions", "kv_bytes"),
+    [
+        ("qwen3-30b-a3b", range(48), 128, 30.53, 2 * 48 * 4 * 128 * 2),
+        ("qwen3-235b-a22b", range(94), 128, 235.09, 2 * 94 * 4 * 128 * 2),
+        ("deepseek-v3", range(3, 61), 256, 671.03, 61 * (512 + 64) * 2),
+        ("mixtral-8x7b", range(32), 8, 46.70, 2 * 32 * 8 * 128 * 2),
+        ("olmoe-1b-7b", range(16), 64, 6.92, 2 * 16 * 16 * 128 * 2),
+        ("glm-4.5", range(3, 92), 160, 352.80, 2 * 92 * 8 * 128 * 2),
+        ("glm-4.5-air", range(1, 46), 128, 106.85, 2 * 46 * 8 * 128 * 2),
+    ],
+)
+def test_every_model_is_planned_from_its_numbers(globe, name, layers, experts, billions, kv_bytes):
+    path = CONFIGS / f"{name}.json"
+    model = read_model(path)
+    inner, width = model.base.intermediate_size, model.base.hidden_size
+    assert model.base.num_experts == dict.fromkeys(layers, experts)
+    assert (model.outside_values + 3 * model.base.total_experts * inner * width) / 1e9 == pytest.approx(
+        billions, abs=6e-3
+    )
+    found = planned(globe, path, "--palette", "32" if experts > 8 else "none")
+    assert (found["model"], found["layers"], found["kv_bytes_per_token"]) == (name, len(layers), kv_bytes)
+    (point,) = found["points"]
+    ways = point["strategies"]
+    assert list(ways) == ["dense", "composed", "bank_first", "cached", "scratch", "auto"]
+    assert all(set(one["tokens_per_s"]) == {str(tokens) for tokens in TOKENS} for one in ways.values())
+    assert ways["auto"]["resident"] <= ways["dense"]["resident"] == point["budget"]
+    assert (point["cards"] - 1) * 80e9 < found["outside_bytes"] + ways["dense"]["peak"] <= point["cards"] * 80e9
+    assert ways["bank_first"]["kv_tokens"] > ways["dense"]["kv_tokens"] >= 0
+    taken = set(ways["auto"]["path"].values())
+    assert taken == {"composed"} if name == "mixtral-8x7b" else "bank_first" in taken <= {"bank_first", "scratch"}
+
+
+def test_the_figures_of_one_model_by_hand(globe):
+    """Qwen3-30B at rank 768 with 1536 atoms and palettes of 32: n = 6144 experts."""
+    options = ("--rank", "768", "--atoms", "1536", "--palette", "32")
+    (point,) = planned(globe, QWEN, *options)["points"]
+    down = 6144 * 768 * 2048 * 2
+    adapters, bank, codes = 2 * 6144 * 768 * 768 * 2, 2 * 1536 * 768 * 2048 * 2, 2 * 6144 * 12 * 8
+    ways = point["strategies"]
+    assert point["bytes_on_disk"] == {"dense": 3 * down, "globe": down + adapters + bank + codes}
+    assert ways["dense"]["resident"] == 3 * down and ways["dense"]["host"] == 0
+    assert ways["composed"]["resident"] == down + adapters + codes + 2 * 6144 * 768 * 2048 * 2
+    assert ways["composed"]["host"] == bank
+    palette_codes = 2 * 48 * (4 * 32 + 128 * 4 * (32 + 1))
+    assert ways["bank_first"]["resident"] == down + adapters + codes + bank + palette_codes
+    assert ways["scratch"]["resident"] == ways["bank_first"]["resident"] + 2 * 128 * 2 * 768 * 2048 * 2
+    assert ways["dense"]["us_per_layer"]["64"] == pytest.approx(398 + 4 * 2, rel=0.01)
+    assert ways["bank_first"]["us_per_layer"]["64"] == pytest.approx(398 / 1.30 + 7 * 2, rel=0.01)
+    assert ways["dense"]["tokens_per_s"]["64"] == pytest.approx(64e6 / (48 * ways["dense"]["us_per_layer"]["64"]))
+    assert ways["auto"]["path"] == dict.fromkeys(("1", "8", "64", "512"), "bank_first") | {"4096": "scratch"}
+    outside = 2 * (2 * 151936 * 2048 + 48 * (2048 * (32 + 4 + 4 + 32) * 128 + 2 * 128 + 2 * 2048 + 128 * 2048) + 2048)
+    room = 80e9 - outside - ways["dense"]["peak"]
+    assert ways["dense"]["kv_tokens"] == int(room / 98304)
+    assert ways["dense"]["batch"] == ways["dense"]["kv_tokens"] // 4096 < ways["bank_first"]["batch"]
+
+
+def test_the_tables_a_person_reads(globe):
+    code, stdout, _ = globe("plan", QWEN, "--palette", "32")
+    assert code == 0
+    for text in (
+        "48 MoE layers of 128 experts of 768 x 2048, 8 per token",
+        "Predictions of a model, not measurements: h100 copies 3000 GB/s",
+        "not measured by this project",
+        "gate and up 0.625 of dense; at most 57.98 GB of experts on the device",
+        "room for the KV cache on 1 x h100",
+        "us per MoE layer / tokens/s of all",
+        "auto takes",
+        "it saves nothing above rank 558, so auto does not take it.",
+    ):
+        assert text in stdout
+
+
+def test_lists_are_a_sweep_and_a_plot_shows_it(globe, tmp_path):
+    plot = tmp_path / "plan.png"
+    options = ("--rank", "384,768", "--support", "6,12", "--palette", "none,32", "--phi", "tanh", "--plot", plot)
+    points = planned(globe, QWEN, *options)["points"]
+    sizes = [(point["rank"], point["support"], point["palette"]) for point in points]
+    assert sizes == [(r, s, u) for r in (384, 768) for s in (6, 12) for u in (None, 32)]
+    assert all(point["ratio"] == pytest.approx(0.625, abs=1e-3) for point in points)
+    assert all("bank_first" not in point["strategies"] for point in points)
+    assert {point["strategies"]["auto"]["path"]["64"] for point in points[:4]} == {"composed"}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_planned_with_its_own_palettes(globe, fit_tiny, save_tiny):
+    path, base = fit_tiny()[0], save_tiny("qwen3_moe")
+    checkpoint = GlobeCheckpoint(path)
+    found = planned(globe, path, "--base", base, "--on", "cpu")
+    (point,) = found["points"]
+    palettes = palettes_of(checkpoint)
+    assert point["palettes_known"] and found["machine"]["name"] == "cpu"
+    held = resident(checkpoint.config, ("bank_first",), item_size=4, palettes=palettes)
+    assert point["strategies"]["bank_first"]["parts"] == held.parts
+    assert_refused(
+        globe("plan", path), 2, "is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR."
+    )
+    assert_refused(
+        globe("plan", path, "--base", base, "--rank", "8"), 2, "is a GloBE checkpoint and has sizes of its own"
+    )
+    other = globe("plan", path, "--base", save_tiny("olmoe"))
+    assert_refused(other, 2, "with model_type qwen3_moe and")
+    assert_refused(other, 2, "has olmoe; give the model that it was fitted on.")
+
+
+def test_a_budget_bounds_what_auto_and_cached_hold(globe):
+    options = ("--palette", "32", "--memory-budget", "60GiB", "--cache-bytes", "4GiB")
+    (point,) = planned(globe, QWEN, *options)["points"]
+    ways = point["strategies"]
+    assert "cached" in {path for _, path in ways["cached"]["switch_points"]}
+    slot = 2 * 768 * 2048 * 2
+    assert 4 * 2**30 - slot - 16 < ways["cached"]["parts"]["pool"] <= 4 * 2**30
+    assert ways["auto"]["parts"]["pool"] == ways["cached"]["parts"]["pool"]
+    assert ways["auto"]["resident"] <= point["budget"] == 60 * 2**30
+    assert not ways["composed"]["fits"] and ways["auto"]["fits"]
+
+
+def without_layers(tmp_path: Path) -> Path:
+    config = json.loads(QWEN.read_text()) | {"mlp_only_layers": list(range(48))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def not_a_moe(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    return tmp_path / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("path", "options", "sentence"),
+    [
+        (Path("nowhere"), (), "nowhere does not exist; give a model's directory or its config.json."),
+        (CONFIGS, (), "holds no config.json, so it is not a Hugging Face model; give a model's local directory."),
+        (
+            not_a_moe,
+            (),
+            "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of",
+        ),
+        (without_layers, (), "no layer has routed experts; give a Mixture-of-Experts model."),
+        (QWEN, ("--on", "tpu"), "machine 'tpu' is not known; expected one of h100, h200, a100, rtx4090, cpu."),
+        (
+            QWEN,
+            ("--memory-budget", "1GiB"),
+            "The memory budget is 1.00 GiB and the smallest way to run this checkpoint",
+        ),
+        (QWEN, ("--memory-budget", "much"), "'much' is no size in bytes; give a number with a unit, such as 20GiB"),
+        (QWEN, ("--cache-bytes", "1kB"), "The cache is given 1000 bytes and one basis of this checkpoint takes"),
+        (
+            QWEN,
+            ("--ratio", "0.0001"),
+            "ratio 0.0001 cannot be reached on qwen3-30b-a3b with support 12; give a ratio from",
+        ),
+        (QWEN, ("--rank", "9x"), "rank is '9x'; expected numbers separated by commas, such as 12,24."),
+        (QWEN, ("--phi", "relu"), "phi is 'relu'; expected one of identity, silu, tanh."),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
+    path = path(tmp_path) if callable(path) else path
+    assert_refused(globe("plan", path, *options), 2, sentence)
+
+
+def test_a_damaged_configuration_is_a_failure(globe, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
+    assert_refused(globe("plan", tmp_path), 1, "is not a complete qwen3_moe configuration ('hidden_size');")

@@ -1,0 +1,180 @@
+"""The cost model: floors that were worked out by hand, and which path a number of tokens takes."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from globe_kernels.errors import RequestError
+from globe_kernels.strategy import (
+    DENSE,
+    PATHS,
+    LayerSizes,
+    Policy,
+    Pool,
+    Prediction,
+    break_even_rank,
+    machine_for,
+    machine_named,
+    machines,
+    predict,
+    stages,
+    switch_points,
+)
+
+H100 = replace(machine_named("h100"), launch_us=0.0)  # 3000 GB/s, 800 TFLOP/s
+QWEN_30B = LayerSizes(128, 8, 2048, 768, 768, 12, 32, "identity", 2)
+QWEN_235B = LayerSizes(128, 8, 4096, 1536, 1536, 12, 32, "identity", 2)
+DEEPSEEK_V3 = LayerSizes(256, 8, 7168, 2048, 2048, 12, 64, "identity", 2)
+DEEPSEEK_LITE = LayerSizes(64, 6, 2048, 1408, 384, 12, 32, "identity", 2)
+OLMOE = LayerSizes(64, 8, 2048, 1024, 1024, 12, 16, "identity", 2)
+
+
+def us(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) -> float:
+    return predict(path, sizes, tokens, H100, pool).us
+
+
+def overlapped(prediction: Prediction) -> float:
+    """Microseconds where all arithmetic of a layer hides behind all its bytes, or the other way round."""
+    return max(prediction.bytes / 3e6, prediction.flops / 8e8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "dense", "composed"),
+    [
+        (QWEN_30B, 1, 25, {384: 20, 576: 26, 768: 31}),
+        (QWEN_30B, 64, 398, {384: 316, 576: 407, 768: 498}),
+        (QWEN_30B, 4096, 537, {384: 486, 576: 596, 768: 705}),
+        (DEEPSEEK_LITE, 64, 370, {384: 238, 576: 294, 768: 352}),
+        (OLMOE, 64, 271, {384: 193, 576: 243, 768: 294}),
+    ],
+    ids=["one token", "decode", "prefill", "few choices", "64 experts"],
+)
+def test_floors_of_composed(sizes, tokens, dense, composed):
+    assert us(DENSE, sizes, tokens) == pytest.approx(dense, rel=0.03)
+    for rank, floor in composed.items():
+        assert us("composed", replace(sizes, rank=rank), tokens) == pytest.approx(floor, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "speedups"),
+    [
+        (QWEN_30B, {8: 1.00, 16: 1.18, 64: 1.30, 256: 1.24, 512: 1.17, 1024: 1.04, 4096: 0.37}),
+        (QWEN_235B, {8: 1.00, 16: 1.18, 64: 1.32, 256: 1.29, 512: 1.24, 1024: 1.17, 4096: 0.34}),
+        (DEEPSEEK_V3, {8: 0.79, 16: 1.06, 64: 1.39, 256: 1.42, 512: 1.39, 1024: 1.34, 4096: 0.36}),
+        (OLMOE, {8: 1.08, 16: 1.16, 64: 1.18, 256: 1.11, 512: 1.04, 1024: 0.93, 4096: 0.50}),
+    ],
+    ids=["qwen3-30b", "qwen3-235b", "deepseek-v3", "olmoe"],
+)
+def test_floors_of_bank_first(sizes, speedups):
+    """From 512 tokens the palette product is bound by arithmetic: stages that follow each other cannot hide it, so
+    there the model is slower than the floor, which takes all bytes and all arithmetic of the layer for overlapped."""
+    for tokens, speedup in speedups.items():
+        dense, bank_first = (predict(path, sizes, tokens, H100) for path in (DENSE, "bank_first"))
+        found = dense.us / bank_first.us
+        if tokens <= 1024:
+            assert overlapped(dense) / overlapped(bank_first) == pytest.approx(speedup, rel=0.02)
+            assert found < speedup + 0.01
+        if tokens <= 256 or tokens == 4096:
+            assert found == pytest.approx(speedup, rel=0.02 if tokens <= 256 else 0.12)
+
+
+def test_composing_in_numbers():
+    """12 atom reads and a write take 6.8 us per family at rank 384: 5 % of misses undo what composed gains at T = 1."""
+    sizes = replace(QWEN_30B, rank=384)
+    composed, dense = us("composed", sizes, 1), us(DENSE, sizes, 1)
+    one_miss = (us("cached", sizes, 1, Pool(6144, 6144, miss_rate=1 / 8)) - composed) / 2
+    assert one_miss == pytest.approx(6.8, rel=0.01)
+    assert us("cached", sizes, 1, Pool(600, 6144, miss_rate=0.045)) < dense
+    assert us("cached", sizes, 1, Pool(600, 6144, miss_rate=0.055)) > dense
+    assert us("cached", sizes, 64, Pool(6144, 6144)) == us("composed", sizes, 64), "a pool of all experts"
+    layer, of_1000_atoms = (
+        us("scratch", whole, 4096) - us("composed", whole, 4096) for whole in (sizes, replace(sizes, palette=1000))
+    )
+    assert layer == pytest.approx(168, rel=0.01), "128 bases written, 32 atoms read"
+    assert of_1000_atoms > 1000, "without a palette the product is bound by arithmetic"
+
+
+def test_expected_experts_and_misses():
+    assert QWEN_30B.active_experts(1) == pytest.approx(8)
+    assert QWEN_30B.active_experts(64) == pytest.approx(125.9, abs=0.1)
+    everyone = replace(QWEN_30B, choices=128)
+    assert everyone.active_experts(1) == 128
+    pool = Pool(slots=25, experts=100)
+    assert pool.misses(0.1) == 0.75
+    assert pool.misses(0.5) == 1.0, "one step over all layers pushes out what the next one needs"
+    assert replace(pool, miss_rate=0.2).misses(0.5) == 0.2
+
+
+def test_what_a_stage_counts():
+    """T = 2, E = 4 = K, so that every expert is active; by hand."""
+    sizes = LayerSizes(4, 4, 10, 6, 5, 2, 3, "identity", 2)
+    plan, product, mix, adapters, down, summed = stages("bank_first", sizes, 2)
+    assert plan.values == 8
+    z = 2 * 2 * 3 * 5
+    assert (product.values, product.flops) == (2 * 3 * 5 * 10 + 2 * 10 + z, 2 * z * 10)
+    assert mix.values == z + 8 * 10
+    assert (adapters.values, adapters.flops) == (4 * 2 * 6 * 5 + 8 * 10 + 8 * 6, 8 * 2 * 2 * 6 * 5)
+    assert (down.values, down.flops) == (4 * 60 + 8 * 6 + 8 * 10, 8 * 2 * 60)
+    assert summed.values == 8 * 10 + 2 * 10
+    total = predict("bank_first", sizes, 2, H100)
+    assert total.bytes == 2 * sum(stage.values for stage in stages("bank_first", sizes, 2))
+    few_slots = stages("cached", sizes, 2, Pool(3, 4))
+    assert [stage.launches for stage in few_slots] == [1, 4, 2, 1, 1, 1], "4 experts in 3 slots are two passes"
+
+
+def test_launches_count_by_the_expert_on_a_cpu():
+    cpu = replace(machine_named("cpu"), copy_gb_per_s=1e9, matmul_tflop_per_s=1e9, launch_us=1.0)
+    assert predict("composed", QWEN_30B, 1, cpu).us == pytest.approx(1 + 3 * 8 + 1, abs=1e-3)
+    assert predict("composed", QWEN_30B, 1, replace(cpu, grouped=True)).us == pytest.approx(5, abs=1e-3)
+
+
+def test_the_policy_takes_the_cheapest_path():
+    paths, pool = ("bank_first", "cached", "scratch"), Pool(5530, 6144)
+    points = switch_points(paths, QWEN_30B, H100, pool)
+    assert [path for _, path in points] == ["cached", "bank_first", "scratch"]
+    policy = Policy(points)
+    for power in range(15):
+        tokens = 2**power
+        times = {path: us(path, QWEN_30B, tokens, pool) for path in paths}
+        assert times[policy.path(tokens)] == min(times.values())
+    first = points[0][0]
+    assert first is not None and (policy.path(first), policy.path(first + 1)) == ("cached", "bank_first")
+    assert policy.path(10**9) == "scratch" and points[-1][0] is None
+    assert switch_points(("composed",), QWEN_30B, H100) == ((None, "composed"),)
+    assert Policy(((None, "composed"),)).path(1) == "composed"
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_more_tokens_take_longer(path):
+    pool = Pool(1000, 6144)
+    times = [us(path, QWEN_30B, 2**power, pool) for power in range(16)]
+    assert all(0 < fewer < more < math.inf for fewer, more in zip(times, times[1:], strict=False))
+
+
+def test_break_even_rank():
+    for inner, width, rank in ((768, 2048, 558), (14336, 4096, 3185), (1408, 2048, 834), (1024, 2048, 682)):
+        assert break_even_rank(inner, width) == rank
+        sizes = LayerSizes(8, 2, width, inner, rank, 4, 4.0, "identity", 2)
+        weights = [sum(stage.values for stage in stages(path, sizes, 1)) for path in ("composed", DENSE)]
+        assert weights[0] == pytest.approx(weights[1], rel=0.01)
+
+
+def test_machines():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "cpu": "cpu",
+        "NVIDIA A1000": "NVIDIA A1000, taken for a100",
+    }
+    for device, name in names.items():
+        assert machine_for(device).name == name
+    assert machine_for(torch.device("cpu")) == machine_named("cpu")
+    for machine in machines().values():
+        assert "measured" in machine.origin or "data sheet" in machine.origin
+        assert machine.copy_gb_per_s > 0 and machine.matmul_tflop_per_s > 0 and machine.memory_gb > 0
+    with pytest.raises(RequestError, match="machine 'tpu' is not known; expected one of h100,"):
+        machine_named("tpu")
