@@ -3,6 +3,7 @@
 import importlib.util
 
 from globe_kernels.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
+from globe_kernels.control import cache_stats, explain, set_strategy, warm_cache
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.counters import call_counts
@@ -22,7 +23,11 @@ __all__ = [
     "PatchReport",
     "RequestError",
     "__version__",
+    "cache_stats",
     "call_counts",
+    "explain",
     "patch",
+    "set_strategy",
     "unpatch",
+    "warm_cache",
 ]

@@ -1,11 +1,23 @@
 """The one owner of the bank in a live model, and of what all layers share beside it."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
 from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.families import FAMILIES
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """By which paths (globe_kernels.strategy) the experts of a model may run."""
+
+    strategy: str  # as it was asked for
+    paths: tuple[str, ...]
+    cache_bytes: int  # of the pool of composed bases; 0 without one
+    choices: int  # K, experts per token
 
 
 class GlobeBank(nn.Module):
@@ -19,12 +31,13 @@ class GlobeBank(nn.Module):
     gate: nn.Parameter
     up: nn.Parameter
     cache: BasisCache | None
+    arrangement: Arrangement | None
 
     def __init__(self, config: GlobeConfig, device=None):
         super().__init__()
         self.config = config
         self.parked = False
-        self.cache = None
+        self.cache, self.arrangement = None, None
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from globe_kernels.bank import GlobeBank
-from globe_kernels.cache import CacheStats
+from globe_kernels.bank import Arrangement, GlobeBank
+from globe_kernels.cache import BasisCache, CacheStats
 from globe_kernels.checkpoint import BANK_NAME
 from globe_kernels.errors import RequestError
 from globe_kernels.memory import parse_bytes
 from globe_kernels.replacement import choices_of, globe_modules, is_patched
-from globe_kernels.residency import Arrangement, arrange, plan_arrangement
+from globe_kernels.residency import arrange, plan_arrangement
+from globe_kernels.strategy import DENSE, paths_of, predict
 
 
 def set_strategy(
@@ -45,6 +46,41 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
     cache, bank = _cache_of(model), bank_of(model)
     weights = {module.layer: module.cached_weights() for module in globe_modules(model).values()}
     cache.warm(weights, uses, bank.config.phi)
+
+
+def explain(model: nn.Module, tokens: int) -> str:
+    """Which path a call with `tokens` tokens takes in each layer, and what the cost model says of all of them.
+
+    Per layer microseconds and bytes moved of every path that this checkpoint has, beside those of dense experts; paths
+    whose tensors the model does not hold are marked. Layers of the same sizes share a table.
+    """
+    bank, groups = bank_of(model), {}
+    for path, module in globe_modules(model).items():
+        groups.setdefault((module.sizes(), module.machine), []).append((path, module))
+    lines = []
+    for (sizes, machine), members in groups.items():
+        first = members[0][1]
+        chosen = first.path(tokens)
+        lines += [
+            f"{tokens} tokens, {len(members)} layers such as {members[0][0]}: {chosen}",
+            f"  predicted for {machine.name} ({machine.origin})",
+        ]
+        for path in (DENSE, *paths_of(sizes.phi)):
+            if path == "cached" and bank.cache is None:
+                continue
+            found = predict(path, sizes, tokens, machine, first.pool)
+            note = "<- taken" if path == chosen else "" if path in (DENSE, *first.paths) else "not held"
+            lines.append(f"  {path:11}{found.us:12.1f} us{found.bytes / 1e6:12.2f} MB   {note}".rstrip())
+    return "\n".join(lines)
+
+
+def _cache_of(model: nn.Module) -> BasisCache:
+    cache = bank_of(model).cache
+    if cache is None:
+        raise RequestError(
+            'This model holds no cache of composed bases; globe_kernels.set_strategy(model, "cached") makes one.'
+        )
+    return cache
 
 
 def bank_of(model: nn.Module) -> GlobeBank:

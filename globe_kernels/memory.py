@@ -10,7 +10,6 @@ R rank, M atoms, C support, U palette:
     bank          gate and up (M, R, D)                      bank_first, cached, scratch
     palette_codes (U,) int32, (E, U to the next 32) float32, (E,) float32 per family     bank_first, scratch
     pool          slots of (2R, D), and the maps of the cache                            cached
-    scratch       two buffers of the largest layer's bases                               scratch
 """
 
 import re
@@ -40,7 +39,6 @@ _CODE_BYTES = 4 + 4  # int32 index, float32 value
 _SLOT_MAP_BYTES = 4 + 4 + 8  # owner, referenced, pinned
 _EXPERT_MAP_BYTES = 4 + 8  # slot_of, uses
 _REGISTER_BYTES = 5 * 8
-_SCRATCH_BUFFERS = 2
 _UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
 _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 
@@ -59,7 +57,6 @@ class Residents:
     bank: int = 0
     palette_codes: int = 0
     pool: int = 0
-    scratch: int = 0
     host: int = 0  # the bank of a composed model
 
     @property
@@ -157,7 +154,6 @@ def resident(
         bank=bank * item_size if needs_bank else 0,
         palette_codes=palette_codes,
         pool=pool_bytes(config, slots, item_size) if "cached" in paths else 0,
-        scratch=_SCRATCH_BUFFERS * max(base.num_experts.values()) * 2 * atom * item_size if "scratch" in paths else 0,
         host=0 if needs_bank else bank * config.torch_dtype.itemsize,
     )
 
@@ -185,8 +181,9 @@ def workspace(
 ) -> int:
     """Bytes of the largest temporaries of one layer's call, over `paths`: what comes to the residents at the peak.
 
-    Rows h (S, 2R), y (S, P), those before the sum over choices (S, D) and the sum (T, D); z (T, 2U, R) of a chunk of
-    tokens. Of the dense experts, as transformers runs them: rows of x, gate and up, their product, rows of the output.
+    Rows h (S, 2R), y (S, P), those before the sum over choices (S, D) and the sum (T, D); of bank_first z (T, 2U, R) of
+    a chunk of tokens, of scratch the bases (E, 2R, D) of the largest layer. Of the dense experts, as transformers runs
+    them: rows of x, gate and up, their product, rows of the output.
     """
     rows, inner, width = tokens * choices, config.base.intermediate_size, config.base.hidden_size
     if paths == (DENSE,):
@@ -196,6 +193,8 @@ def workspace(
         largest = max(sum(palette.values()) for palette in (palettes or expected_palettes(config)).values())
         z_row = ceil(largest) * config.rank * item_size
         size += min(tokens, max(1, Z_BYTES // z_row)) * z_row
+    if "scratch" in paths:
+        size += max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
     return size
 
 

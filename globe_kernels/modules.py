@@ -11,7 +11,7 @@ from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
-from globe_kernels.strategy import LayerSizes, Policy, Pool, machine_for, switch_points
+from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
 
@@ -34,6 +34,7 @@ class GlobeMoEFFN(nn.Module):
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
     basis: torch.Tensor | None
+    palettes: dict[str, int]  # U by family, distinct atoms
 
     def __init__(self, config: GlobeConfig, layer: int, activation: str, dtype: torch.dtype, device=None):
         """An empty module for layer id `layer` of the model that `config` describes."""
@@ -45,9 +46,9 @@ class GlobeMoEFFN(nn.Module):
         self.phi = config.phi
         self.activation = activation
         self._shared: tuple[GlobeBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
-        self._paths: tuple[str, ...] = ()
+        self.paths: tuple[str, ...] = ()  # by which calls may run
         self._choices = 0  # K
-        self._palette = 0.0  # U, mean of the families
+        self.palettes = dict.fromkeys(FAMILIES, 0)
         self._policy: Policy | None = None
         for name, (shape, stored) in config.layer_shapes(layer).items():
             if name.endswith("_adapter"):
@@ -91,20 +92,33 @@ class GlobeMoEFFN(nn.Module):
 
         `choices`: experts per token, on which the times of the paths depend.
         """
-        self._shared, self._paths, self._choices = (bank,), paths, choices
+        self._shared, self.paths, self._choices = (bank,), paths, choices
         codes = {family: layer_code(*self._code_for(bank, family)) for family in FAMILIES}
         self.basis = self._compose(codes) if "composed" in paths else None
         for family, code in codes.items():
             for part, tensor in code._asdict().items():
                 setattr(self, f"{family}_{part}", tensor if _BY_PALETTE & set(paths) else None)
-        self._palette = sum(code.palette.numel() for code in codes.values()) / len(codes)
+        self.palettes = {family: code.palette.numel() for family, code in codes.items()}
         self._choose_paths()
 
     def _choose_paths(self) -> None:
+        self._policy = Policy(switch_points(self.paths, self.sizes(), self.machine, self.pool))
+
+    def path(self, tokens: int) -> str:
+        """That of a call with `tokens` tokens."""
+        assert self._policy is not None, "run_from chooses"
+        return self._policy.path(tokens)
+
+    @property
+    def machine(self) -> Machine:
+        """What the times of the paths are predicted for."""
+        return machine_for(self.gate_adapter.device)
+
+    @property
+    def pool(self) -> Pool | None:
+        """The cache, as the cost model takes it."""
         cache = self.bank.cache
-        pool = None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
-        machine = machine_for(self.gate_adapter.device)
-        self._policy = Policy(switch_points(self._paths, self.sizes(), machine, pool))
+        return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
 
     def _code_for(self, bank: GlobeBank, family: str) -> tuple[torch.Tensor, torch.Tensor]:
         device, code = bank.atoms(family).device, self.code(family)
@@ -117,7 +131,7 @@ class GlobeMoEFFN(nn.Module):
         return both.to(adapter.device)
 
     @property
-    def _kept(self) -> tuple[torch.Tensor | None, ...]:
+    def _kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]]:
         """What every path multiplies with after the basis."""
         return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
 
@@ -130,9 +144,9 @@ class GlobeMoEFFN(nn.Module):
         """What the times of the paths depend on."""
         _, inner, rank = self.gate_adapter.shape
         support = self.code("gate").index.shape[1]
-        item_size = self.gate_adapter.element_size()
+        palette, item_size = sum(self.palettes.values()) / len(self.palettes), self.gate_adapter.element_size()
         return LayerSizes(
-            self.num_experts, self._choices, self.hidden_dim, inner, rank, support, self._palette, self.phi, item_size
+            self.num_experts, self._choices, self.hidden_dim, inner, rank, support, palette, self.phi, item_size
         )
 
     def _apply(self, fn, recurse=True):
@@ -143,7 +157,7 @@ class GlobeMoEFFN(nn.Module):
         for name, value in values.items():
             moved = getattr(self, name)
             setattr(self, name, moved.float() if value.is_meta or moved.is_meta else value.to(moved.device))
-        if self._paths:
+        if self.paths:
             self._choose_paths()  # for the device it is on now
         return self
 
@@ -152,11 +166,12 @@ class GlobeMoEFFN(nn.Module):
     ) -> torch.Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
         bank, routed = self.bank, (hidden_states, top_k_index, top_k_weights)
-        assert self._policy is not None
-        path = self._policy.path(hidden_states.shape[0])
+        path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             codes = (*self.layer_code("gate"), *self.layer_code("up"))
-            return moe_ffn_bank_first(*routed, BankFirstWeights(bank.gate, bank.up, *codes, *self._kept), self.activation)
+            return moe_ffn_bank_first(
+                *routed, BankFirstWeights(bank.gate, bank.up, *codes, *self._kept), self.activation
+            )
         if path == "cached":
             cache = bank.cache
             assert cache is not None

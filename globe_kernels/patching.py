@@ -11,7 +11,7 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES, architecture_of
-from globe_kernels.memory import parse_bytes, workspace_bytes
+from globe_kernels.memory import parse_bytes, workspace
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.replacement import (
@@ -26,6 +26,7 @@ from globe_kernels.replacement import (
 )
 from globe_kernels.residency import arrange, plan_arrangement
 
+PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
 
 
@@ -34,9 +35,9 @@ class PatchReport:
     """What `patch` did.
 
     `replaced` and `skipped` are module paths, `paths` those of globe_kernels.strategy by which calls may run. Bytes
-    count the experts of the replaced layers (gate, up, down and biases): the dense ones before, and now what is resident
-    on the device of the model, bank, bases and cache included, and that with what a call with `PEAK_TOKENS` tokens takes
-    beside (predicted). On disk: of the checkpoint, which has no down.
+    count the experts of the replaced layers (gate, up, down and biases): the dense ones before; after, what is resident
+    on the device of the model, bank, bases and cache included; at the peak, that and what a call with PEAK_TOKENS
+    tokens takes beside, predicted. On disk: of the checkpoint, which has no down.
     """
 
     replaced: tuple[str, ...]
@@ -61,8 +62,8 @@ def patch(
 
     Without `path`, the checkpoint in the directory that the model was loaded from. `strategy` is one of
     globe_kernels.strategy, "auto" for the fastest path at every number of tokens among those whose tensors fit into
-    `memory_budget` (bytes, or "20GiB"; of all experts, down included). `cache_bytes` is the size of the pool of composed
-    bases of "cached" and "auto". `keep_dense` keeps the dense experts for `unpatch`.
+    `memory_budget` (bytes, or "20GiB"; of all experts, down included). `cache_bytes` is the size of the pool of
+    composed bases of "cached" and "auto". `keep_dense` keeps the dense experts for `unpatch`.
 
     Everything is read, checked and built before the model is touched: a failed call leaves it as it was, and for a
     moment dense and GloBE experts are both in memory. Where that is too much, export the checkpoint and load it with
@@ -89,7 +90,11 @@ def patch(
     _set_quantizer(model, checkpoint.config)
     replaced = tuple(target.path for target in targets)
     skipped = tuple(path for path, _ in model.named_modules() if path.endswith("experts") and path not in replaced)
-    return PatchReport(replaced, skipped, before, resident_bytes(model))
+    after, paths = resident_bytes(model), modules[0].paths
+    item_size = modules[0].gate_adapter.element_size()
+    palettes = {module.layer: module.palettes for module in modules}
+    beside = workspace(checkpoint.config, paths, PEAK_TOKENS, choices_of(model), item_size, palettes)
+    return PatchReport(replaced, skipped, paths, before, after, after + beside, checkpoint.bytes_on_disk)
 
 
 def unpatch(model: nn.Module) -> None:

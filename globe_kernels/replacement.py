@@ -86,7 +86,7 @@ def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
 
 
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
-    """Register the bank at the root of a model whose experts are arranged, and arrange them again when weights change."""
+    """Register the bank at the root of a model whose experts are arranged; arrange them again when weights change."""
     setattr(model, BANK_NAME, bank)
     setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_arrange_again))
 

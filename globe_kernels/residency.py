@@ -2,9 +2,8 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from globe_kernels.bank import GlobeBank
+from globe_kernels.bank import Arrangement, GlobeBank
 from globe_kernels.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
@@ -13,16 +12,6 @@ from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.strategy import DENSE, LayerSizes, Machine, machine_for, predict
 
 _SLOW = 1.5  # times the dense experts: a warning
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """By which paths (globe_kernels.strategy) the experts of a model may run."""
-
-    strategy: str  # as it was asked for
-    paths: tuple[str, ...]
-    cache_bytes: int  # of the pool of composed bases; 0 without one
-    choices: int  # K, experts per token
 
 
 def plan_arrangement(
@@ -42,7 +31,7 @@ def plan_arrangement(
         strategy = "composed"
     if len(devices) > 1 and strategy != "composed":
         raise RequestError(
-            f"The experts are on {' and '.join(devices)} and strategy {strategy!r} shares one bank on one device; use "
+            f"The experts are on {' and '.join(devices)} and strategy {strategy!r} shares a bank on one device; use "
             "strategy 'composed', or load the model on one device."
         )
     config, first = bank.config, modules[0]

@@ -18,7 +18,6 @@ Symbols: T tokens, K choices, S = T K rows, E experts, P intermediate size, D hi
 
 import json
 import re
-from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -200,7 +199,8 @@ class Policy:
     points: tuple[tuple[int | None, str], ...]  # (up to this many tokens, path), fewest first; the last has no limit
 
     def path(self, tokens: int) -> str:
-        return self.points[bisect_left([limit for limit, _ in self.points if limit is not None], tokens)][1]
+        # a loop, which torch.compile follows with a number of tokens that it does not know
+        return next(path for limit, path in self.points if limit is None or tokens <= limit)
 
 
 def switch_points(

@@ -24,9 +24,10 @@ LAYERS = [
     ("ops", "routing"),
     ("functional",),
     ("bank", "cache", "modules"),
+    ("residency",),
     ("replacement",),
     ("transformers_plugin",),
-    ("patching",),
+    ("patching", "control"),
     ("testing",),
 ]
 

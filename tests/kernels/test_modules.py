@@ -34,15 +34,15 @@ def module(bank) -> GlobeMoEFFN:
         code = module.code(family)
         code.index.copy_(torch.randint(CONFIG.num_atoms, code.index.shape))
         torch.nn.init.normal_(code.value)
-    module.compose(bank)
+    module.run_from(bank, ("composed",), 2)
     return module
 
 
 INPUTS = (torch.randn(3, 16), torch.tensor([[0, 1], [3, 2], [1, 1]]), torch.rand(3, 2))
 
 
-def test_forward_needs_composed_bases():
-    with pytest.raises(RuntimeError, match=r"call compose\(bank\)"):
+def test_forward_needs_a_bank():
+    with pytest.raises(RuntimeError, match=r"call run_from\(bank, paths, choices\)"):
         GlobeMoEFFN(CONFIG, 2, "silu", torch.float32)(*INPUTS)
 
 
