@@ -7,11 +7,13 @@ import torch
 from providers import dense_twin, globe, globe_atomic, globe_bank_first, random_inputs, random_layer, reference
 from shapes import LayerShape
 
-from globe_kernels.functional import moe_ffn
+from globe_kernels.cache import BasisCache
+from globe_kernels.functional import moe_ffn, moe_ffn_cached
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.ops.moe_ffn import moe_ffn_ref
+from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close
 
 SHAPE = LayerShape(hidden=176, intermediate=80, experts=9, choices=3)
@@ -44,6 +46,16 @@ def run(device: str, dtype: torch.dtype) -> None:
         composed = compose_basis_ref(index, value, bank, phi, torch.float32)
         assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
         assert_close(compose_layer(*layer_code(index, value), bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
+    cached = CachedWeights(bank, bank, index, value, index, value, *layer.weights[1:])
+    half = compose_basis(index, value, bank, "tanh", dtype)
+    composed = layer.weights._replace(basis=torch.cat([half, half], 1))
+    for slots in (1, 4, 9):
+        cache = BasisCache({0: 9}, slots, RANK, 176, dtype, device)
+        for tokens in (1, 30, 1):
+            inputs = random_inputs(SHAPE, tokens, dtype, device)
+            case = (inputs.hidden, inputs.index, inputs.weights)
+            out = moe_ffn_cached(*case, cached, cache.state, 0, "tanh", "silu")
+            assert_close(out, moe_ffn(*case, composed, "silu"), rms=2e-2, peak=5e-2)
 
 
 def without_sentinels(inputs):

@@ -4,11 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.functional import moe_ffn, moe_ffn_bank_first
+from globe_kernels.cache import BasisCache
+from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
+from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -220,3 +223,122 @@ def test_straight_from_the_bank_a_new_number_of_tokens_compiles_nothing():
     for tokens in (34, 47, 48, 64):  # multiples of 16 and others, in one bucket of every stage
         moe_ffn_bank_first(*routed("Qwen3-30B-A3B", tokens), w, "silu")
     assert [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels] == before
+
+
+def cached_model(model: str, slots: int) -> tuple[BasisCache, list[CachedWeights], list[ExpertWeights]]:
+    """Two layers over one bank of 24 atoms: their cache, and the same layers with composed bases."""
+    experts, _, hidden, inner, rank = MODELS[model]
+    banks = draw(24, rank, hidden), draw(24, rank, hidden)
+    cached, composed = [], []
+    for _ in range(2):
+        codes = [torch.rand(experts, 24, device="cuda").topk(12).indices.int() for _ in banks]
+        values = [torch.randn(experts, 12, device="cuda") for _ in banks]
+        rest = draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)
+        cached.append(CachedWeights(*banks, codes[0], values[0], codes[1], values[1], *rest))
+        bases = [
+            compose_basis(code, value, bank, "tanh", torch.bfloat16)
+            for code, value, bank in zip(codes, values, banks, strict=True)
+        ]
+        composed.append(ExpertWeights(torch.cat(bases, 1), *rest))
+    cache = BasisCache({0: experts, 1: experts}, slots, rank, hidden, torch.bfloat16, "cuda")
+    return cache, cached, composed
+
+
+def run_cached(cache: BasisCache, layers: list[CachedWeights], case) -> list[torch.Tensor]:
+    """Every layer on the same inputs."""
+    experts = layers[0].shape.experts
+    return [moe_ffn_cached(*case, w, cache.state, number * experts, "tanh", "silu") for number, w in enumerate(layers)]
+
+
+@pytest.mark.parametrize("budget", ["all", "a quarter", "K"])
+@pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "DeepSeek-V2-Lite", "Mixtral-8x7B"])
+def test_a_cache_of_any_size_computes_what_composed_bases_do(model, budget):
+    torch.manual_seed(0)
+    experts, choices, *_ = MODELS[model]
+    cache, layers, composed = cached_model(model, {"all": 2 * experts, "a quarter": experts // 2, "K": choices}[budget])
+    active = 0
+    for tokens in (1, 3, 64, 1, 700, 1):
+        case = routed(model, tokens)
+        active += 2 * case[1].unique().numel()
+        for out, w in zip(run_cached(cache, layers, case), composed, strict=True):
+            assert_close(out, moe_ffn(*case, w, "silu"), rms=2e-3, peak=1e-2)
+    stats = cache.stats()
+    assert stats.hits + stats.misses == active and stats.misses >= min(stats.slots, 2 * experts)
+    assert (stats.evictions == 0) == (budget == "all")
+    owned = cache.owner[cache.owner >= 0].long()
+    assert torch.equal(cache.slot_of[owned].sort().values, torch.arange(len(owned), device="cuda").int())
+
+
+@pytest.mark.parametrize(("experts", "layers", "slots"), [(8, 32, 64), (128, 48, 1536), (512, 20, 8192)])
+def test_lookups_at_real_sizes_are_those_of_the_reference(experts, layers, slots):
+    torch.manual_seed(0)
+    kernel, reference = (
+        BasisCache(dict.fromkeys(range(layers), experts), slots, 1, 1, torch.bfloat16, "cuda").state.maps
+        for _ in range(2)
+    )
+    popular = torch.rand(layers, experts, device="cuda") ** 4
+    for step in range(400):
+        layer = int(torch.randint(layers, ()))
+        counts = torch.rand(experts, device="cuda") < popular[layer] * (0.3, 1.0, 1e4)[step % 3]
+        starts = F.pad(counts.int().cumsum(0), (1, 0)).int()
+        for number in range(-(-experts // slots)):
+            found = launch_cache_lookup(starts, layer * experts, number, kernel)
+            expected = cache_lookup_ref(starts, layer * experts, number, reference)
+            for own, other in zip((*found, *kernel), (*expected, *reference), strict=True):
+                assert torch.equal(own, other)
+    assert kernel.registers[2:].min() > 0
+
+
+@pytest.mark.parametrize("slots", [32, 8, 5], ids=["one pass", "as many as a token chooses", "two passes"])
+def test_a_captured_cached_step_replays_on_new_routings_without_waiting(slots):
+    torch.manual_seed(0)
+    model = "Qwen3-30B-A3B"
+    cache, layers, composed = cached_model(model, slots)
+    case = routed(model, 1)
+    run_cached(cache, layers, case)  # compiles before capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run_cached(cache, layers, case)
+    cache.reset_stats()
+    for _ in range(20):
+        new = routed(model, 1)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for kept, other in zip(case, new, strict=True):
+                kept.copy_(other)
+            graph.replay()
+            run_cached(cache, layers, new)  # nor does it without a graph
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for out, w in zip(captured, composed, strict=True):
+            assert_close(out, moe_ffn(*case, w, "silu"), rms=2e-3, peak=1e-2)
+    stats = cache.stats()
+    assert stats.hits + stats.misses == 20 * 4 * 8 and stats.evictions > 0
+    if slots == 32:  # enough for the routing of a step, which comes twice
+        assert stats.hits >= 20 * 2 * 8
+
+
+def test_inductor_writes_the_pool_in_place():
+    torch.manual_seed(0)
+    cache, layers, composed = cached_model("Qwen3-30B-A3B", 200)
+    compiled = torch.compile(lambda *case: run_cached(cache, layers, case), fullgraph=True)
+    case = routed("Qwen3-30B-A3B", 1)
+    compiled(*case)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    results = compiled(*case)
+    assert torch.cuda.max_memory_allocated() - before < cache.pool.nbytes / 10
+    for out, w in zip(results, composed, strict=True):
+        assert_close(out, moe_ffn(*case, w, "silu"), rms=2e-3, peak=1e-2)
+
+
+def test_a_new_number_of_tokens_compiles_no_kernel_of_the_cache():
+    from globe_kernels.ops import cache_lookup, compose_slots
+
+    cache, layers, _ = cached_model("Qwen3-30B-A3B", 40)
+    kernels = (cache_lookup._cache_lookup_kernel, compose_slots._compose_slots_kernel)
+    run_cached(cache, layers, routed("Qwen3-30B-A3B", 1))
+    before = [sum(len(own[0]) for own in kernel.device_caches.values()) for kernel in kernels]
+    for tokens in (2, 16, 33, 500):
+        run_cached(cache, layers, routed("Qwen3-30B-A3B", tokens))
+    assert [sum(len(own[0]) for own in kernel.device_caches.values()) for kernel in kernels] == before
