@@ -15,6 +15,9 @@ from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_fo
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
 
+_Optional = torch.Tensor | None
+_Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional]
+
 
 class GlobeMoEFFN(nn.Module):
     """The routed experts of one layer, from GloBE factors.
@@ -131,7 +134,7 @@ class GlobeMoEFFN(nn.Module):
         return both.to(adapter.device)
 
     @property
-    def _kept(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, *tuple[torch.Tensor | None, ...]]:
+    def _kept(self) -> _Kept:
         """What every path multiplies with after the basis."""
         return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
 
