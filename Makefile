@@ -41,6 +41,7 @@ gpu:
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
 	else echo "compute-sanitizer is missing: skipped"; fi
 	$(PYTHON) benchmarks/ffn.py --ledger
+	$(PYTHON) benchmarks/ffn.py --ledger --rank 768 --tokens 8 --tokens 32 --tokens 128 --tokens 512 --tokens 2048
 	$(PYTHON) benchmarks/ffn.py --ledger --graph --tokens 1 --tokens 8 --tokens 64
 	for model in olmoe deepseek-v2-lite mixtral-8x7b qwen3-235b-a22b; do \
 	  $(PYTHON) benchmarks/ffn.py --ledger --model $$model --tokens 1 --tokens 64 --tokens 4096 || exit 1; \

@@ -135,7 +135,7 @@ _VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
             ("gelu", {"GATHER": False, "ACTIVATION": "gelu", **_NO_BIAS}),
             ("clamped swiglu, biases", {"GATHER": False, "ACTIVATION": "clamped_swiglu"}),
             ("gather, silu", {"GATHER": True, "ACTIVATION": "silu", **_NO_BIAS}),
-            ("gather, clamped swiglu, biases", {"GATHER": True, "ACTIVATION": "clamped_swiglu"}),
+            ("gather, biases", {"GATHER": True, "ACTIVATION": "clamped_swiglu"}),
         ],
     ),
     "down": (

@@ -21,9 +21,8 @@ _TILE_BLOCK = 64
 @triton.jit
 def _load_ids(index_ptr, rows, num_rows, num_experts):
     """Expert of each row; num_experts where there is none."""
-    ids = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1)
-    # compared before they are cut to 32 bits, which could make a sentinel an expert
-    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    ids = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int32)
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
 
 @triton.jit

@@ -261,7 +261,7 @@ def test_no_tokens_in_the_stages():
 
 @pytest.mark.parametrize("run", RUNNERS)
 def test_a_sentinel_adds_nothing_whatever_its_weight(run):
-    index = torch.tensor([[1, E], [-7, 2], [2**40, E]], device=DEVICE)
+    index = torch.tensor([[1, E], [-7, 2], [2**31, E]], device=DEVICE)
     scale = torch.tensor([[0.5, float("nan")], [float("inf"), 0.7], [float("nan")] * 2], device=DEVICE)
     hidden = torch.randn(3, D, device=DEVICE)
     out = run(hidden, index, scale, weights(), "silu")
