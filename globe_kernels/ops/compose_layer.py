@@ -80,11 +80,12 @@ def _compose_layer_kernel(
     value_ptr,  # (E, padded) float32
     scale_ptr,  # (E,) float32
     bank_ptr,  # (M, num_values)
-    out_ptr,  # (E, num_values)
+    out_ptr,  # (E, num_values), rows of `row_stride` values
     num_experts,
     num_atoms,  # U
     padded,  # a multiple of BLOCK_U
     num_values,  # R * D
+    row_stride,
     PHI: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -115,17 +116,16 @@ def _compose_layer_kernel(
             acc = tl.dot((code - high.to(tl.float32)).to(atoms.dtype), atoms, acc)
     scale = tl.load(scale_ptr + experts, mask=expert_mask, other=0.0)
     basis = apply_phi(acc * scale[:, None], PHI)
-    out = out_ptr + experts.to(tl.int64)[:, None] * num_values + values[None, :]
+    out = out_ptr + experts.to(tl.int64)[:, None] * row_stride + values[None, :]
     tl.store(out, basis.to(out_ptr.dtype.element_ty), mask=expert_mask[:, None] & value_mask[None, :])
 
 
 def launch_compose_layer(
-    code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype, config: ComposeConfig
+    code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor, config: ComposeConfig
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given."""
+    """The kernel on contiguous inputs, in the configuration given, into `out` (E, R, D), contiguous in an expert."""
     num_experts, padded = code.value.shape
     num_values = bank.shape[1] * bank.shape[2]
-    out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype, device=bank.device)
     grid = (triton.cdiv(num_experts, config.block_e) * triton.cdiv(num_values, config.block_v),)
     _compose_layer_kernel[grid](
         *code,
@@ -135,6 +135,7 @@ def launch_compose_layer(
         code.palette.numel(),
         padded,
         num_values,
+        out.stride(0),
         PHI=phi,
         **config.launch(),
     )
@@ -151,15 +152,48 @@ def compose_layer(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """(E, R, D) in `out_dtype`, from a LayerCode and bank (M, R, D)."""
-    code = LayerCode(palette.contiguous(), value.contiguous(), scale.contiguous())
-    if use_triton(bank):
-        return launch_compose_layer(code, bank.contiguous(), phi, out_dtype, choose_compose(value.shape[0]))
-    return compose_layer_ref(code, bank, phi, out_dtype)
+    out = torch.empty(value.shape[0], *bank.shape[1:], dtype=out_dtype, device=bank.device)
+    return _compose_into(out, LayerCode(palette, value, scale), bank, phi)
 
 
 @compose_layer.register_fake
 def _(palette, value, scale, bank, phi, out_dtype):
     return bank.new_empty(value.shape[0], *bank.shape[1:], dtype=out_dtype)
+
+
+@torch.library.custom_op("globe::compose_bases", mutates_args=())
+def compose_bases(
+    gate_palette: torch.Tensor,
+    gate_value: torch.Tensor,
+    gate_scale: torch.Tensor,
+    up_palette: torch.Tensor,
+    up_value: torch.Tensor,
+    up_scale: torch.Tensor,
+    gate_bank: torch.Tensor,
+    up_bank: torch.Tensor,
+    phi: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """(E, 2R, D) in `out_dtype`, gate rows first: `compose_layer` of both families, as ExpertWeights takes them."""
+    rank, width = gate_bank.shape[1:]
+    out = torch.empty(gate_value.shape[0], 2 * rank, width, dtype=out_dtype, device=gate_bank.device)
+    _compose_into(out[:, :rank], LayerCode(gate_palette, gate_value, gate_scale), gate_bank, phi)
+    _compose_into(out[:, rank:], LayerCode(up_palette, up_value, up_scale), up_bank, phi)
+    return out
+
+
+@compose_bases.register_fake
+def _(gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale, gate_bank, up_bank, phi, out_dtype):
+    num_experts, (rank, width) = gate_value.shape[0], gate_bank.shape[1:]
+    return gate_bank.new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
+
+
+def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: str) -> torch.Tensor:
+    """`out` (E, R, D), contiguous in an expert, filled."""
+    code = LayerCode(*(tensor.contiguous() for tensor in code))
+    if use_triton(bank):
+        return launch_compose_layer(code, bank.contiguous(), phi, out, choose_compose(code.value.shape[0]))
+    return out.copy_(compose_layer_ref(code, bank, phi, out.dtype))
 
 
 def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype) -> torch.Tensor:

@@ -1,11 +1,13 @@
 import pytest
 import torch
 
+from globe_kernels.ops import compose_layer as ops_compose_layer
 from globe_kernels.ops.compose_layer import (
     CONFIGS,
     PALETTE_PADDING,
     ComposeConfig,
     choose_compose,
+    compose_bases,
     compose_layer,
     compose_layer_ref,
     launch_compose_layer,
@@ -45,7 +47,9 @@ RUNNERS = [
     pytest.param(lambda code, bank, phi, dtype: compose_layer_ref(code, bank, phi, dtype), id="reference"),
     pytest.param(lambda code, bank, phi, dtype: compose_layer(*code, bank, phi, dtype), id="op"),
     pytest.param(
-        lambda code, bank, phi, dtype: launch_compose_layer(code, bank, phi, dtype, SMALL),
+        lambda code, bank, phi, dtype: launch_compose_layer(
+            code, bank, phi, torch.empty(len(code.value), *bank.shape[1:], dtype=dtype, device=DEVICE), SMALL
+        ),
         id="kernel",
         marks=needs_kernels,
     ),
@@ -101,3 +105,19 @@ def test_every_number_of_experts_has_a_configuration():
 def test_opcheck():
     index, value, bank = random_case()
     torch.library.opcheck(compose_layer, (*layer_code(index, value), bank, "tanh", torch.float16))
+    both = (*layer_code(index, value), *layer_code(index, -value), bank, 2 * bank)
+    torch.library.opcheck(compose_bases, (*both, "silu", torch.float32))
+
+
+@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_kernels)], ids=["reference", "kernel"])
+def test_both_families_lie_in_one_tensor(kernel, monkeypatch):
+    if kernel:
+        monkeypatch.setattr(ops_compose_layer, "use_triton", lambda tensor: True)
+        monkeypatch.setattr(ops_compose_layer, "choose_compose", lambda experts: SMALL)
+    index, value, bank = random_case("ragged in experts, atoms and values")
+    other = (index.flip(0), 3 * value, -bank)
+    both = compose_bases(*layer_code(index, value), *layer_code(*other[:2]), bank, other[2], "tanh", torch.float32)
+    rank = bank.shape[1]
+    assert both.shape == (len(index), 2 * rank, bank.shape[2]) and both.is_contiguous()
+    assert_close(both[:, :rank], expected(index, value, bank, "tanh"), rms=1e-6, peak=1e-6)
+    assert_close(both[:, rank:], expected(*other, "tanh"), rms=1e-6, peak=1e-6)
