@@ -249,8 +249,8 @@ def choose_residents(
     dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits, and bank_first beside
     it where both fit; else bank_first, scratch where it fits, and a cache of what is left. Of these it keeps those
     that are the cheapest on `machine` for some number of tokens; without a budget it may hold what the dense experts
-    would. A given `cache_bytes` is the size of the cache, where there is one. The budget does not bound what `workspace` adds.
-    Raises RequestError when it cannot be had.
+    would. A given `cache_bytes` is the size of the cache, where there is one. The budget does not bound
+    what `workspace` adds. Raises RequestError when it cannot be had.
     """
     item_size = sizes.item_size
     if strategy not in (AUTO, *PATHS):
