@@ -21,6 +21,7 @@ from typing import NamedTuple
 from globe_kernels.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.ops.compose_layer import PALETTE_PADDING
 from globe_kernels.strategy import (
     DENSE,
     PATHS,
@@ -34,7 +35,6 @@ from globe_kernels.strategy import (
 
 AUTO = "auto"
 Z_BYTES = 256 * 2**20  # of one chunk of tokens of bank_first, both families
-_PALETTE_PADDING = 32
 _CODE_BYTES = 4 + 4  # int32 index, float32 value
 _SLOT_MAP_BYTES = 4 + 4 + 8  # owner, referenced, pinned
 _EXPERT_MAP_BYTES = 4 + 8  # slot_of, uses
@@ -143,7 +143,7 @@ def resident(
     if "bank_first" in paths or "scratch" in paths:
         for layer, palette in (palettes or expected_palettes(config)).items():
             for used in map(ceil, palette.values()):
-                padded = -(-used // _PALETTE_PADDING) * _PALETTE_PADDING
+                padded = -(-used // PALETTE_PADDING) * PALETTE_PADDING
                 palette_codes += 4 * used + base.num_experts[layer] * 4 * (padded + 1)
     slots = pool_slots(config, cache_bytes, item_size)
     return Residents(
@@ -245,10 +245,11 @@ def choose_residents(
     """What to hold within `budget` bytes on the device, for a model whose layers are mostly of `sizes`.
 
     A named strategy holds what it needs; without a budget there is no limit but that a cache fills what is left of the
-    dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits; else the bank, scratch
-    where it fits, and a cache of what is left, of which it keeps what the cheapest path of some number of tokens needs
-    on `machine`; without a budget it may hold what the dense experts would. A given `cache_bytes` is the cache's size.
-    Raises RequestError when it cannot be had.
+    dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits, and bank_first beside
+    it where both fit; else bank_first, scratch where it fits, and a cache of what is left. Of these it keeps those
+    that are the cheapest on `machine` for some number of tokens; without a budget it may hold what the dense experts
+    would. A given `cache_bytes` is the size of the cache, where there is one. The budget does not bound
+    what `workspace` adds. Raises RequestError when it cannot be had.
     """
     item_size = sizes.item_size
     if strategy not in (AUTO, *PATHS):
@@ -265,6 +266,11 @@ def choose_residents(
     def whole_slots(size: int) -> int:
         slots = pool_slots(config, size, item_size)
         return pool_bytes(config, slots, item_size) if slots else 0
+
+    def used(paths: tuple[str, ...], cache: int = 0) -> tuple[str, ...]:
+        pool = Choice(paths, cache).pool(config, item_size)
+        taken = {path for _, path in switch_points(paths, sizes, machine, pool)}
+        return tuple(path for path in paths if path in taken)
 
     limit = held((DENSE,)) if budget is None else budget
     one_slot = pool_bytes(config, 1, item_size)
@@ -284,9 +290,10 @@ def choose_residents(
             raise _too_small(strategy, held((strategy,)), budget)
         return Choice((strategy,), 0)
 
+    paths = ("bank_first",) if "bank_first" in paths_of(config.phi) else ()
     if why_not_composed(config) is None and held(("composed",)) <= limit:
-        return Choice(("composed",), 0)
-    paths = tuple(path for path in ("bank_first",) if path in paths_of(config.phi))
+        both = ("composed", *paths)
+        return Choice(used(both) if held(both) <= limit else ("composed",), 0)
     if cache:
         paths = (*paths, "cached")
     if held((*paths, "scratch"), cache) <= limit:
@@ -297,10 +304,10 @@ def choose_residents(
     if not paths or held(paths, cache) > limit:
         least = min(held((path,), cache or one_slot) for path in paths_of(config.phi))
         raise _too_small("the smallest way to run this checkpoint", max(least, held(paths, cache)), limit)
-    used = {path for _, path in switch_points(paths, sizes, machine, Choice(paths, cache).pool(config, item_size))}
     if cache_bytes is not None:  # asked for: routing that is not uniform may make use of it
-        used.add("cached")
-    return Choice(tuple(path for path in paths if path in used), cache if "cached" in used else 0)
+        return Choice(paths, cache)
+    kept = used(paths, cache)
+    return Choice(kept, cache if "cached" in kept else 0)
 
 
 def _too_small(what: str, needed: int, budget: int) -> RequestError:

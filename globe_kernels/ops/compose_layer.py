@@ -18,7 +18,7 @@ import torch
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS, apply_phi
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
-_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
+PALETTE_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
 _REFERENCE_VALUES = 2**16  # of each atom at a time: the palette of a large layer in fp32 would not fit
 
 
@@ -33,7 +33,7 @@ class LayerCode(NamedTuple):
 def layer_code(code_index: torch.Tensor, code_value: torch.Tensor) -> LayerCode:
     """From code_index (E, C) int32 and code_value (E, C) float32. Waits for the device: done when a model is loaded."""
     palette, place = code_index.unique(return_inverse=True)
-    padded = -(-palette.numel() // _PADDING) * _PADDING
+    padded = -(-palette.numel() // PALETTE_PADDING) * PALETTE_PADDING
     value = code_value.new_zeros(code_index.shape[0], padded)
     value.scatter_add_(1, place.view(code_index.shape), code_value)
     scale = value.abs().amax(1)

@@ -3,8 +3,8 @@ import torch
 
 from globe_kernels.ops import compose_layer as ops_compose_layer
 from globe_kernels.ops.compose_layer import (
-    _PADDING,
     CONFIGS,
+    PALETTE_PADDING,
     ComposeConfig,
     choose_compose,
     compose_bases,
@@ -99,7 +99,7 @@ def test_saturates_without_overflow(run):
 def test_every_number_of_experts_has_a_configuration():
     assert [choose_compose(experts).block_e for experts in (1, 16, 17, 64, 65, 512)] == [16, 16, 64, 64, 128, 128]
     assert CONFIGS[-1][0] is None
-    assert all(_PADDING % config.block_u == 0 for _, config in CONFIGS)
+    assert all(PALETTE_PADDING % config.block_u == 0 for _, config in CONFIGS)
 
 
 def test_opcheck():

@@ -137,6 +137,8 @@ def test_expected_palettes():
 def test_composed_where_it_saves_and_nowhere_else():
     low = replace(QWEN, rank=384, num_atoms=5375)
     assert choose(low) == Choice(("composed",), 0)
+    assert choose(low, 2**36) == Choice(("composed", "bank_first"), 0), "the bank too, for decoding in batches"
+    assert choose(replace(low, phi="tanh"), 2**36) == Choice(("composed",), 0)
     assert why_not_composed(low) is None and why_not_composed(replace(QWEN, rank=558)) is None
     sentence = why_not_composed(QWEN)
     assert sentence is not None and "holds 4.33 M values" in sentence and "the dense matrices 3.15 M" in sentence
