@@ -22,6 +22,7 @@ from globe_kernels.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.ops.compose_layer import PALETTE_PADDING
+from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.strategy import (
     DENSE,
     PATHS,
@@ -34,7 +35,6 @@ from globe_kernels.strategy import (
 )
 
 AUTO = "auto"
-Z_BYTES = 256 * 2**20  # of one chunk of tokens of bank_first, both families
 _CODE_BYTES = 4 + 4  # int32 index, float32 value
 _SLOT_MAP_BYTES = 4 + 4 + 8  # owner, referenced, pinned
 _EXPERT_MAP_BYTES = 4 + 8  # slot_of, uses
@@ -192,7 +192,7 @@ def workspace(
     if "bank_first" in paths:
         largest = max(sum(palette.values()) for palette in (palettes or expected_palettes(config)).values())
         z_row = ceil(largest) * config.rank * item_size
-        size += min(tokens, max(1, Z_BYTES // z_row)) * z_row
+        size += min(tokens, max(1, WORKSPACE_BYTES // z_row)) * z_row
     if "scratch" in paths:
         size += max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
     return size
@@ -244,12 +244,12 @@ def choose_residents(
 ) -> Choice:
     """What to hold within `budget` bytes on the device, for a model whose layers are mostly of `sizes`.
 
-    A named strategy holds what it needs; without a budget there is no limit but that a cache fills what is left of the
-    dense experts' bytes. "auto" takes composed where the rank is at most break-even and it fits, and bank_first beside
-    it where both fit; else bank_first, scratch where it fits, and a cache of what is left. Of these it keeps those
-    that are the cheapest on `machine` for some number of tokens; without a budget it may hold what the dense experts
-    would. A given `cache_bytes` is the size of the cache, where there is one. The budget does not bound
-    what `workspace` adds. Raises RequestError when it cannot be had.
+    A named strategy holds what it needs. "auto" takes composed where the rank is below break-even and it fits (without
+    a budget into what the dense experts held), and bank_first beside it where both fit; else bank_first, scratch and a
+    cache. Of these it keeps those that are the cheapest on `machine` for some number of tokens. The cache has
+    `cache_bytes`, and is kept when these are given, because routing may be less uniform than the cost model takes it
+    to be; otherwise what the budget leaves, and without one half of what is saved beside the dense experts. The budget
+    does not bound what `workspace` adds. Raises RequestError when it cannot be had.
     """
     item_size = sizes.item_size
     if strategy not in (AUTO, *PATHS):
@@ -259,13 +259,38 @@ def choose_residents(
             f"strategy bank_first needs phi identity and this checkpoint has phi {config.phi}; use "
             f"{', '.join(paths_of(config.phi))} or auto."
         )
+    one_slot = pool_bytes(config, 1, item_size)
+    if cache_bytes is not None and cache_bytes < one_slot:
+        raise RequestError(
+            f"The cache is given {cache_bytes} bytes and one basis of this checkpoint takes {one_slot}; give more."
+        )
 
     def held(paths: tuple[str, ...], cache: int = 0) -> int:
         return resident(config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes).total
 
-    def whole_slots(size: int) -> int:
+    def cache_beside(others: int) -> int:
+        """Bytes of the cache, in whole slots, beside what holds `others`."""
+        size = cache_bytes
+        if size is None:
+            size = (held((DENSE,)) - others) // 2 if budget is None else budget - others
         slots = pool_slots(config, size, item_size)
         return pool_bytes(config, slots, item_size) if slots else 0
+
+    def within_budget(what: str, paths: tuple[str, ...], cache: int) -> Choice:
+        needed = held(paths, cache)
+        if budget is not None and needed > budget:
+            raise RequestError(
+                f"The memory budget is {budget / 2**30:.2f} GiB and {what} holds {needed / 2**30:.2f} GiB of experts; "
+                "give a larger budget, or a checkpoint of a smaller rank or with fewer atoms."
+            )
+        return Choice(paths, cache)
+
+    if strategy == "cached":
+        least = pool_bytes(config, min(sizes.choices, config.base.total_experts), item_size)
+        cache = cache_beside(held(("cached",)) - pool_bytes(config, 0, item_size))
+        return within_budget("cached", ("cached",), cache or (one_slot if budget is not None else least))
+    if strategy != AUTO:
+        return within_budget(strategy, (strategy,), 0)
 
     def used(paths: tuple[str, ...], cache: int = 0) -> tuple[str, ...]:
         pool = Choice(paths, cache).pool(config, item_size)
@@ -273,45 +298,16 @@ def choose_residents(
         return tuple(path for path in paths if path in taken)
 
     limit = held((DENSE,)) if budget is None else budget
-    one_slot = pool_bytes(config, 1, item_size)
-    if cache_bytes is not None and cache_bytes < one_slot:
-        raise RequestError(
-            f"The cache is given {cache_bytes} bytes and one basis of this checkpoint takes {one_slot}; give more."
-        )
-    cache = whole_slots(cache_bytes or 0)
-    if strategy == "cached":
-        cache = cache or whole_slots(limit - held(("cached",)) + pool_bytes(config, 0, item_size))
-        needed = held(("cached",), cache or one_slot)
-        if not cache or (budget is not None and needed > budget):
-            raise _too_small("cached", needed, limit)
-        return Choice(("cached",), cache)
-    if strategy != AUTO:
-        if budget is not None and held((strategy,)) > budget:
-            raise _too_small(strategy, held((strategy,)), budget)
-        return Choice((strategy,), 0)
-
-    paths = ("bank_first",) if "bank_first" in paths_of(config.phi) else ()
+    bank_first = ("bank_first",) if "bank_first" in paths_of(config.phi) else ()
     if why_not_composed(config) is None and held(("composed",)) <= limit:
-        both = ("composed", *paths)
+        both = ("composed", *bank_first)
         return Choice(used(both) if held(both) <= limit else ("composed",), 0)
+    paths = (*bank_first, "scratch")
+    cache = cache_beside(held(paths))
     if cache:
-        paths = (*paths, "cached")
-    if held((*paths, "scratch"), cache) <= limit:
-        paths = (*paths, "scratch")
-    if cache_bytes is None:
-        cache = whole_slots(limit - held((*paths, "cached")) + pool_bytes(config, 0, item_size))
-        paths = (*paths, "cached") if cache else paths
-    if not paths or held(paths, cache) > limit:
-        least = min(held((path,), cache or one_slot) for path in paths_of(config.phi))
-        raise _too_small("the smallest way to run this checkpoint", max(least, held(paths, cache)), limit)
-    if cache_bytes is not None:  # asked for: routing that is not uniform may make use of it
-        return Choice(paths, cache)
-    kept = used(paths, cache)
+        paths = (*bank_first, "cached", "scratch")
+    choice = within_budget("the smallest way to run this checkpoint", paths, cache)
+    if cache_bytes is not None:
+        return choice
+    kept = used(*choice)
     return Choice(kept, cache if "cached" in kept else 0)
-
-
-def _too_small(what: str, needed: int, budget: int) -> RequestError:
-    return RequestError(
-        f"The memory budget is {budget / 2**30:.2f} GiB and {what} holds {needed / 2**30:.2f} GiB of experts; give a "
-        "larger budget, or a checkpoint of a smaller rank or with fewer atoms."
-    )

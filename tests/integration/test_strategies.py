@@ -1,0 +1,278 @@
+"""Every strategy computes the same model, by the path that it names and from the bytes that the plan says."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import globe_kernels
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
+from globe_fit.factors import reconstruct
+from globe_kernels import GlobeCheckpoint, RequestError
+from globe_kernels.families import ARCHITECTURES
+from globe_kernels.memory import palettes_of, pool_bytes, resident
+from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.replacement import globe_modules
+from globe_kernels.strategy import PATHS
+from globe_kernels.testing import relative_errors, tiny_model
+from tests.kernels.cases import needs_kernels, same_tiles
+
+TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
+CHOICES = 2  # experts per token of the tiny models
+
+# strategy, and the share of all composed bases that the cache holds; None: as many slots as a token has experts
+RUNS = {
+    "composed": ("composed", 0.0),
+    "bank_first": ("bank_first", 0.0),
+    "scratch": ("scratch", 0.0),
+    "cached, all bases": ("cached", 1.0),
+    "cached, a quarter": ("cached", 0.25),
+    "cached, a slot per active expert": ("cached", None),
+}
+OPS = {"composed": "moe_ffn", "scratch": "moe_ffn", "bank_first": "moe_ffn_bank_first", "cached": "moe_ffn_cached"}
+
+
+def options(run: str, path) -> dict:
+    """Arguments of `patch` for a fp32 model."""
+    strategy, share = RUNS[run]
+    if strategy != "cached":
+        return {"strategy": strategy}
+    config = GlobeCheckpoint(path).config
+    slots = CHOICES if share is None else round(share * config.base.total_experts)
+    return {"strategy": strategy, "cache_bytes": pool_bytes(config, slots, 4)}
+
+
+def logits(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@contextmanager
+def routed(model):
+    """The experts (T, K) that each layer is given inside, in the order of the layers."""
+    seen: list[torch.Tensor] = []
+    paths = [path for _, path in ARCHITECTURES[model.config.model_type].live_experts(model)]
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for path in paths
+    ]
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+def patched(path, model_type: str = "qwen3_moe", run: str = "composed", **more):
+    model = tiny_model(model_type)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A layer of this checkpoint uses")
+        globe_kernels.patch(model, path, **options(run, path), **more)
+    return model
+
+
+@pytest.fixture(scope="module")
+def reconstructions(fit_tiny):
+    """The tiny models with the weights that their checkpoints stand for, in dense experts, once per architecture."""
+    made = {}
+
+    def dense(model_type: str):
+        if model_type not in made:
+            model, checkpoint = tiny_model(model_type), GlobeCheckpoint(fit_tiny(model_type)[0])
+            for layer, experts_path in ARCHITECTURES[model_type].live_experts(model):
+                both = [
+                    reconstruct(checkpoint.layer(layer, family), checkpoint.bank(family), checkpoint.config.phi)
+                    for family in ("gate", "up")
+                ]
+                interleaved = ARCHITECTURES[model_type].interleaved
+                fused = torch.stack(both, dim=2).flatten(1, 2).mT if interleaved else torch.cat(both, dim=1)
+                model.get_submodule(experts_path).gate_up_proj.data = fused.contiguous()
+            made[model_type] = model
+        return made[model_type]
+
+    return dense
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, run, fit_tiny, reconstructions):
+    path, _ = fit_tiny(model_type)
+    original, model = logits(tiny_model(model_type)), patched(path, model_type, run)
+    layers, op = len(globe_modules(model)), f"{OPS[RUNS[run][0]]}_ref"
+    dense = reconstructions(model_type)
+    before = globe_kernels.call_counts()
+    with routed(model) as own, routed(dense) as others:
+        found, expected = logits(model), logits(dense)
+    after = globe_kernels.call_counts()
+    ran = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
+    assert ran == {op: layers} and layers > 0, "another path ran"
+    # where two experts tie to rounding, the router may take either
+    alike = torch.stack([(a.sort().values == b.sort().values).all(1) for a, b in zip(own, others, strict=True)]).all(0)
+    assert alike.sum() >= len(alike) - 1
+    assert (found - expected)[0, alike].abs().max() <= 1e-4
+    assert (found - original).abs().max() > 1e-2, "the experts do not matter in this model: the test shows nothing"
+    if run.startswith("cached"):
+        stats = globe_kernels.cache_stats(model)
+        assert stats.misses >= layers and stats.hits + stats.misses == sum(
+            int(uses.sum()) for uses in stats.uses.values()
+        )
+        assert (stats.evictions > 0) == (run != "cached, all bases")
+
+
+@pytest.mark.parametrize("run", [run for run in RUNS if "slot" not in run])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, run, fit_tiny, reconstructions):
+    """Both against fp32: a bf16 router may choose another expert in either, so the limit is relative to dense."""
+    dense = reconstructions(model_type)
+    expected = logits(dense)
+    rms, _ = relative_errors(logits(patched(fit_tiny(model_type)[0], model_type, run).bfloat16()), expected)
+    dense_rms, _ = relative_errors(logits(copy.deepcopy(dense).bfloat16()), expected)
+    assert rms <= 2 * dense_rms
+    assert dense_rms < 0.1
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run there")
+@pytest.mark.parametrize("run", ["composed", "bank_first", "scratch", "cached, a slot per active expert"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
+    """In the interpreter, fp32: the same logits as the reference path."""
+    path, _ = fit_tiny(model_type)
+    model, tokens = patched(path, model_type, run), TOKENS[:, :40]
+    expected, op = logits(model, tokens), OPS[RUNS[run][0]]
+    if run.startswith("cached"):
+        model.globe_bank.cache.clear()
+    for module in (moe_ffn, moe_ffn_bank_first, moe_ffn_cached, compose_layer):
+        monkeypatch.setattr(module, "use_triton", lambda tensor: True)
+    for module in (moe_ffn, moe_ffn_cached):
+        monkeypatch.setattr(module, "choose", lambda *_: same_tiles(16, 32, 32, group_m=2))
+    calls = globe_kernels.call_counts().get(op, 0)
+    assert (logits(model, tokens) - expected).abs().max() <= 1e-4
+    assert globe_kernels.call_counts()[op] == calls + len(globe_modules(model))
+
+
+def test_a_strategy_can_be_changed_at_any_time(fit_tiny, reconstructions):
+    path, _ = fit_tiny()
+    config, palettes = GlobeCheckpoint(path).config, palettes_of(GlobeCheckpoint(path))
+    model = patched(path)
+    keys, expected = list(model.state_dict()), logits(reconstructions("qwen3_moe"))
+    for run in [*RUNS, "bank_first", "composed"]:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "A layer of this checkpoint uses")
+            arrangement = globe_kernels.set_strategy(model, **options(run, path))
+        assert arrangement.paths == (RUNS[run][0],)
+        assert (logits(model) - expected).abs().max() <= 1e-4
+        assert list(model.state_dict()) == keys
+        planned = resident(
+            config, arrangement.paths, item_size=4, cache_bytes=arrangement.cache_bytes, palettes=palettes
+        )
+        # on a CPU the bank that is parked in host memory is on the device of the model; it was cast to fp32 once
+        parked = sum(atoms.nbytes for atoms in model.globe_bank.parameters()) if run == "composed" else 0
+        assert globe_kernels.patching.resident_bytes(model) == planned.total + parked
+
+
+def test_auto_takes_the_path_that_explain_names(fit_tiny):
+    path, _ = fit_tiny()
+    model = tiny_model("qwen3_moe")
+    report = globe_kernels.patch(model, path, cache_bytes="1MB")
+    assert set(report.paths) == {"bank_first", "cached", "scratch"}
+    for tokens in (1, 16, 256):
+        text = globe_kernels.explain(model, tokens)
+        name = text.splitlines()[0].rpartition(" ")[2]
+        assert name in report.paths and f"{tokens} tokens, 3 layers such as model.layers.0.mlp.experts: {name}" in text
+        assert all(f"  {other} " in text for other in ("dense", *PATHS))
+        assert "not held" in next(line for line in text.splitlines() if line.startswith("  composed"))
+        before = globe_kernels.call_counts().get(f"{OPS[name]}_ref", 0)
+        logits(model, TOKENS[:, :tokens])
+        assert globe_kernels.call_counts()[f"{OPS[name]}_ref"] == before + 3
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+def test_one_graph_for_any_number_of_tokens(run, fit_tiny):
+    model = patched(fit_tiny()[0], run=run)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for count in (7, 30):
+        expected = logits(model, TOKENS[:, :count])
+        with torch.no_grad():
+            assert (compiled(TOKENS[:, :count]).logits - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("run", list(RUNS))
+def test_generates_with_a_static_cache(run, fit_tiny, reconstructions):
+    prompt = TOKENS[:, :8]
+    settings = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    found = patched(fit_tiny()[0], run=run).generate(prompt, **settings)
+    assert torch.equal(found, reconstructions("qwen3_moe").generate(prompt, **settings))
+
+
+@pytest.mark.parametrize("run", ["bank_first", "scratch", "cached, a quarter"])
+def test_a_copy_and_a_cast_run_on_their_own(run, fit_tiny):
+    model = patched(fit_tiny()[0], run=run)
+    expected, twin = logits(model), copy.deepcopy(model)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()
+    assert torch.equal(logits(twin), expected)
+    rms, _ = relative_errors(logits(twin.half().float()), expected)
+    assert 0 < rms <= 2e-2
+
+
+@pytest.mark.parametrize("run", ["bank_first", "scratch", "cached, all bases"])
+def test_a_model_that_was_saved_is_the_same_model(run, fit_tiny, tmp_path):
+    model = patched(fit_tiny()[0], run=run)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert (logits(again) - logits(model)).abs().max() <= 1e-4
+    other = tiny_model("qwen3_moe", seed=1)
+    assert (logits(other) - logits(model)).abs().max() > 1e-2
+
+
+def test_new_weights_make_the_cache_forget(save_tiny, fit_tiny, tmp_path):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    save_fit(fit(source, FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=2), seed=5)), source, tmp_path)
+    one, other = patched(fit_tiny()[0]), patched(tmp_path, run="cached, all bases")
+    assert (logits(one) - logits(other)).abs().max() > 1e-4  # fills the cache with what is about to be old
+    other.load_state_dict(one.state_dict())
+    assert (logits(one) - logits(other)).abs().max() <= 1e-5
+
+
+def test_a_warm_cache_misses_less(fit_tiny):
+    path, _ = fit_tiny()
+    model = patched(path, run="cached, a quarter")
+    logits(model)
+    uses = globe_kernels.cache_stats(model).uses
+    globe_kernels.set_strategy(model, **options("cached, a quarter", path))
+    globe_kernels.warm_cache(model, uses)
+    assert globe_kernels.cache_stats(model).misses == 0
+    held = (model.globe_bank.cache.owner >= 0).sum()
+    assert held == 6, "a quarter of 24 experts"
+    expected = logits(patched(path))
+    assert (logits(model) - expected).abs().max() <= 1e-4
+    assert globe_kernels.cache_stats(model).hits > 0
+
+
+def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, tmp_path):
+    path, _ = fit_tiny()
+    model = patched(path)
+    with pytest.raises(RequestError, match="memory budget is 0.00 GiB and the smallest way to run this checkpoint"):
+        globe_kernels.patch(tiny_model("qwen3_moe"), path, memory_budget="100kB")
+    with pytest.raises(RequestError, match="'plenty' is no size in bytes"):
+        globe_kernels.set_strategy(model, "cached", cache_bytes="plenty")
+    with pytest.raises(RequestError, match="The cache is given 5 bytes"):
+        globe_kernels.set_strategy(model, "cached", cache_bytes=5)
+    with pytest.raises(RequestError, match=r"holds no cache of composed bases; globe_kernels.set_strategy\(model"):
+        globe_kernels.cache_stats(model)
+    with pytest.raises(RequestError, match="does not run on GloBE experts"):
+        globe_kernels.explain(tiny_model("qwen3_moe"), 1)
+    assert model.globe_bank.arrangement.paths == ("composed",) and torch.isfinite(logits(model)).all()
+    source = ExpertSource(save_tiny("qwen3_moe"))
+    save_fit(fit(source, FitConfig(ratio=0.8, support=4, phi="tanh", varpro=VarProConfig(steps=2))), source, tmp_path)
+    with pytest.raises(RequestError, match="bank_first needs phi identity and this checkpoint has phi tanh"):
+        globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path, strategy="bank_first")
+    report = globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path)
+    assert set(report.paths) <= {"cached", "scratch"}
+
+
+def test_without_a_palette_bank_first_says_what_it_costs(fit_tiny, monkeypatch):
+    monkeypatch.setattr(globe_kernels.residency, "_SLOW", 0.0)
+    with pytest.warns(UserWarning, match=r"uses \d+ atoms per family, and bank_first multiplies every token with all"):
+        globe_kernels.patch(tiny_model("qwen3_moe"), fit_tiny()[0], strategy="bank_first")
