@@ -11,6 +11,7 @@ from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import moe_ffn_ref
 from globe_kernels.testing import assert_close
 
@@ -44,6 +45,14 @@ def run(device: str, dtype: torch.dtype) -> None:
         composed = compose_basis_ref(index, value, bank, phi, torch.float32)
         assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
         assert_close(compose_layer(*layer_code(index, value), bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
+    case, gradient = (index, value, bank.float()), torch.randn(9, RANK, 176, device=device)
+    results = []
+    for op in (mixture, mixture_ref):
+        found, backward = op(*case)
+        bank_gradient = torch.zeros_like(case[2])
+        results.append((found, backward(gradient, bank_gradient), bank_gradient))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, rms=1e-5, peak=1e-5)
 
 
 def without_sentinels(inputs):

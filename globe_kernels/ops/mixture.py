@@ -5,11 +5,11 @@
     d value[e, c] = <d mixture[e], bank[index[e, c]]>
     d bank[j]    += sum over (e, c) with index[e, c] = j of value[e, c] * d mixture[e]
 
-Shapes: E experts, C places of each, M atoms, R rank, D hidden size; index (E, C) int32, value (E, C), bank (M, R, D) and
+Shapes: E experts, C places of each, M atoms, R rank, D hidden size; index (E, C) int32, value (E, C), bank (M, R, D),
 mixture (E, R, D). Kernels take float32 and sum in it, each in one order: the same call gives the same bits.
 
-An atom may be at several places of one expert. A place that is not used holds any index and the value 0; an atom that has
-no other value anywhere is not read, and the gradient of its values is 0.
+An atom may be at several places of one expert. A place that is not used holds any index and the value 0; an atom that
+has no other value anywhere gets no gradient, and neither do its values.
 """
 
 from collections.abc import Callable
@@ -51,10 +51,10 @@ def _mixture_backward_kernel(
     if tl.load(atom_ptr + first - 1, mask=first > 0, other=-1) == atom:
         return
     end = tl.load(end_ptr + first)
-    used = False
+    used = 0
     for number in range(first, end):
-        used = used | (tl.load(value_ptr + tl.load(place_ptr + number)) != 0)
-    if not used:
+        used += (tl.load(value_ptr + tl.load(place_ptr + number)) != 0).to(tl.int32)
+    if used == 0:
         return
     values = chunk * BLOCK + tl.arange(0, BLOCK)
     mask = values < num_values
