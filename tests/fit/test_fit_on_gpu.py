@@ -41,7 +41,7 @@ def test_blocks_are_those_of_the_cpu(source):
 
 @pytest.mark.parametrize("phi", ["identity", "tanh"])
 def test_the_gradient_is_that_of_the_cpu(source, phi):
-    """At a size at which products are TF32."""
+    """Up to the rounding of TF32."""
     torch.manual_seed(0)
     bank, codes = torch.randn(7, 32, 64) / 10, torch.randn(24, 7) * (torch.rand(24, 7) < 0.5)
     found = {}

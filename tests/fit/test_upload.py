@@ -61,7 +61,8 @@ def test_the_experts_are_read_as_they_are_stored(source, save_tiny):
     out = torch.empty(3, 48, 10, dtype=torch.bfloat16)
     read = source.read(layer, "gate", range(2, 5), slice(20, 30), out=out)
     assert read is out and torch.equal(read.float(), source.read(layer, "gate")[2:5, :, 20:30])
-    assert ExpertSource(save_tiny("qwen3_moe", fused=True)).stored_dtype(layer, "up") == torch.float32
+    fused = ExpertSource(save_tiny("qwen3_moe", fused=True))
+    assert fused.stored_dtype(fused.layers[0], "up") == torch.float32
 
 
 @pytest.mark.parametrize("ranks", [Ranks(), Ranks(1, 2, "cuda")], ids=["alone", "columns of a rank"])

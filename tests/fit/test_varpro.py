@@ -164,10 +164,8 @@ def test_a_restored_solver_goes_on_bitwise(noise, stop, more):
 @pytest.mark.parametrize("phi", ["identity", "tanh"])
 def test_the_kernels_take_the_steps_of_the_reference(noise, phi, monkeypatch):
     """In the interpreter; while the support is free and when it is fixed, with layers of their own atoms."""
-    start, settings = (
-        start_of(noise, atoms=5, phi=phi, scope="layer"),
-        {"scope": "layer", "steps": 6, "support_at": 0.5},
-    )
+    start = start_of(noise, atoms=5, phi=phi, scope="layer")
+    settings = {"scope": "layer", "steps": 6, "support_at": 0.5}
     errors, expected = run(noise, start, **settings)
     monkeypatch.setattr(mixture, "use_triton", lambda _: True)
     found_errors, found = run(noise, start, **settings)
