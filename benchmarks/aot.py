@@ -36,6 +36,7 @@ from globe_kernels.ops import (
     gate_up,
     low_rank_in,
     mix,
+    mixture,
     palette_in,
     routing_plan,
 )
@@ -44,6 +45,8 @@ from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, FfnConfig, GemmCon
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = (
     "palette_ptr",
+    "atom_ptr",
+    "end_ptr",
     "order_ptr",
     "starts_ptr",
     "tile_expert_ptr",
@@ -75,16 +78,19 @@ class Case:
     constexprs: dict[str, Any]
     options: dict[str, int]
     needs_wgmma: bool = False
+    values: str = "*bf16"  # what is not of a fixed type
 
     def signature(self) -> dict[str, str]:
         """Types by name: code indices, plans and slots are int32, ids and counters int64, weights of codes and rows
-        fp32, the rest bf16."""
+        fp32, others `values`."""
         types = {}
         for name in self.kernel.arg_names:
             if name in self.constexprs:
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
                 types[name] = "i32"
+            elif name == "place_ptr":
+                types[name] = "*i64"
             elif name in _INT:
                 types[name] = "*i32"
             elif name == "index_ptr":
@@ -94,7 +100,7 @@ class Case:
             elif name.endswith(_FLOAT) or name == "out_ptr" and self.constexprs.get("ATOMIC"):
                 types[name] = "*fp32"
             else:
-                types[name] = "*bf16"
+                types[name] = self.values
         return types
 
 
@@ -196,6 +202,11 @@ def cases(architecture: str) -> Iterator[Case]:
         for experts in (8, 128, 512):
             constexprs = {"PHI": phi, "BLOCK": compose_slots._BLOCK, "W_PAD": experts}
             yield Case(compose_slots._compose_slots_kernel, f"{phi}, {experts} experts", constexprs, {"num_warps": 8})
+    in_fp32: dict[str, Any] = {"options": {"num_warps": 8}, "values": "*fp32"}
+    constexprs = {"PHI": "identity", "BLOCK": compose_basis._BLOCK}
+    yield Case(compose_basis._compose_basis_kernel, "identity, fp32", constexprs, **in_fp32)
+    for label, bank in (("bank and codes", {}), ("codes", {"bank_gradient_ptr": None})):
+        yield Case(mixture._mixture_backward_kernel, label, {"BLOCK": mixture._BLOCK, **bank}, **in_fp32)
     for _, config in compose_layer.CONFIGS:
         launch = config.launch()
         options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}

@@ -172,13 +172,13 @@ def planted(args: argparse.Namespace) -> SyntheticSource:
     )
 
 
-def _peak_bytes(result: FitResult) -> dict:
+def _peak_bytes(result: FitResult, source: ExpertSource, device: str) -> dict:
     """What the process took at its peak, of a GPU where there is one, with the planted bank; and what the fit had been
     said to take."""
-    last, needs = result.history[-1], estimate(result.config)
+    last = result.history[-1]
+    needs = estimate(result.config, device=device, stored_bytes=source.stored_bytes(FAMILIES[0]))
     if "peak_device_bytes" in last:
-        expected = needs.solver_bytes + needs.block_bytes
-        return {"peak_bytes": last["peak_device_bytes"], "estimated_bytes": expected}
+        return {"peak_bytes": last["peak_device_bytes"], "estimated_bytes": needs.device_bytes}
     return {"peak_bytes": last["peak_host_bytes"], "estimated_bytes": needs.peak_bytes}
 
 
@@ -258,7 +258,8 @@ def main() -> None:
     facts = conditions(device_name(device)) | {"model": base.name, "shape": shape, "settings": settings}
     rows = [_row(name, method, methods) | facts for name, method in methods.items()]
     if args.size:
-        rows[0] |= _peak_bytes(result) | {"svd_error": result.report["families"]["gate"]["svd_equal_bytes"]}
+        rows[0] |= _peak_bytes(result, source, device)
+        rows[0] |= {"svd_error": result.report["families"]["gate"]["svd_equal_bytes"]}
     if windows is not None:
         models = {"dense": load_model(source.model_dir, device)}
         models |= {name: with_experts(source, method.weights, device) for name, method in methods.items()}

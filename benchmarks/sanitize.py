@@ -12,6 +12,7 @@ from globe_kernels.functional import moe_ffn, moe_ffn_cached
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import moe_ffn_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close
@@ -56,6 +57,14 @@ def run(device: str, dtype: torch.dtype) -> None:
             case = (inputs.hidden, inputs.index, inputs.weights)
             out = moe_ffn_cached(*case, cached, cache.state, 0, "tanh", "silu")
             assert_close(out, moe_ffn(*case, composed, "silu"), rms=2e-2, peak=5e-2)
+    case, gradient = (index, value, bank.float()), torch.randn(9, RANK, 176, device=device)
+    results = []
+    for op in (mixture, mixture_ref):
+        found, backward = op(*case)
+        bank_gradient = torch.zeros_like(case[2])
+        results.append((found, backward(gradient, bank_gradient), bank_gradient))
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, rms=1e-5, peak=1e-5)
 
 
 def without_sentinels(inputs):

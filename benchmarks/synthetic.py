@@ -4,7 +4,8 @@
 
 A_i (P, R) and N_i (P, D) are Gaussian, drawn anew at each reading from a seed of their own; B_j are the atoms of one
 planted bank, held in bf16 while its family is read; alpha_i has `support` Gaussian codes. A_i and alpha_i are scaled so
-that the structured part has entries of RMS 1: NOISE^2 / (1 + NOISE^2) of the energy is not of the planted form.
+that the structured part has entries of RMS 1: NOISE^2 / (1 + NOISE^2) of the energy is not of the planted form. The
+experts are rounded to bf16, as in a checkpoint.
 """
 
 import torch
@@ -33,12 +34,17 @@ class SyntheticSource(ExpertSource):
         self._family = ""  # that the bank is of
 
     def read(
-        self, layer: ExpertLayer, family: str, experts: range | None = None, columns: slice | None = None
+        self,
+        layer: ExpertLayer,
+        family: str,
+        experts: range | None = None,
+        columns: slice | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         experts = range(layer.num_experts) if experts is None else experts
         inner, width = self.base.intermediate_size, self.base.hidden_size
         bank, rank = self._bank_of(family), self._bank.shape[1]
-        out = torch.empty(len(experts), inner, width, device=self._device)
+        made = torch.empty(len(experts), inner, width, device=self._device)
         for place, expert in enumerate(experts):
             seed = (layer.layer * layer.num_experts + expert) * len(FAMILIES) + FAMILIES.index(family)
             generator = torch.Generator(self._device).manual_seed(1 + seed)
@@ -47,8 +53,12 @@ class SyntheticSource(ExpertSource):
             adapter = torch.randn(inner, rank, generator=generator, device=self._device) / rank**0.5
             mixture = (codes @ bank[own].float().flatten(1)).view(rank, width)
             noise = torch.randn(inner, width, generator=generator, device=self._device)
-            out[place] = adapter @ mixture + NOISE * noise
-        return out if columns is None else out[..., columns].contiguous()
+            made[place] = (adapter @ mixture + NOISE * noise).bfloat16()
+        made = made if columns is None else made[..., columns].contiguous()
+        return made if out is None else out.copy_(made)
+
+    def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
+        return torch.bfloat16
 
     def _bank_of(self, family: str) -> torch.Tensor:
         if family != self._family:

@@ -41,7 +41,7 @@ from globe_fit.dictionary import (
     project,
 )
 from globe_fit.objective import Block, FamilyWeights
-from globe_fit.state import BankState
+from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_fit.warm_start import allowed_atoms
 from globe_kernels.checkpoint import GlobeConfig
@@ -74,7 +74,7 @@ class Alternating:
             self._allowed = fix_support(self.state, self._allowed, self._sizes)
             self._fixed = True
         try:
-            error = eliminated_error(self._weights, self.state, RIDGE)
+            error = eliminated_error(self._weights, self.state, code_index(self.state.codes != 0), RIDGE)
         except SingularBasisError:
             return math.nan
         support = self.state.codes != 0
@@ -159,7 +159,8 @@ class Alternating:
         for _ in range(self._config.entmax.steps):
             codes = self._soft_codes()
             leaf = codes.detach().requires_grad_()
-            eliminated_error(self._weights, BankState(self.state.bank, leaf, self.state.phi), RIDGE)
+            state = BankState(self.state.bank, leaf, self.state.phi)
+            eliminated_error(self._weights, state, code_index(leaf != 0), RIDGE)
             assert leaf.grad is not None
             self._adam.zero_grad(set_to_none=True)
             codes.backward(leaf.grad + self._config.coding.l1 / len(codes))

@@ -42,6 +42,7 @@ from globe_fit.tables import (
 )
 from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file, require_room
 from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
@@ -169,11 +170,18 @@ def fit_command(
     if dry_run or limit is not None:
         target = resolve_device(settings.device)
         run = None if calibrate_on is None else plan_run(source, target, limit, writes=calibrate_on == SELF)
-        needs = estimate(sizes, ranks.world, run)
-        if limit is not None and needs.peak_bytes > limit:
+        needs = estimate(
+            sizes,
+            ranks.world,
+            calibrated=run is not None,
+            run_bytes=0 if run is None else run.peak_bytes,
+            device=target,
+            stored_bytes=source.stored_bytes(FAMILIES[0]),
+        )
+        if limit is not None and needs.least_bytes > limit:
             raise RequestError(
-                f"The fit needs {needs.peak_bytes / 2**30:.2f} GiB{per_rank(needs.ranks)} at its peak and the limit is "
-                f"{memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
+                f"The fit needs {needs.least_bytes / 2**30:.2f} GiB{per_rank(needs.ranks)} at its peak and the limit "
+                f"is {memory_limit:g}; give a smaller ratio, fewer atoms or a smaller rank."
             )
         if dry_run:
             figures = {

@@ -21,6 +21,18 @@ def layer_palettes(weight: torch.Tensor, base: BaseModel, palette: int) -> torch
     return kept.repeat_interleave(torch.tensor(counts, device=weight.device), dim=0)
 
 
+def candidate_atoms(state: BankState, allowed: torch.Tensor, sizes: GlobeConfig, count: int) -> torch.Tensor:
+    """(n, M) bool: of the allowed atoms those that an expert sees before its support is fixed, `count` by its codes.
+
+    The codes at the start of a fit are one on the atom of the own group and noise elsewhere: these are that atom and
+    others at random. With a palette the experts of a layer see the same, so that they can agree on one.
+    """
+    weight = state.codes.detach().abs() * allowed
+    if sizes.palette is not None:
+        return allowed & layer_palettes(weight, sizes.base, max(count, sizes.palette))
+    return allowed & largest_support(weight, max(count, sizes.support))
+
+
 @torch.no_grad()
 def fix_support(state: BankState, allowed: torch.Tensor, sizes: GlobeConfig, ranks: Ranks = ALONE) -> torch.Tensor:
     """(n, M) bool: of the allowed atoms those of largest |alpha_ij| ||B_j||, as many as an expert may keep and within

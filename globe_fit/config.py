@@ -31,9 +31,11 @@ class VarProConfig:
     betas: tuple[float, float] = (0.8, 0.95)
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
     support_at: float = 0.02  # share of the steps after which the support is fixed
+    candidates: int = 64  # atoms that an expert chooses its support from; with a palette, a layer its palette
 
     def __post_init__(self):
         _require("steps", self.steps, int, 0)
+        _require("candidates", self.candidates, int, 1)
         _require("lr", self.lr, float, 0)
         _require("code_lr_scale", self.code_lr_scale, float, 0)
         _require("warmup_steps", self.warmup_steps, int, 0)

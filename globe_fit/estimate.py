@@ -1,31 +1,32 @@
 """What a fit will take, before it runs: bytes at its peak and seconds, by the sizes and by timing one block."""
 
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.codes import largest_support
+from globe_fit.codes import candidate_atoms, largest_support
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.objective import FamilyWeights, Statistics, block_experts
 from globe_fit.source import ExpertSource
-from globe_fit.state import BankState
+from globe_fit.state import BankState, code_index
 from globe_fit.varpro import backward_block
+from globe_fit.warm_start import allowed_atoms
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.families import FAMILIES
-
-if TYPE_CHECKING:
-    from globe_fit.offload import RunPlan  # imports transformers, which takes seconds
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines
 # What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to
 # the bank's, two of Adam and the best state; a step holds two blocks of weights, what the adapters make of one, the
 # residual, its square and its gradient, and of the bases mixture, gradient and product with the weights.
 _BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
+_BANKS_OF_KERNELS = 5  # which add to the gradient in place
 # A calibrated fit holds C and L of every layer in fp32, and a block and its bases in the metric too.
 _MATRICES, _BLOCKS_IN_METRIC, _BASES_IN_METRIC = 2, 1, 2
+# Of the memory of a GPU: the experts of a family stay there where they and the fit take less. The rest is for the
+# context, the workspaces of libraries and what the allocator cannot join.
+_GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -38,16 +39,36 @@ class Estimate:
     ranks: int = 1
     calibration_bytes: int = 0  # likewise, of a calibrated fit
     run_bytes: int = 0  # of the run of the dense model before it
+    kept_bytes: int = 0  # on a GPU: the experts of a family as they are stored, where there is room
 
     @property
     def peak_bytes(self) -> int:
         """On the device and in host memory together: on a CPU, what the process grows by."""
-        return max(self.solver_bytes + self.block_bytes + self.factor_bytes + self.calibration_bytes, self.run_bytes)
+        return max(self.device_bytes + self.factor_bytes, self.run_bytes)
+
+    @property
+    def least_bytes(self) -> int:
+        """The same where nothing is kept."""
+        return max(self.device_bytes - self.kept_bytes + self.factor_bytes, self.run_bytes)
+
+    @property
+    def device_bytes(self) -> int:
+        """On the device of the fit."""
+        return self.solver_bytes + self.block_bytes + self.calibration_bytes + self.kept_bytes
 
 
-def estimate(sizes: GlobeConfig, ranks: int = 1, run: "RunPlan | None" = None) -> Estimate:
-    """By the sizes alone: nothing is read and nothing allocated. `run` is that of a calibrated fit."""
-    base = sizes.base
+def estimate(
+    sizes: GlobeConfig,
+    ranks: int = 1,
+    *,
+    calibrated: bool = False,
+    run_bytes: int = 0,
+    device: str = "cpu",
+    stored_bytes: int = 0,
+) -> Estimate:
+    """By the sizes alone: nothing is read and nothing allocated. `run_bytes` is what the run of the dense model before
+    a calibrated fit takes, `stored_bytes` what the experts of one family take on disk."""
+    base, on_gpu = sizes.base, torch.device(device).type == "cuda"
     columns = -(-base.hidden_size // ranks)  # of the rank that has most
     bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
     codes = base.total_experts * sizes.num_atoms * 4
@@ -57,39 +78,57 @@ def estimate(sizes: GlobeConfig, ranks: int = 1, run: "RunPlan | None" = None) -
     adapters = base.total_experts * base.intermediate_size * sizes.rank * sizes.torch_dtype.itemsize
     calibration = _MATRICES * len(base.num_experts) * base.hidden_size**2 * 4
     in_metric = _BLOCKS_IN_METRIC * weights + _BASES_IN_METRIC * bases
-    return Estimate(
-        solver_bytes=_BANKS * bank * columns // base.hidden_size + _CODES * codes,
-        block_bytes=_BLOCKS * weights + _BASES * bases + (0 if run is None else in_metric),
+    banks = _BANKS_OF_KERNELS if on_gpu else _BANKS
+    needs = Estimate(
+        solver_bytes=banks * bank * columns // base.hidden_size + _CODES * codes,
+        block_bytes=_BLOCKS * weights + _BASES * bases + (in_metric if calibrated else 0),
         factor_bytes=bank // 4 * sizes.torch_dtype.itemsize + adapters,
         ranks=ranks,
-        calibration_bytes=0 if run is None else calibration,
-        run_bytes=0 if run is None else run.peak_bytes,
+        calibration_bytes=calibration if calibrated else 0,
+        run_bytes=run_bytes,
     )
+    kept = replace(needs, kept_bytes=stored_bytes * columns // base.hidden_size)
+    return kept if on_gpu and kept.device_bytes <= _GPU_SHARE * _memory_of(device) else needs
+
+
+def _memory_of(device: str) -> int:
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
     """Reads one block of experts and takes its step, while the support is free and when it is fixed; holds a bank and
-    its gradient meanwhile."""
+    its gradient meanwhile. Where a fit keeps the experts on the device, reading does not count."""
     device = resolve_device(config.device)
     weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks)
     columns = weights.columns.stop - weights.columns.start
     bank = torch.randn(*sizes.bank_shape()[:2], columns, device=device, requires_grad=True)
-    free = torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device)
-    fixed = free * largest_support(free, sizes.support)
-    _seconds_per_pass(weights, BankState(bank, free, sizes.phi), config)  # reads from the disk and warms up
-    while_free, when_fixed = (
-        _seconds_per_pass(weights, BankState(bank, codes.requires_grad_(), sizes.phi), config)
-        for codes in (free, fixed)
-    )
+    drawn = BankState(bank, torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device), sizes.phi)
+    allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(device)
+    free = candidate_atoms(drawn, allowed, sizes, config.varpro.candidates)
+    fixed = free & largest_support(drawn.codes.abs() * free, sizes.support)
+    stored = source.stored_bytes(FAMILIES[0]) if device != "cpu" else 0
+    reads = not estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes
+    _seconds_per_pass(weights, drawn, fixed, config, reads)  # reads from the disk and warms up
+    while_free, when_fixed = (_seconds_per_pass(weights, drawn, used, config, reads) for used in (free, fixed))
     per_step = while_free + (1 - config.varpro.support_at) * (when_fixed - while_free)
     return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_step
 
 
-def _seconds_per_pass(weights: FamilyWeights, state: BankState, config: FitConfig) -> float:
-    """Of a pass for the gradient, judged by its first block."""
+def _seconds_per_pass(
+    weights: FamilyWeights, drawn: BankState, used: torch.Tensor, config: FitConfig, reads: bool
+) -> float:
+    """Of a pass for the gradient with the codes at `used` (n, M), judged by its first block."""
+    state, index = BankState(drawn.bank, (drawn.codes * used).requires_grad_(), drawn.phi), code_index(used)
     began = time.perf_counter()
     block = next(weights.normalised())
-    backward_block(weights, block, state, config.varpro.ridge)
-    if weights.device != "cpu":
-        torch.cuda.synchronize(weights.device)
+    if not reads:
+        _wait(weights.device)
+        began = time.perf_counter()
+    backward_block(weights, block, state, index, config.varpro.ridge)
+    _wait(weights.device)
     return (time.perf_counter() - began) * weights.source.base.total_experts / len(block.experts)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)

@@ -14,7 +14,7 @@ enters the norm. The best A_i for a basis is the same with and without the weigh
 Of several ranks (globe_fit.distributed) each sees its own columns of every W_i.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ import torch
 
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.source import ExpertLayer, ExpertSource
+from globe_fit.upload import Upload
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class FamilyWeights:
     metric: Metric | None = None  # of a calibrated fit
     normalised_energy: float = 1.0  # sum of squares of the normalised weights, in the metric
     ranks: Ranks = ALONE
+    kept: list[Block] | None = None  # on a GPU: a list that the first whole pass fills with the experts as stored
 
     @classmethod
     def measure(
@@ -95,7 +97,8 @@ class FamilyWeights:
         """
         total, energy = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0)
         count = source.base.total_experts * source.base.intermediate_size * source.base.hidden_size
-        for block in _blocks(source, family, ranks):
+        unmeasured = cls(source, family, device, Statistics(0.0, 1.0, {}), ranks=ranks)
+        for block in unmeasured.raw():
             source.require_finite(block.layer, family, block.experts, block.weights)
             total += block.weights.sum(dtype=torch.float64).item()
             # per expert: an fp64 copy of one, not of the block
@@ -133,18 +136,51 @@ class FamilyWeights:
         """All experts as they are stored, in the columns of this rank; or only those at the places `whole` among all n,
         in all columns."""
         # map, not a loop: a loop variable would keep a block alive while the next one is waited for
-        return map(self._to_device, _read_ahead(_blocks(self.source, self.family, self.ranks, whole)))
+        if torch.device(self.device).type == "cpu":
+            return _read_ahead(self._blocks(self.source.read, whole))
+        if whole is None and self.kept:
+            return map(_in_float32, iter(self.kept))
+        upload = Upload(self.source, self.device)
+        coming = _read_ahead(self._blocks(upload.read, whole))
+        stored = map(lambda block: replace(block, weights=upload.arrived(block.weights)), coming)
+        return map(_in_float32, stored if whole is not None or self.kept is None else _keeping(stored, self.kept))
 
     def normalised(self, whole: slice | None = None) -> Iterator[Block]:
         """The same with mean 0 and standard deviation 1 over the family."""
         return map(self._normalise, self.raw(whole))
 
-    def _to_device(self, block: Block) -> Block:
-        return replace(block, weights=block.weights.to(self.device))
-
     def _normalise(self, block: Block) -> Block:
         block.weights.sub_(self.statistics.mean).div_(self.statistics.scale)
         return block
+
+    def _blocks(self, read: Callable[..., torch.Tensor], whole: slice | None) -> Iterator[Block]:
+        """The blocks of a pass, by `read` in the arguments of that of a source."""
+        base = self.source.base
+        columns = self.columns if whole is None else slice(0, base.hidden_size)
+        places = slice(0, base.total_experts) if whole is None else whole
+        for layer, inside in self.source.blocks:
+            size = block_experts(layer.num_experts, base.intermediate_size, base.hidden_size)
+            if whole is not None:
+                size = max(1, size // self.ranks.world)  # in the bytes of a block of columns
+            start, stop = max(inside.start, places.start), min(inside.stop, places.stop)
+            for first in range(start, stop, size):
+                own = slice(first, min(first + size, stop))
+                experts = range(own.start - inside.start, own.stop - inside.start)
+                yield Block(layer, experts, own, read(layer, self.family, experts, columns))
+
+
+def _in_float32(block: Block) -> Block:
+    """A copy in any case: a pass writes to its blocks."""
+    return replace(block, weights=block.weights.to(torch.float32, copy=True))
+
+
+def _keeping(blocks: Iterator[Block], kept: list[Block]) -> Iterator[Block]:
+    """The same blocks, which are in `kept` once all have passed."""
+    passed = []
+    for block in blocks:
+        passed.append(block)
+        yield block
+    kept += passed
 
 
 def block_experts(num_experts: int, inner: int, width: int) -> int:
@@ -162,18 +198,3 @@ def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
             coming = reader.submit(next, blocks, None)
             yield block
             del block  # before the next one is waited for
-
-
-def _blocks(source: ExpertSource, family: str, ranks: Ranks, whole: slice | None = None) -> Iterator[Block]:
-    width = source.base.hidden_size
-    columns = ranks.part(width) if whole is None else slice(0, width)
-    places = slice(0, source.base.total_experts) if whole is None else whole
-    for layer, inside in source.blocks:
-        size = block_experts(layer.num_experts, source.base.intermediate_size, width)
-        if whole is not None:
-            size = max(1, size // ranks.world)  # in the bytes of a block of columns
-        start, stop = max(inside.start, places.start), min(inside.stop, places.stop)
-        for first in range(start, stop, size):
-            own = slice(first, min(first + size, stop))
-            experts = range(own.start - inside.start, own.stop - inside.start)
-            yield Block(layer, experts, own, source.read(layer, family, experts, columns))

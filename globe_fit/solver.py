@@ -18,6 +18,7 @@ from globe_fit.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.diagnostics import dense_codes, measure, run_time, support_overlap
 from globe_fit.distributed import ALONE, Ranks
+from globe_fit.estimate import estimate
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.finish import finish
 from globe_fit.metrics import check_names
@@ -64,8 +65,8 @@ def fit(
     `calibration` the error is measured on what the experts compute for the inputs of its text. Deterministic: one seed
     gives one result on one machine. With `ranks` (from globe_fit.distributed) this process is one of several that fit
     together, each with some columns of the weights and of the bank; the result is the first rank's. Memory: six times
-    the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), the factors, and
-    one block of experts.
+    the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), on a GPU five, the
+    factors, and one block of experts, or all those of a family, as they are stored, where a GPU has room for them.
     Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
     """
     config = replace(config, device=resolve_device(config.device))
@@ -160,7 +161,11 @@ def _fit_family(
     snapshots: Snapshots | None,
 ) -> _FamilyFit:
     """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
-    family = weights.family
+    family, ranks = weights.family, weights.ranks
+    if torch.device(config.device).type == "cuda":
+        calibrated, stored = weights.metric is not None, weights.source.stored_bytes(family)
+        needs = estimate(sizes, ranks.world, calibrated=calibrated, device=config.device, stored_bytes=stored)
+        weights = replace(weights, kept=[] if needs.kept_bytes else None)
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)

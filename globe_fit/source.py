@@ -21,7 +21,7 @@ from globe_kernels.files import read_json
 _CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_READABLE = ("BF16", "F16", "F32")
+_READABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
 
 
@@ -286,19 +286,36 @@ class ExpertSource:
         )
 
     def read(
-        self, layer: ExpertLayer, family: str, experts: range | None = None, columns: slice | None = None
+        self,
+        layer: ExpertLayer,
+        family: str,
+        experts: range | None = None,
+        columns: slice | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(E, P, D) float32: the given experts and columns of one layer and family, by default all; others are not
-        read."""
+        """(E, P, D), in `out` or in float32: the given experts and columns of one layer and family, by default all;
+        others are not read."""
         experts = range(layer.num_experts) if experts is None else experts
         columns = slice(0, self.base.hidden_size) if columns is None else columns
-        out = torch.empty(len(experts), self.base.intermediate_size, columns.stop - columns.start)
+        if out is None:
+            out = torch.empty(len(experts), self.base.intermediate_size, columns.stop - columns.start)
         for place, matrix in enumerate(self._matrices(layer, family, experts, columns)):
             out[place] = matrix
         return out
 
+    def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
+        """That of the experts of one layer and family on disk; float32 where they differ."""
+        keys = layer.keys.get(family) or layer.keys["gate_up"]
+        found = {self.files.view(key).get_dtype() for key in keys}
+        return _READABLE[found.pop()] if len(found) == 1 else torch.float32
+
+    def stored_bytes(self, family: str) -> int:
+        """Of all experts of one family, as they are on disk."""
+        per_value = sum(layer.num_experts * self.stored_dtype(layer, family).itemsize for layer in self.layers)
+        return per_value * self.base.intermediate_size * self.base.hidden_size
+
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
-        """Raises GlobeError naming the expert when one of `weights`, as `read` returned them, is NaN or infinite."""
+        """Raises GlobeError naming the expert when one of `weights`, those of `experts`, is NaN or infinite."""
         # one reduction: a NaN or an infinity anywhere makes the sum of magnitudes non-finite
         if torch.isfinite(weights.abs().sum()):
             return

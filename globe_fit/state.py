@@ -1,5 +1,6 @@
 """What every solver improves, and how the fit drives one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -7,6 +8,7 @@ import torch
 
 from globe_fit.distributed import ALONE, Ranks
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
+from globe_kernels.ops.mixture import mixture
 
 
 @dataclass
@@ -18,33 +20,25 @@ class BankState:
     codes: torch.Tensor
     phi: str
 
-    def bases(self) -> torch.Tensor:
-        """(n, R, D) composed bases of all experts."""
-        return PHI_FUNCTIONS[self.phi](self.codes @ self.bank.flatten(1)).view(-1, *self.bank.shape[1:])
-
     def basis(self, places: slice) -> torch.Tensor:
         """(E, R, D) composed bases of the experts at `places`, without gradients."""
-        return self.part(places)[0].bases()
+        index = code_index(self.codes.detach()[places] != 0)
+        return PHI_FUNCTIONS[self.phi](self.mixture(places, index)[0])
 
-    def part(self, places: slice) -> tuple["BankState", torch.Tensor]:
-        """The experts at `places` and the atoms that they use, detached; and which of all atoms these are.
+    def mixture(self, places: slice, index: torch.Tensor) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
+        """(E, R, D) what phi is applied to for the experts at `places`, whose codes are zero but at `index` (E, C); and
+        what adds to the gradients of the tensors here that require one, given that of the mixture."""
+        # detached: no gradient runs but by the function that is returned
+        value = self.codes.detach()[places].gather(1, index.long())
+        found, backward = mixture(index, value, self.bank.detach())
 
-        Codes of zero are left out with their atoms, so that neither work nor traffic grows with atoms that a block of
-        experts has nothing to do with. Where more than half are used it is all of them, without a copy.
-        """
-        bank, codes = self.bank.detach(), self.codes.detach()[places]
-        atoms = (codes != 0).any(0).nonzero().flatten()
-        if 2 * len(atoms) > len(bank):
-            return BankState(bank, codes, self.phi), torch.arange(len(bank), device=bank.device)
-        return BankState(bank[atoms], codes[:, atoms], self.phi), atoms
+        @torch.no_grad()
+        def add_gradients(gradient: torch.Tensor) -> None:
+            value_gradient = backward(gradient, _gradient(self.bank) if self.bank.requires_grad else None)
+            if self.codes.requires_grad:
+                _gradient(self.codes)[places].scatter_add_(1, index.long(), value_gradient)
 
-    @torch.no_grad()
-    def add_gradients(self, places: slice, atoms: torch.Tensor, part: "BankState") -> None:
-        """Add the gradients of a `part` to those of the tensors here."""
-        if part.bank.grad is not None:
-            _gradient(self.bank).index_add_(0, atoms, part.bank.grad)
-        if part.codes.grad is not None:
-            _gradient(self.codes)[places].index_add_(1, atoms, part.codes.grad)
+        return found, add_gradients
 
     def atom_norms(self, ranks: Ranks = ALONE) -> torch.Tensor:
         """(M,) Frobenius norms of the atoms."""
@@ -61,6 +55,12 @@ class BankState:
         """Take over the values of `other`."""
         self.bank.copy_(other.bank)
         self.codes.copy_(other.codes)
+
+
+def code_index(used: torch.Tensor) -> torch.Tensor:
+    """(n, C) int32: the atoms of `used` (n, M), ascending; C is the most of one expert, and others fill its places."""
+    width = int(used.sum(1).max())
+    return torch.argsort(~used, dim=1, stable=True)[:, :width].int()
 
 
 def _gradient(tensor: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ def print_estimate(figures: dict) -> None:
         f"{megabytes(figures['solver_bytes'])}, a block of experts {megabytes(figures['block_bytes'])}, factors "
         f"{megabytes(figures['factor_bytes'])}"
         + (f", metric {megabytes(figures['calibration_bytes'])}" if figures["calibration_bytes"] else "")
+        + (f", all experts of a family {megabytes(figures['kept_bytes'])}" if figures["kept_bytes"] else "")
         + f"); about {figures['seconds']:.0f} s"
     )
     if figures["run_bytes"]:

@@ -10,28 +10,33 @@ state and one block of weights.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from globe_fit.adapters import SingularBasisError, solve_adapters
-from globe_fit.codes import fix_support
+from globe_fit.codes import candidate_atoms, fix_support
 from globe_fit.config import VarProConfig
 from globe_fit.objective import Block, FamilyWeights
-from globe_fit.state import BankState
+from globe_fit.state import BankState, code_index
 from globe_fit.warm_start import allowed_atoms
 from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 
 class VarPro:
-    """The solver, from `state` on, which it changes in place. From the step at which the support is fixed on, no expert
-    has more than its support and no layer more than its palette."""
+    """The solver, from `state` on, which it changes in place: first to the candidates of each expert. From the step at
+    which the support is fixed on, no expert has more than its support and no layer more than its palette."""
 
     def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: VarProConfig):
         self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
         self.extras: dict[str, float] = {}
         self.finished = False
         bank, codes = state.bank.requires_grad_(), state.codes.requires_grad_()
-        self._allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(codes.device)
+        allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(codes.device)
+        self._allow(candidate_atoms(state, allowed, sizes, config.candidates))
+        codes.data.mul_(self._allowed)
         square = bank.detach().square().mean().sqrt().item() ** 2
         rms = weights.ranks.sums(square * (bank.shape[2] / sizes.base.hidden_size))[0] ** 0.5
         self._rates = (config.lr * rms, config.lr * config.code_lr_scale)
@@ -39,13 +44,16 @@ class VarPro:
         self._adam = torch.optim.Adam([{"params": [bank]}, {"params": [codes]}], betas=config.betas, fused=True)
         self._step, self._fixed = 0, False
 
+    def _allow(self, allowed: torch.Tensor) -> None:
+        self._allowed, self._index = allowed, code_index(allowed)
+
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._allowed = fix_support(self.state, self._allowed, self._sizes, self._weights.ranks)
+            self._allow(fix_support(self.state, self._allowed, self._sizes, self._weights.ranks))
             self._fixed = True
         self._adam.zero_grad(set_to_none=True)
         try:
-            return eliminated_error(self._weights, self.state, self._config.ridge)
+            return eliminated_error(self._weights, self.state, self._index, self._config.ridge)
         except SingularBasisError:
             return math.nan
 
@@ -73,7 +81,7 @@ class VarPro:
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
         self.state.bank.copy_(tensors["bank"])
         self.state.codes.copy_(tensors["codes"])
-        self._allowed.copy_(tensors["allowed"])
+        self._allow(tensors["allowed"].to(self._allowed.device))
         self._step, self._fixed = int(tensors["counters"][0]), bool(tensors["counters"][1])
         first, second = tensors["rates"].tolist()
         self._rates = (first, second)
@@ -86,35 +94,55 @@ class VarPro:
             }
 
 
-def eliminated_error(weights: FamilyWeights, state: BankState, ridge: float) -> float:
+def eliminated_error(weights: FamilyWeights, state: BankState, index: torch.Tensor, ridge: float) -> float:
     """The relative error; block by block, its gradient is added to the parts of the state that require one.
 
-    Of several ranks each adds the gradient of its own columns of the bank; that of the codes is summed over them.
+    The codes are zero but at `index` (n, C), and have no gradient elsewhere. Of several ranks each adds the gradient of
+    its own columns of the bank; that of the codes is summed over them.
     """
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=weights.device)
     for block in weights.normalised():
-        total += backward_block(weights, block, state, ridge)
+        total += backward_block(weights, block, state, index, ridge)
         del block  # before the next block is read
     if state.codes.grad is not None:
         weights.ranks.all_sum(state.codes.grad)
-    return weights.ranks.sums(total)[0]
+    return weights.ranks.sums(total.item())[0]
 
 
-def backward_block(weights: FamilyWeights, block: Block, state: BankState, ridge: float) -> float:
+def backward_block(
+    weights: FamilyWeights, block: Block, state: BankState, index: torch.Tensor, ridge: float
+) -> torch.Tensor:
     """Add the gradients of what one block, in the columns of this rank, adds to the relative error, where the state
-    requires some; returns it. Codes of zero get none."""
-    part, atoms = state.part(block.places)
-    part.bank.requires_grad_(state.bank.requires_grad)
-    part.codes.requires_grad_(state.codes.requires_grad)
-    basis = weights.in_metric(block, part.bases())
+    requires some; returns it."""
+    mixture, add_gradients = state.mixture(block.places, index[block.places])
+    mixture.requires_grad_(state.bank.requires_grad or state.codes.requires_grad)
+    basis = weights.in_metric(block, PHI_FUNCTIONS[state.phi](mixture))
     target = weights.weighted(block, block.weights)
     with torch.no_grad():
         adapters = solve_adapters(target, basis, ridge, weights.ranks)
-    loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
-    if loss.requires_grad:
-        loss.backward()
-        state.add_gradients(block.places, atoms, part)
-    return loss.item()
+    with _quick_products(basis.device):
+        loss = (target - adapters @ basis).square().sum() / weights.normalised_energy
+        if loss.requires_grad:
+            loss.backward()
+    if mixture.grad is not None:
+        add_gradients(mixture.grad)
+    return loss.detach()
+
+
+@contextmanager
+def _quick_products(device: torch.device) -> Iterator[None]:
+    """Inside, matrix products on a GPU may round their factors to TF32, ten bits of mantissa, and sum in fp32.
+
+    For A_i Bhat_i and A_i^T times the residual: they only say where the solve, which is fp32 with its Gram matrices,
+    has led to, to a relative 1e-3 of the residual.
+    """
+    before = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _schedule(step: int, config: VarProConfig) -> float:

@@ -5,11 +5,13 @@ import torch
 
 from globe_fit.config import VarProConfig
 from globe_fit.objective import FamilyWeights
-from globe_fit.state import BankState
+from globe_fit.state import BankState, code_index
 from globe_fit.varpro import VarPro, eliminated_error
-from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes
+from globe_fit.warm_start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
 from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.ops import mixture
 from globe_kernels.testing import assert_close
+from tests.kernels.cases import needs_kernels
 
 
 def start_of(source, atoms: int = 4, rank: int = 3, phi: str = "identity", scope: str = "global") -> BankState:
@@ -45,7 +47,7 @@ def test_the_gradient_is_that_of_the_eliminated_objective(noise, phi):
     weights = FamilyWeights.measure(noise, "gate", "cpu")
     start = start_of(noise, phi=phi)
     state = BankState(start.bank.requires_grad_(), start.codes.requires_grad_(), phi)
-    error = eliminated_error(weights, state, ridge=1e-7)
+    error = eliminated_error(weights, state, code_index(state.codes != 0), ridge=1e-7)
     experts = torch.cat([block.weights for block in weights.normalised()]).double()
 
     def eliminated(bank: torch.Tensor, codes: torch.Tensor) -> float:
@@ -140,11 +142,12 @@ def test_no_layer_uses_more_atoms_than_its_palette(noise):
         assert limited[layer].sum(1).tolist() == [2] * (layer.stop - layer.start)
 
 
+@pytest.mark.parametrize("more", [{"palette": 3}, {"candidates": 3}], ids=["palette", "candidates"])
 @pytest.mark.parametrize("stop", [1, 9, 10, 15], ids=["at first", "before the support", "after it", "late"])
-def test_a_restored_solver_goes_on_bitwise(noise, stop):
-    settings = {"steps": 20, "support_at": 0.5, "palette": 3}
-    _, expected = run(noise, start_of(noise), **settings)
-    solver = solver_of(noise, start_of(noise), **settings)
+def test_a_restored_solver_goes_on_bitwise(noise, stop, more):
+    settings = {"steps": 20, "support_at": 0.5, **more}
+    _, expected = run(noise, start_of(noise, atoms=6), **settings)
+    solver = solver_of(noise, start_of(noise, atoms=6), **settings)
     for _ in range(stop):
         solver.evaluate()
         solver.update()
@@ -155,3 +158,51 @@ def test_a_restored_solver_goes_on_bitwise(noise, stop):
         other.evaluate()
         other.update()
     assert torch.equal(other.state.bank, expected.bank) and torch.equal(other.state.codes, expected.codes)
+
+
+@needs_kernels
+@pytest.mark.parametrize("phi", ["identity", "tanh"])
+def test_the_kernels_take_the_steps_of_the_reference(noise, phi, monkeypatch):
+    """In the interpreter; while the support is free and when it is fixed, with layers of their own atoms."""
+    start = start_of(noise, atoms=5, phi=phi, scope="layer")
+    settings = {"scope": "layer", "steps": 6, "support_at": 0.5}
+    errors, expected = run(noise, start, **settings)
+    monkeypatch.setattr(mixture, "use_triton", lambda _: True)
+    found_errors, found = run(noise, start, **settings)
+    assert found_errors == pytest.approx(errors, rel=1e-5) and errors[-1] < 0.95 * errors[0]
+    assert_close(found.bank, expected.bank, rms=1e-4, peak=1e-4)
+    assert_close(found.codes, expected.codes, rms=1e-4, peak=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_an_expert_begins_with_its_candidates(noise, scope):
+    start = start_of(noise, atoms=9, scope=scope)
+    solver = solver_of(noise, start, scope=scope, steps=20, support_at=0.5, candidates=3)
+    seen = solver.state.codes.detach() != 0
+    assert seen.sum(1).tolist() == [3] * 10 and torch.equal(solver.state.codes[seen], start.codes[seen])
+    assert not (seen & ~allowed_atoms(noise.base, 9, scope)).any()
+    assert seen[torch.arange(10), group_of_experts(noise.base, 9, scope)].all()
+    assert seen.any(0).sum() > 5, "not the same for all"
+    for _ in range(20):
+        solver.evaluate()
+        assert not (solver.state.codes[~seen] != 0).any()
+        solver.update()
+    assert (solver.state.codes != 0).sum(1).tolist() == [2] * 10
+
+
+def test_with_a_palette_the_experts_of_a_layer_have_the_same_candidates(noise):
+    solver = solver_of(noise, start_of(noise, atoms=9), palette=3, steps=20, support_at=0.5, candidates=5)
+    seen = solver.state.codes.detach() != 0
+    for layer in (slice(0, 6), slice(6, 10)):
+        assert seen[layer].all(0).sum() == seen[layer].any(0).sum() == 5
+    for _ in range(20):
+        solver.evaluate()
+        solver.update()
+    used = solver.state.codes != 0
+    assert used.sum(1).tolist() == [2] * 10 and max(int(used[:6].any(0).sum()), int(used[6:].any(0).sum())) <= 3
+
+
+def test_as_many_candidates_as_atoms_change_nothing(noise):
+    start = start_of(noise)
+    default, every = (run(noise, start, steps=20, **more)[1] for more in ({}, {"candidates": 4}))
+    assert torch.equal(default.bank, every.bank) and torch.equal(default.codes, every.codes)

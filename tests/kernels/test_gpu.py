@@ -9,6 +9,7 @@ from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
@@ -342,3 +343,46 @@ def test_a_new_number_of_tokens_compiles_no_kernel_of_the_cache():
     for tokens in (2, 16, 33, 500):
         run_cached(cache, layers, routed("Qwen3-30B-A3B", tokens))
     assert [sum(len(own[0]) for own in kernel.device_caches.values()) for kernel in kernels] == before
+
+
+def mixture_case(atoms: int, experts: int = 16, support: int = 12, rank: int = 768, width: int = 2048):
+    """One block of experts of Qwen3-30B-A3B."""
+    torch.manual_seed(0)
+    index = torch.rand(experts, atoms, device="cuda").topk(support).indices.int()
+    return index, torch.randn(experts, support, device="cuda"), draw(atoms, rank, width, dtype=torch.float32)
+
+
+def test_a_mixture_and_its_gradients_at_real_sizes():
+    index, value, bank = mixture_case(atoms=100)
+    gradient = draw(16, 768, 2048, dtype=torch.float32)
+    found, backward = mixture(index, value, bank)
+    exact, exact_backward = mixture_ref(index, value.double(), bank.double())
+    assert_close(found, exact, rms=1e-6, peak=2e-6)
+    bank_gradient, exact_gradient = torch.zeros_like(bank), torch.zeros_like(bank, dtype=torch.float64)
+    value_gradient = backward(gradient, bank_gradient)
+    assert_close(value_gradient, exact_backward(gradient.double(), exact_gradient), rms=2e-6, peak=4e-6)
+    assert_close(bank_gradient, exact_gradient, rms=1e-6, peak=2e-6)
+    again = torch.zeros_like(bank)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_again = backward(gradient, again)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, bank_gradient) and torch.equal(value_again, value_gradient), "no order of sums varies"
+
+
+def test_a_bank_past_int32():
+    """1536 atoms of 768 x 2048 have 2.4e9 values."""
+    if torch.cuda.mem_get_info()[0] < 25e9:
+        pytest.skip("needs 25 GB of free memory")
+    index, value, bank = mixture_case(atoms=1536, experts=2, support=3)
+    index[:, 0], index[1, 1] = 1535, 1500
+    gradient = draw(2, 768, 2048, dtype=torch.float32)
+    found, backward = mixture(index, value, bank)
+    bank_gradient = torch.zeros_like(bank)
+    value_gradient = backward(gradient, bank_gradient)
+    atoms = bank[index.long()].double()
+    assert_close(found, torch.einsum("ec,ecrd->erd", value.double(), atoms), rms=1e-6, peak=2e-6)
+    assert_close(value_gradient, torch.einsum("erd,ecrd->ec", gradient.double(), atoms), rms=2e-6, peak=4e-6)
+    last = value[0, 0].double() * gradient[0].double() + value[1, 0].double() * gradient[1].double()
+    assert_close(bank_gradient[1535], last, rms=1e-6, peak=2e-6)
