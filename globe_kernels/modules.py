@@ -140,8 +140,8 @@ class GlobeMoEFFN(nn.Module):
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
-        codes = [tensor for code in map(self.code, FAMILIES) for tensor in (code.index, code.value)]
-        return CachedWeights(self.bank.gate, self.bank.up, *codes, *self._kept)
+        gate, up = self.code("gate"), self.code("up")
+        return CachedWeights(self.bank.gate, self.bank.up, gate.index, gate.value, up.index, up.value, *self._kept)
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
@@ -172,9 +172,8 @@ class GlobeMoEFFN(nn.Module):
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             codes = (*self.layer_code("gate"), *self.layer_code("up"))
-            return moe_ffn_bank_first(
-                *routed, BankFirstWeights(bank.gate, bank.up, *codes, *self._kept), self.activation
-            )
+            weights = BankFirstWeights(bank.gate, bank.up, *codes, *self._kept)
+            return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
             cache = bank.cache
             assert cache is not None
