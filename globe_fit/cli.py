@@ -27,7 +27,7 @@ from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots, require_one_rank
 from globe_fit.source import ExpertSource
-from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_lists, write_rows
+from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_cache_bytes, read_lists, write_rows
 from globe_fit.tables import (
     left_dense_note,
     per_rank,
@@ -254,6 +254,9 @@ def sweep_command(
     device: Device = None,
     config: Annotated[Path | None, typer.Option(help="TOML file of the settings of a fit; options win.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text: quality of every point on it.")] = None,
+    s_cache: Annotated[
+        str | None, typer.Option(help="Bytes of a cache, such as 1MB,4MB: what it does on the text, by point.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print points, sizes and time, and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard what OUT holds of these points.")] = False,
     snapshot_minutes: SnapshotMinutes = 5.0,
@@ -262,6 +265,9 @@ def sweep_command(
     """Fit every combination of sizes; the same command goes on after an interruption."""
     lists = read_lists({"ratio": ratio, "rank": rank, "atoms": atoms, "support": support, "palette": palette})
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
+    caches = read_cache_bytes(s_cache)
+    if caches and text is None:
+        raise RequestError("--s-cache says what caches do on a text and there is none; give one with --text.")
     source = ExpertSource(model_dir)
     points = plan(source, settings, lists)
     _say_what_is_left_dense(source.base)
@@ -279,14 +285,14 @@ def sweep_command(
         rows = sweep.run(stage)
         plot = write_rows(rows, out)
         if windows is not None:
-            sweep.measure(rows, windows, stage)
+            rows = sweep.measure(rows, windows, caches, stage)
             write_rows(rows, out)
     if as_json:
         _print_json({"points": rows, "plot": None if plot is None else str(plot)})
     else:
         print_sweep(title, rows)
         print(f"rows in {out / ROWS_NAME}, " + ("no plot without matplotlib" if plot is None else f"plot in {plot}"))
-    if diverged := [row["point"] for row in rows if not row["completed"]]:
+    if diverged := sorted({row["point"] for row in rows if not row["completed"]}):
         raise GlobeError(
             f"{', '.join(diverged)} diverged; the best state before is kept in each, lower the lr and fit them with "
             "--restart."

@@ -11,11 +11,13 @@ from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, tok
 from globe_fit.export import export_globe, save_fit
 from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint
+from globe_kernels.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
+from globe_kernels.memory import workspace
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.replacement import globe_modules
+from globe_kernels.patching import PEAK_TOKENS, resident_bytes
+from globe_kernels.replacement import choices_of, globe_modules
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"
@@ -63,7 +65,7 @@ def _run(out: Path, stage: Stage) -> dict:
     windows = token_windows(model_dir, model_dir / "heldout.txt")
     stage.begin("measure", 1)
     quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
-    if not call_counts().get("moe_ffn_ref"):
+    if not any(name.startswith("moe_ffn") for name in call_counts()):
         raise AssertionError("the GloBE experts never ran")
     texts = {name: continue_text(models[name], model_dir, PROMPT, NEW_TOKENS) for name in ("dense", "globe", "svd")}
     return _figures(result.report, quality, checkpoint, compressed, texts)
@@ -73,15 +75,11 @@ def _figures(
     report: dict, quality: dict[str, Quality], checkpoint: GlobeCheckpoint, model: nn.Module, texts: dict[str, str]
 ) -> dict:
     families = report["families"]
-    resident = sum(tensor.nbytes for tensor in getattr(model, BANK_NAME).parameters())
-    for module in globe_modules(model).values():
-        tensors = dict([*module.named_parameters(), *module.named_buffers()])
-        resident += sum(tensor.nbytes for name, tensor in tensors.items() if name != "down_proj")
-    config = checkpoint.config
-    # while a layer is composed: its two bases before they are joined, and the atoms of one expert as stored and in fp32
-    largest = max(config.base.num_experts.values())
-    one_basis = config.rank * config.base.hidden_size
-    transient = 2 * largest * one_basis * 2 + config.support * one_basis * (2 + 4)
+    modules, config = list(globe_modules(model).values()), checkpoint.config
+    paths, item_size = modules[0].paths, modules[0].down_proj.element_size()
+    resident = resident_bytes(model) - sum(module.down_proj.nbytes for module in modules)
+    palettes = {module.layer: module.palettes for module in modules}
+    beside = workspace(config, paths, PEAK_TOKENS, choices_of(model), item_size, palettes)
     return {
         "relative_error": {family: families[family]["relative_error"] for family in FAMILIES},
         "baseline": {
@@ -95,8 +93,9 @@ def _figures(
             "dense_experts": config.base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
-            "peak": resident + transient,
+            "peak": resident + beside,
         },
+        "paths": list(paths),
         "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
         "continuation": {"prompt": PROMPT, **texts},
     }

@@ -170,6 +170,22 @@ def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor
 
 
 @torch.inference_mode()
+def read_token_by_token(model: Any, window: torch.Tensor) -> float:
+    """Tokens/s of `model` over a window (T,), a step per token; the first quarter warms up and is not timed."""
+    device = next(model.parameters()).device
+    cache, began, untimed = None, 0.0, len(window) // 4
+    for number, token in enumerate(window.to(device).view(-1, 1, 1)):
+        if number == untimed:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            began = time.perf_counter()
+        cache = model(token, past_key_values=cache, use_cache=True).past_key_values
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (len(window) - untimed) / (time.perf_counter() - began)
+
+
+@torch.inference_mode()
 def continue_text(model: Any, model_dir: str | Path, prompt: str, max_new_tokens: int) -> str:
     """The greedy continuation of `prompt`."""
     tokenizer = load_tokenizer(model_dir)

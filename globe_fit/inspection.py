@@ -6,7 +6,10 @@ from globe_fit.diagnostics import dense_codes, effective_rank, sparsity, spectru
 from globe_fit.factors import reconstruct
 from globe_kernels.checkpoint import Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.families import FAMILIES
+from globe_kernels.memory import palettes_of, resident, workspace
+from globe_kernels.strategy import paths_of
 
+_PEAK_ROWS = 4096  # routed rows, tokens times choices: a checkpoint does not know how many experts a token takes
 _SAMPLED_LAYERS = 4
 _SPREAD = ("min", "median", "max")
 
@@ -27,10 +30,23 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
         "phi": config.phi,
         "scope": config.scope,
         "dtype": config.dtype,
-        "bytes": {"dense_experts": config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
+        "bytes": {"dense_experts": config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk}
+        | _bytes_of_running(checkpoint),
         "families": {family: _inspect_family(checkpoint, family) for family in FAMILIES},
         "provenance": config.provenance,
     }
+
+
+def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
+    """By path, of gate and up: what is resident, of the cache without its pool, and that at the peak of a call."""
+    config, palettes = checkpoint.config, palettes_of(checkpoint)
+    item_size = config.torch_dtype.itemsize
+    held, peak = {}, {}
+    for path in paths_of(config.phi):
+        all_of_it = resident(config, (path,), item_size=item_size, palettes=palettes)
+        held[path] = all_of_it.total - all_of_it.down
+        peak[path] = held[path] + workspace(config, (path,), _PEAK_ROWS, 1, item_size, palettes)
+    return {"resident": held, "peak": peak, "peak_rows": _PEAK_ROWS}
 
 
 def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:

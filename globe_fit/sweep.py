@@ -7,7 +7,7 @@ one that is not goes on from its snapshots, so the same sweep after an interrupt
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,19 @@ from torch import nn
 from globe_fit import plots
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.estimate import estimate_seconds
-from globe_fit.evaluate import evaluate, load_model
+from globe_fit.evaluate import evaluate, load_model, read_token_by_token
 from globe_fit.export import save_fit
 from globe_fit.loggers import Loggers, read_stream
 from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
+from globe_kernels import cache_stats, set_strategy
 from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file, require_room
+from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
 
 ROWS_NAME = "sweep.jsonl"
@@ -77,6 +79,11 @@ def read_lists(options: dict[str, str | None]) -> dict[str, list]:
                 f"{name} is {text!r}; expected numbers separated by commas, such as {example}."
             ) from None
     return lists
+
+
+def read_cache_bytes(text: str | None) -> list[int]:
+    """The sizes of a comma-separated list such as 1MB,4MB. Raises RequestError."""
+    return [] if text is None else [parse_bytes(word) for word in text.split(",")]
 
 
 def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
@@ -165,14 +172,23 @@ class Sweep:
             discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]
 
-    def measure(self, rows: list[dict], windows: torch.Tensor, stage: Stage) -> None:
-        """Add to each row the quality of its point on `windows` (globe_fit.evaluate.token_windows)."""
+    def measure(self, rows: list[dict], windows: torch.Tensor, cache_bytes: Sequence[int], stage: Stage) -> list[dict]:
+        """The rows with the quality of their points on `windows` (globe_fit.evaluate.token_windows).
+
+        Of each point also one row for every S_cache of `cache_bytes`: what a cache of that size does while the point
+        reads a window token by token.
+        """
         device = self.points[0].config.device
         dense = load_model(self._source.model_dir, device)
         stage.begin("eval", len(rows))
+        measured = []
         for number, row in enumerate(rows, start=1):
-            row |= self._quality(self._out / row["point"], dense, windows, device)
+            globe = load_model(self._source.model_dir, device)
+            patch(globe, self._out / row["point"])
+            measured.append(row | _quality(dense, globe, windows) | {"S_cache": None})
+            measured += [measured[-1] | _cached(globe, size, windows[0]) for size in cache_bytes]
             stage.advance(number)
+        return measured
 
     def _fit(self, point: Point, stage: Stage, name: str) -> None:
         directory, snapshots = self._out / point.name, self._snapshots(point)
@@ -197,12 +213,18 @@ class Sweep:
             "completed": report["status"]["completed"],
         }
 
-    def _quality(self, directory: Path, dense: nn.Module, windows: torch.Tensor, device: str) -> dict:
-        globe = load_model(self._source.model_dir, device)
-        patch(globe, directory)
-        quality = evaluate({"dense": dense, "globe": globe}, windows)
-        found = {name: getattr(quality["globe"], name) for name in ("perplexity", "kl", "top1")}
-        return found | {"dense_perplexity": quality["dense"].perplexity}
+
+def _quality(dense: nn.Module, globe: nn.Module, windows: torch.Tensor) -> dict:
+    quality = evaluate({"dense": dense, "globe": globe}, windows)
+    found = {name: getattr(quality["globe"], name) for name in ("perplexity", "kl", "top1")}
+    return found | {"dense_perplexity": quality["dense"].perplexity}
+
+
+def _cached(globe: nn.Module, cache_bytes: int, window: torch.Tensor) -> dict:
+    set_strategy(globe, "cached", cache_bytes=cache_bytes)
+    tokens_per_s = read_token_by_token(globe, window)
+    stats = cache_stats(globe)
+    return {"S_cache": cache_bytes, "hit_rate": stats.hit_rate, "slots": stats.slots, "tokens_per_s": tokens_per_s}
 
 
 def write_rows(rows: list[dict], out: Path) -> Path | None:
@@ -210,7 +232,7 @@ def write_rows(rows: list[dict], out: Path) -> Path | None:
     with replacing_file(out / ROWS_NAME) as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:
-        figure = plots.sweep(rows)
+        figure = plots.sweep(list({row["point"]: row for row in rows}.values()))
     except RequestError:
         return None
     with replacing_file(out / PLOT_NAME) as path:

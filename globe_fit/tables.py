@@ -106,6 +106,8 @@ def print_sweep(title: str, rows: list[dict]) -> None:
         header += [f"perplexity ({rows[0]['dense_perplexity']:.3f} dense)", "KL(dense || this)", "top-1 agreement"]
     table = []
     for row in rows:
+        if row.get("S_cache") is not None:
+            continue
         errors = (_pair(row[name], "{:.4f}") for name in ("relative_error", "svd_equal_bytes", "rank_bound"))
         cells = [row["point"] + ("" if row["completed"] else ", diverged"), *_size(row), *errors]
         cells += [_pair(row["largest_palette"], "{}"), f"{row['seconds']:.1f}"]
@@ -113,6 +115,13 @@ def print_sweep(title: str, rows: list[dict]) -> None:
             cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['top1']:.2%}"]
         table.append(cells)
     print_table(title, header, table)
+    if cached := [row for row in rows if row.get("S_cache") is not None]:
+        lines = [
+            [row["point"], megabytes(row["S_cache"]), str(row["slots"]), f"{row['hit_rate']:.1%}"]
+            + [f"{row['tokens_per_s']:.1f}"]
+            for row in cached
+        ]
+        print_table("token by token with a cache", ["", "S_cache", "bases", "hits", "tokens/s"], lines)
 
 
 def print_sweep_estimate(title: str, rows: list[dict]) -> None:
@@ -165,6 +174,11 @@ def print_inspection(figures: dict) -> None:
         print(left_dense_note(figures["shape"], figures["left_dense"]))
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
     print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
+    rows = figures["bytes"]["peak_rows"]
+    for path, size in figures["bytes"]["resident"].items():
+        pool = " and its pool" if path == "cached" else ""
+        peak = megabytes(figures["bytes"]["peak"][path])
+        print(f"  {path}: {megabytes(size)}{pool} resident, {peak} at the peak of a call with {rows} routed rows")
     families = figures["families"]
     spread = ("support", "atom_use")
     rows = [
@@ -210,15 +224,11 @@ def print_demo(figures: dict) -> None:
         ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
         ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
         ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
-        ["gate and up at peak (computed)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
+        ["gate and up at peak (predicted)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
         ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
     ]
     print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
-    if sizes["resident"] > sizes["dense_experts"]:
-        print(
-            "Resident: the strategy `composed` holds every composed basis beside the adapters. At this rank that is "
-            "more than the dense experts; the saving is on disk."
-        )
+    print(f"The GloBE model ran by {' and '.join(figures['paths'])}, as globe_kernels.explain(model, tokens) says.")
     texts = figures["continuation"]
     for name in ("dense", "globe", "svd"):
         print(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")

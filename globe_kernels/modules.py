@@ -171,8 +171,8 @@ class GlobeMoEFFN(nn.Module):
         bank, routed = self.bank, (hidden_states, top_k_index, top_k_weights)
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
-            codes = (*self.layer_code("gate"), *self.layer_code("up"))
-            weights = BankFirstWeights(bank.gate, bank.up, *codes, *self._kept)
+            gate, up = self.layer_code("gate"), self.layer_code("up")
+            weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, *self._kept)
             return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
             cache = bank.cache

@@ -50,6 +50,9 @@ def test_the_whole_way(globe, with_tokenizer, tmp_path):
     inspected = json.loads(stdout)
     assert inspected["families"]["gate"]["relative_error"] == fitted["families"]["gate"]["relative_error"]
     assert inspected["families"]["gate"]["support"] == {"min": 4, "median": 4, "max": 4}
+    sizes = inspected["bytes"]
+    assert sizes["globe_on_disk"] < sizes["resident"]["bank_first"] < sizes["resident"]["composed"]
+    assert all(sizes["peak"][path] > held for path, held in sizes["resident"].items())
     code, stdout, _ = globe("inspect", out)
     assert code == 0 and "dead atoms" in stdout and "error of layer 2" in stdout
 
