@@ -33,7 +33,6 @@ import torch
 from curve import draw, measure_curve
 from ledger import append, conditions
 from measure import captured, device_name, time_side_by_side
-from providers import BATCHED_ROWS
 from report import table
 from shapes import MODELS
 from subjects import Subject, Variant, build, measured_bytes, random, shipped, variants
@@ -269,7 +268,8 @@ def run(subject: Subject, args: argparse.Namespace, dtype: torch.dtype) -> list[
     runners |= {name: Runner(model) for name, model in models.items() if name != DENSE}
 
     def running(tokens: int) -> dict[str, Runner]:
-        left_out = _dense("batched_mm") if tokens * subject.choices > BATCHED_ROWS else None
+        # it copies a matrix for every row
+        left_out = _dense("batched_mm") if tokens * subject.choices > subject.shape["experts"] else None
         return {name: runner for name, runner in runners.items() if name != left_out}
 
     cases = [prefill(running(tokens), subject, tokens) for tokens in args.tokens]
