@@ -82,6 +82,7 @@ class Case:
     tokens: int
     compared: dict[str, Callable[[], torch.Tensor]]
     timed: dict[str, Call]
+    graphs: tuple[str, ...] = ()  # runners whose timed call replays a CUDA graph
 
 
 def prefill(runners: dict[str, Runner], subject: Subject, tokens: int) -> Case:
@@ -94,14 +95,16 @@ def prefill(runners: dict[str, Runner], subject: Subject, tokens: int) -> Case:
 def decode(runners: dict[str, Runner], subject: Subject, batch: int) -> Case:
     context = subject.tokens[: batch * CONTEXT].view(batch, CONTEXT)
     inputs = subject.tokens[-_STEPS * batch :].view(_STEPS, batch, 1)
-    compared, timed = {}, {}
-    for name, runner in runners.items():
-        compared[name], timed[name] = _step(runner, context, inputs)
-    return Case("model_decode", batch, compared, timed)
+    steps = {name: _step(runner, context, inputs) for name, runner in runners.items()}
+    compared = {name: step for name, (step, _, _) in steps.items()}
+    timed = {name: next_step for name, (_, next_step, _) in steps.items()}
+    return Case(
+        "model_decode", batch, compared, timed, tuple(name for name, (*_, is_graph) in steps.items() if is_graph)
+    )
 
 
-def _step(runner: Runner, context: torch.Tensor, inputs: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Call]:
-    """A step on the first of `inputs` (_STEPS, B, 1), and one that takes them in turns, as a graph where it can be."""
+def _step(runner: Runner, context: torch.Tensor, inputs: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Call, bool]:
+    """A step on the first of `inputs` (_STEPS, B, 1), one that takes turns, and whether that is a CUDA graph."""
     cache = StaticCache(runner.model.config, max_cache_len=CONTEXT + 1)
     runner(context, past_key_values=cache, logits_to_keep=1)
     token, turns = inputs[0].clone(), cycle(inputs)
@@ -112,13 +115,14 @@ def _step(runner: Runner, context: torch.Tensor, inputs: torch.Tensor) -> tuple[
             layer.cumulative_length.fill_(CONTEXT)  # pyright: ignore[reportAttributeAccessIssue]
         return runner(token, past_key_values=cache, position_ids=position)
 
-    run = (captured(step) if token.is_cuda else None) or step
+    graph = captured(step) if token.is_cuda else None
+    run = graph or step
 
     def next_step() -> None:
         token.copy_(next(turns))
         run()
 
-    return step, next_step
+    return step, next_step, graph is not None
 
 
 def gate(cases: list[Case], runners: dict[str, Runner]) -> dict[str, float]:
@@ -210,6 +214,7 @@ def time_case(case: Case, runners: dict[str, Runner], repeats: int) -> dict[str,
     for name, timing in times.items():
         if not name.startswith(DENSE):
             found[name] = asdict(timing)
+            found[name]["graph"] = name in case.graphs
         if name in caches and (stats := cache_stats(runners[name].model)).hits + stats.misses:
             found[name] |= {"hit_rate": stats.hit_rate}
     for own in found.values():
@@ -321,7 +326,8 @@ def main() -> None:
     args.batch = args.batch or ([1, 4, 16] if device == "cpu" else [1, 8, 64])
     args.cache_share = args.cache_share or [10, 50, 100]
     torch.manual_seed(0)
-    torch.set_num_threads(1)
+    if device == "cpu":
+        torch.set_num_threads(1)
     disable_progress_bar()
     with TemporaryDirectory() as directory:
         place = Path(directory)

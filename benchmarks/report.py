@@ -124,7 +124,9 @@ def _model_lines(rows: list[dict]) -> list[Line]:
             row,
             {
                 "tokens": str(row["shape"]["tokens"]),
-                "strategy": " ".join(filter(None, (row["provider"], row.get("implementation")))),
+                "strategy": " ".join(
+                    filter(None, (row["provider"], row.get("implementation"), row.get("graph") and "graph"))
+                ),
                 "tokens/s": f"{row['tokens_per_s']:.0f}",
                 "vs dense": f"{row['ratio_to_dense']:.2f}x",
                 "us": f"{row['median_us']:.0f}",

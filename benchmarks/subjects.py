@@ -161,11 +161,16 @@ def _write_random(name: str, layers: int, rank: int, palette: int, directory: Pa
 
 def _reconstructed(name: str, dense: Any, path: Path, tokens: torch.Tensor, is_text: bool) -> Subject:
     checkpoint = GlobeCheckpoint(path)
-    banks = {family: checkpoint.bank(family) for family in FAMILIES}
+    banks = {family: checkpoint.bank(family).to(dense.device) for family in FAMILIES}
+
+    def weights(layer: int, family: str) -> torch.Tensor:
+        factors = checkpoint.layer(layer, family)
+        code = Code(factors.code.index.to(dense.device), factors.code.value.to(dense.device))
+        return reconstruct(LayerFactors(factors.adapter.to(dense.device), code), banks[family], "identity")
+
     for layer, experts_path in architecture_of(dense.config.model_type).live_experts(dense):
         fused = dense.get_submodule(experts_path).gate_up_proj
-        parts = [reconstruct(checkpoint.layer(layer, family), banks[family], "identity") for family in FAMILIES]
-        fused.data.copy_(torch.cat(parts, dim=1))
+        fused.data.copy_(torch.cat([weights(layer, family) for family in FAMILIES], dim=1))
     return Subject(name, dense, path, tokens, is_text)
 
 
