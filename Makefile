@@ -49,6 +49,7 @@ gpu:
 	$(PYTHON) benchmarks/compose.py --ledger
 	$(PYTHON) benchmarks/compose.py --ledger --atoms 1000
 	$(PYTHON) benchmarks/spd.py --ledger
+	$(PYTHON) benchmarks/model.py --ledger --model qwen3-30b-a3b --layers 4 --rank 768 --palette 32
 	$(PYTHON) benchmarks/report.py
 
 # there too: the fastest configurations of this card, into globe_kernels/ops/tables

@@ -14,8 +14,18 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 _TEXTS = ("op", "provider", "model", "device", "commit", "torch", "triton", "date")
 _POSITIVE = ("median_us", "gb_per_s", "tflop_per_s", "copy_gb_per_s", "matmul_tflop_per_s")
-_FIT_POSITIVE = ("seconds", "bytes")  # rows of op "fit" time no kernel
-_FIT_ERRORS = ("gate_error", "up_error")
+_NOT_NEGATIVE = ("relative_error",)
+_MODEL = (
+    ("median_us", "tokens_per_s", "ratio_to_dense", "predicted_us", "resident_bytes", "planned_bytes"),
+    _NOT_NEGATIVE,
+)
+# what is no kernel alone: fields that are positive, and fields that are not negative, by op; their rows have settings
+_OTHER = {
+    "fit": (("seconds", "bytes"), ("gate_error", "up_error")),
+    "model_prefill": _MODEL,
+    "model_decode": _MODEL,
+    "cache_curve": (("median_us", "tokens_per_s", "ratio_to_composed"), ("hit_rate", "warm_hit_rate")),
+}
 # what a run writes itself does not change what the next one measures
 _MEASURED = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README.md")
 
@@ -83,13 +93,15 @@ def _damaged(row: object) -> str:
     if not isinstance(row, dict):
         return "object"
     shape = row.get("shape")
-    is_fit = row.get("op") == "fit"
-    sound = {name: isinstance(row.get(name), str) for name in ((*_TEXTS, "settings") if is_fit else _TEXTS)}
-    sound |= {name: _number(row.get(name)) > 0 for name in (_FIT_POSITIVE if is_fit else _POSITIVE)}
-    sound |= {name: _number(row.get(name)) >= 0 for name in (_FIT_ERRORS if is_fit else ("relative_error",))}
+    op = str(row.get("op"))
+    positive, not_negative = _OTHER.get(op, (_POSITIVE, _NOT_NEGATIVE))
+    sound = {name: isinstance(row.get(name), str) for name in ((*_TEXTS, "settings") if op in _OTHER else _TEXTS)}
+    sound |= {name: _number(row.get(name)) > 0 for name in positive}
+    sound |= {name: _number(row.get(name)) >= 0 for name in not_negative}
     sound["shape"] = isinstance(shape, dict)
-    if isinstance(shape, dict) and str(row.get("op")).startswith("moe_ffn"):
-        sound["shape.tokens"] = _number(shape.get("tokens")) > 0
+    if isinstance(shape, dict):
+        varied = ["tokens"] if op.startswith(("moe_ffn", "model")) else ["share"] if op == "cache_curve" else []
+        sound |= {f"shape.{name}": _number(shape.get(name)) > 0 for name in varied}
     return ", ".join(name for name, is_sound in sound.items() if not is_sound)
 
 

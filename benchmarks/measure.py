@@ -20,27 +20,31 @@ class Timing:
 
 
 def time_side_by_side(
-    functions: Mapping[str, Callable[[], object]], device: str, repeats: int, warmup: int = 3
+    functions: Mapping[str, Callable[[], object]],
+    device: str,
+    repeats: int,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Every function `repeats` times, taking turns, so that a drift of the machine meets all of them.
 
-    On a GPU the L2 cache is overwritten before each call and time is that of device events.
+    On a GPU the L2 cache is overwritten before each call and time is that of device events, on a CPU that of `clock`.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     for number in range(warmup + repeats):
         for name, function in functions.items():
-            took = _time_once(function, flush)
+            took = _time_once(function, flush, clock)
             if number >= warmup:
                 samples[name].append(took)
-    return {name: _summarise(values) for name, values in samples.items()}
+    return {name: summarise(values) for name, values in samples.items()}
 
 
-def _time_once(function: Callable[[], object], flush: torch.Tensor | None) -> float:
+def _time_once(function: Callable[[], object], flush: torch.Tensor | None, clock: Callable[[], float]) -> float:
     if flush is None:
-        began = time.perf_counter()
+        began = clock()
         function()
-        return 1e6 * (time.perf_counter() - began)
+        return 1e6 * (clock() - began)
     flush.zero_()
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -67,7 +71,8 @@ def captured(function: Callable[[], object]) -> Callable[[], object] | None:
     return graph.replay
 
 
-def _summarise(values: list[float]) -> Timing:
+def summarise(values: list[float]) -> Timing:
+    """Of the microseconds of all calls."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])

@@ -42,7 +42,7 @@ def latest(rows: list[dict]) -> list[dict]:
 
 
 def grouped(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each table: all that differ in tokens and provider only."""
+    """The rows of each table: all that differ in tokens, share of a cache and provider only."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row["op"], row["model"], _layer(row)], sort_keys=True), []).append(row)
@@ -54,8 +54,13 @@ def _is_ffn(row: dict) -> bool:
     return row["op"].startswith("moe_ffn")
 
 
+def _on_page_only(row: dict) -> bool:
+    """What README.md has no room for, and whole models where no kernel ran."""
+    return row["op"] in ("fit", "cache_curve") or (row["op"].startswith("model_") and row["device"] == "cpu")
+
+
 def _layer(row: dict) -> dict:
-    return {name: value for name, value in row["shape"].items() if name != "tokens"}
+    return {name: value for name, value in row["shape"].items() if name not in ("tokens", "share")}
 
 
 def _layer_text(row: dict) -> str:
@@ -112,6 +117,49 @@ def _fit_lines(rows: list[dict]) -> list[Line]:
     ]
 
 
+def _model_lines(rows: list[dict]) -> list[Line]:
+    """One line per number of tokens and strategy; predicted is what all layers of experts take."""
+    return [
+        (
+            row,
+            {
+                "tokens": str(row["shape"]["tokens"]),
+                "strategy": " ".join(
+                    filter(None, (row["provider"], row.get("implementation"), row.get("graph") and "graph"))
+                ),
+                "tokens/s": f"{row['tokens_per_s']:.0f}",
+                "vs dense": f"{row['ratio_to_dense']:.2f}x",
+                "us": f"{row['median_us']:.0f}",
+                "experts predicted, us": f"{row['predicted_us']:.0f}",
+                "resident, MB": f"{row['resident_bytes'] / 1e6:.2f}",
+                "planned, MB": f"{row['planned_bytes'] / 1e6:.2f}",
+                "hits": f"{row['hit_rate']:.2f}" if "hit_rate" in row else "-",
+                "error": f"{row['relative_error']:.1e}",
+            },
+        )
+        for row in sorted(rows, key=lambda row: row["shape"]["tokens"])
+    ]
+
+
+def _curve_lines(rows: list[dict]) -> list[Line]:
+    """One line per routing and size of the cache."""
+    return [
+        (
+            row,
+            {
+                "routing": row["provider"],
+                "slots, % of bases": f"{row['shape']['share']:g}",
+                "hits": f"{row['hit_rate']:.3f}",
+                "hits, warmed": f"{row['warm_hit_rate']:.3f}",
+                "us": f"{row['median_us']:.0f}",
+                "tokens/s": f"{row['tokens_per_s']:.0f}",
+                "vs composed": f"{row['ratio_to_composed']:.2f}x",
+            },
+        )
+        for row in rows
+    ]
+
+
 def _other_lines(rows: list[dict]) -> list[Line]:
     """One line per row."""
     return [
@@ -130,11 +178,19 @@ def _other_lines(rows: list[dict]) -> list[Line]:
     ]
 
 
+_LINES = {
+    "fit": _fit_lines,
+    "model_prefill": _model_lines,
+    "model_decode": _model_lines,
+    "cache_curve": _curve_lines,
+}
+
+
 def table(rows: list[dict]) -> list[str]:
     """One table in Markdown, with the conditions of its runs."""
     first = rows[0]
-    is_fit = first["op"] == "fit"
-    lines = _fit_lines(rows) if is_fit else (_ffn_lines(rows) if _is_ffn(first) else []) or _other_lines(rows)
+    own = _LINES.get(first["op"], _ffn_lines if _is_ffn(first) else _other_lines)
+    lines = own(rows) or _other_lines(rows)
     runs = {_run(row): row for row, _ in lines}
     if len(runs) > 1:
         lines = [(row, {**cells, "run": row["date"]}) for row, cells in lines]
@@ -149,7 +205,7 @@ def table(rows: list[dict]) -> list[str]:
             f"{row['device']}, torch {row['torch']}, triton {row['triton']}, commit {row['commit']}, {row['date']}: "
             + (
                 f"{row['settings']}."
-                if is_fit
+                if "settings" in row
                 else f"copy {row['copy_gb_per_s']:.0f} GB/s, matmul {row['matmul_tflop_per_s']:.2f} TFLOP/s."
             )
             for row in runs.values()
@@ -272,7 +328,7 @@ def main() -> None:
         texts[folder / "README.md"] = page(device, groups, list(own_plots))
         links[device] = Path(os.path.relpath(folder / "README.md", args.readme.parent)).as_posix()
     room = _README_LINES - len(f"{head}{begin}\n{end}{tail}".splitlines())
-    timed = {device: [rows for rows in groups if rows[0]["op"] != "fit"] for device, groups in devices.items()}
+    timed = {device: [rows for rows in groups if not _on_page_only(rows[0])] for device, groups in devices.items()}
     timed = {device: groups for device, groups in timed.items() if groups}
     texts[args.readme] = f"{head}{begin}\n{block(timed, links, room)}{end}{tail}"
 

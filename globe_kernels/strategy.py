@@ -2,6 +2,8 @@
 
     time = sum over stages of max(bytes / copy, operations / matmul) + launches * launch_us
 
+A CPU runs the references: there one thread reads, then multiplies, so bytes and operations add up, and what is counted
+as launches is torch calls, in units of those that one expert takes in one stage (the constants below, as measured).
 A weight that a stage needs is read once, rows that a stage leaves for the next are written and read once. Tokens are
 routed uniformly: of E experts E (1 - (1 - K/E)^T) are active. Nothing here is measured while a model runs.
 
@@ -34,6 +36,15 @@ _MACHINES = Path(__file__).parent / "machines.json"
 _UNKNOWN_CARD = "a100"  # of those listed the card with the least arithmetic per byte
 _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 
+# Pieces of the references that are not one for each expert: LOG.md, benchmarks/model.py
+_PLAN_PIECES = 14
+_LOOKUP_PIECES = 30  # per pass
+_MISS_PIECES = 9
+_LAYER_PIECES = 20  # the composition of a layer
+_ATOM_PIECES = 0.5
+_MIX_PIECES = 7
+_DENSE_PIECES = 0.5  # transformers' grouped products
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -47,7 +58,7 @@ class Machine:
     memory_gb: float
     item_size: int  # bytes of a value of the dtype that the constants are of
     origin: str
-    grouped: bool = True  # one launch serves all experts of a stage; else every expert is a launch
+    grouped: bool = True  # kernels run, one launch for all experts of a stage; else the references, piece by piece
 
 
 @lru_cache
@@ -122,7 +133,7 @@ class Stage(NamedTuple):
     values: float  # read and written, of item_size bytes each
     flops: float
     launches: int = 1
-    pieces: float = 1  # launches where every expert or atom is one
+    pieces: float = 1  # of the reference
 
 
 @dataclass(frozen=True)
@@ -148,19 +159,21 @@ def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) 
     """What `path` does for `tokens` tokens, in order; `pool` is that of the path cached."""
     width, inner, rank, palette = sizes.hidden, sizes.intermediate, sizes.rank, sizes.palette
     rows, active = tokens * sizes.choices, sizes.active_experts(tokens)
-    plan = Stage(rows, 0)
+    plan = Stage(rows, 0, pieces=_PLAN_PIECES)
     down = [
         Stage(active * width * inner + rows * (inner + width), 2 * rows * inner * width, pieces=active),
         Stage((rows + tokens) * width, rows * width),  # the sum over the choices of a token
     ]
     if path == DENSE:
         gate_up = 2 * active * inner * width + tokens * width + rows * inner
-        return [plan, Stage(gate_up, 4 * rows * inner * width, pieces=active), *down]
+        pieces = _DENSE_PIECES * active
+        first = Stage(gate_up, 4 * rows * inner * width, pieces=pieces)
+        return [plan, first, down[0]._replace(pieces=pieces), down[1]]
     adapters = Stage(2 * active * inner * rank + rows * (2 * rank + inner), 4 * rows * inner * rank, pieces=active)
     if path == "bank_first":
         z = 2 * tokens * palette * rank  # of all atoms of the layer, whoever uses them
-        product = Stage(2 * palette * rank * width + tokens * width + z, 2 * z * width, 2, pieces=2 * palette)
-        mix = Stage(z + 2 * rows * rank, 4 * rows * palette * rank)
+        product = Stage(2 * palette * rank * width + tokens * width + z, 2 * z * width, 2, 2 * palette * _ATOM_PIECES)
+        mix = Stage(z + 2 * rows * rank, 4 * rows * palette * rank, pieces=_MIX_PIECES)
         return [plan, product, mix, adapters, *down]
     bases = Stage(2 * active * rank * width + tokens * width + 2 * rows * rank, 4 * rows * rank * width, pieces=active)
     if path == "composed":
@@ -169,12 +182,19 @@ def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) 
         # a product over the palette, which takes 16-bit atoms twice (ops/compose_layer.py)
         products = 1 if sizes.item_size == 4 else 2
         mixed = 4 * products * sizes.experts * palette * rank * width
-        return [Stage(2 * (palette + sizes.experts) * rank * width, mixed, 2, 2), plan, bases, adapters, *down]
+        return [
+            Stage(2 * (palette + sizes.experts) * rank * width, mixed, 2, _LAYER_PIECES),
+            plan,
+            bases,
+            adapters,
+            *down,
+        ]
     assert path == "cached" and pool is not None, path
     passes = -(-min(rows, sizes.experts) // pool.slots)
     misses = active * pool.misses(active / sizes.experts)
     composed = 2 * misses * rank * width
-    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, 2 * passes, pieces=misses)
+    pieces = passes * _LOOKUP_PIECES + misses * _MISS_PIECES
+    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, 2 * passes, pieces)
     return [plan, compose, bases._replace(launches=passes), adapters, *down]
 
 
@@ -183,9 +203,9 @@ def predict(path: str, sizes: LayerSizes, tokens: int, machine: Machine, pool: P
     us = moved = flops = 0.0
     for stage in stages(path, sizes, tokens, pool):
         read_and_written = stage.values * sizes.item_size
-        launches = stage.launches if machine.grouped else max(stage.pieces, stage.launches)
         # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
-        bound = max(read_and_written / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s))
+        bounds = read_and_written / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s)
+        bound, launches = (max(bounds), stage.launches) if machine.grouped else (sum(bounds), stage.pieces)
         us += bound + launches * machine.launch_us
         moved += read_and_written
         flops += stage.flops

@@ -143,6 +143,101 @@ def test_without_a_gpu_the_way_out_is_named(script):
     assert done.returncode == 2 and "torch sees no CUDA device; use --cpu" in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_whole_models_on_a_cpu():
+    sizes = ("--tokens", "8", "--batch", "2", "--cache-share", "50")
+    done = run("model.py", "--device", "cpu", "--json", "--repeats", "1", *sizes)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    names = ["dense", "composed", "bank_first", "cached_50%", "scratch", "auto"]
+    assert [(row["op"], row["provider"]) for row in rows] == [
+        (op, name) for op in ("model_prefill", "model_decode") for name in names
+    ]
+    for row in rows:
+        assert row["model"] == "tiny_moe" and row["shape"]["layers"] == 6 and row["shape"]["tokens"] in (2, 8)
+        assert row["tokens_per_s"] == pytest.approx(1e6 * row["shape"]["tokens"] / row["median_us"])
+        assert 0 < row["relative_error"] < 1e-5 and row["predicted_us"] > 0 and row["ratio_to_dense"] > 0
+        assert row["resident_bytes"] == pytest.approx(row["planned_bytes"], rel=0.05)
+    # scratch holds neither bases nor a pool
+    resident = {row["provider"]: row["resident_bytes"] for row in rows}
+    assert resident["scratch"] < resident["dense"] < resident["composed"]
+
+
+@pytest.fixture
+def subject(providers, monkeypatch, tmp_path):
+    """A random model of two tiny layers and its checkpoint, as benchmarks/model.py makes them."""
+    import subjects
+    from shapes import LayerShape
+
+    monkeypatch.setitem(subjects.MODELS, "tiny", LayerShape(hidden=48, intermediate=32, experts=16, choices=2))
+    torch.manual_seed(0)
+    return subjects.random("tiny", 2, 16, 14, tmp_path, "cpu")
+
+
+def test_a_wrong_strategy_stops_the_run(subject):
+    import model
+    from subjects import build, variants
+
+    chosen = variants(subject.config, 4, [100.0])
+    models = {variant.name: build(subject, variant, torch.float32) for variant in chosen}
+    runners = {"reference": model.Runner(subject.dense), "dense eager": model.Runner(models["dense"])}
+    runners |= {name: model.Runner(own) for name, own in models.items() if name != "dense"}
+    with torch.inference_mode():
+        cases = [model.prefill(runners, subject, 40), model.decode(runners, subject, 3)]
+        errors = model.gate(cases, runners)
+        assert max(errors.values()) < 1e-5 and errors["composed"] > 0
+        # a layer that computes by another way than the one it names
+        module = models["bank_first"].model.layers[1].mlp.experts
+        hooks = (
+            module.register_forward_pre_hook(lambda own, _: setattr(own, "path", lambda tokens: "scratch")),
+            module.register_forward_hook(lambda own, *_: delattr(own, "path")),
+        )
+        with pytest.raises(SystemExit, match="bank_first ran .* expected .*; nothing was timed"):
+            model.gate(cases, runners)
+        for hook in hooks:
+            hook.remove()
+        module.down_proj.data[:, 0, 0] += 1e-2
+        with pytest.raises(SystemExit, match="logits of bank_first are .* off, 0.0001 allowed, and .*; nothing was t"):
+            model.gate(cases, runners)
+
+
+def test_bytes_that_were_not_planned_stop_the_run(subject, monkeypatch):
+    import model
+
+    monkeypatch.setattr(model, "measured_bytes", lambda *_: (106, 100))
+    with pytest.raises(SystemExit, match="HOLD 106 BYTES AND 100 WERE PLANNED, more than 5% apart"):
+        model.check_bytes(subject, [model.Variant("composed", "composed")], torch.float32)
+
+
+def test_the_order_of_clear_pairs(providers):
+    import model
+
+    times = {"dense": (100, 10), "composed": (105, 30), "scratch": (200, 20), "auto": (500, 1)}
+    rows = [
+        {"op": "model_decode", "shape": {"tokens": 1}, "provider": name, "median_us": us, "predicted_us": predicted}
+        for name, (us, predicted) in times.items()
+    ]
+    lines, agree, clear = model.orders(rows)
+    assert "dense < composed < scratch" in lines[0] and "dense < scratch < composed" in lines[1]
+    assert (agree, clear) == (1, 2)
+
+
+def test_a_larger_cache_hits_more(subject, monkeypatch, tmp_path):
+    import curve
+
+    monkeypatch.setattr(curve, "_WARM_UP", 24)
+    monkeypatch.setattr(curve, "_COUNTED", 24)
+    with torch.inference_mode():
+        rows = curve.measure_curve(subject, torch.float32)
+    assert [row["provider"] for row in rows] == [name for name in ("zipf", "uniform") for _ in curve.SHARES]
+    for name in ("zipf", "uniform"):
+        hits = [row["hit_rate"] for row in rows if row["provider"] == name]
+        assert hits[-1] > hits[-3] > hits[0] and hits[-1] > 0.95
+    assert rows[-3]["hit_rate"] < rows[3]["hit_rate"], "skewed routing comes back sooner"
+    curve.draw(tmp_path / "curve.png", [row | {"model": "m", "device": "d", "commit": "c"} for row in rows])
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
 @needs_kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer runs it there")
 def test_what_the_sanitizer_watches_is_right(providers, monkeypatch):

@@ -54,6 +54,25 @@ def fit_row(provider: str, **changes) -> dict:
     return {name: value for name, value in row("", 1.0).items() if name in names} | own | changes
 
 
+def model_row(provider: str, us: float, **changes) -> dict:
+    own = {"op": "model_decode", "settings": "3 repeats", "tokens_per_s": 4e6 / us, "ratio_to_dense": 500 / us}
+    own |= {"predicted_us": 77.0, "resident_bytes": 1_250_000, "planned_bytes": 1_260_000}
+    drop = ("gb_per_s", "tflop_per_s", "copy_share", "matmul_share", "copy_gb_per_s", "matmul_tflop_per_s")
+    return {name: value for name, value in row(provider, us).items() if name not in drop} | own | changes
+
+
+def curve_row(share: float, **changes) -> dict:
+    own = {
+        "op": "cache_curve",
+        "tokens_per_s": 2000.0,
+        "ratio_to_composed": 0.5,
+        "hit_rate": 0.0,
+        "warm_hit_rate": 0.25,
+    }
+    shape = {"hidden": 64, "layers": 2, "tokens": 1, "share": share}
+    return model_row("zipf", 500.0) | own | {"shape": shape} | changes
+
+
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A README and an empty ledger, and what to do with them."""
@@ -185,6 +204,26 @@ def test_fits_are_on_the_page_only(place):
     assert "`moe_ffn`" in place.readme.read_text() and "`fit`" not in place.readme.read_text()
 
 
+def test_whole_models(place):
+    rows = [model_row("dense", 500.0, implementation="grouped_mm"), model_row("cached_10%", 250.0, hit_rate=0.5)]
+    place.put(rows, f"{FOLDER}/model.jsonl")
+    place.put([curve_row(10.0), curve_row(50.0, hit_rate=0.75)], f"{FOLDER}/model.jsonl")
+    assert not place.report()
+    page, readme = (place.results / FOLDER / "README.md").read_text(), place.readme.read_text()
+    small, large = (
+        ["zipf", share, hits, "0.250", "500", "2000", "0.50x"] for share, hits in (("10", "0.000"), ("50", "0.750"))
+    )
+    dense = ["4", "dense grouped_mm", "8000", "1.00x", "500", "77", "1.25", "1.26", "-", "2.3e-03"]
+    cached = ["4", "cached_10%", "16000", "2.00x", "250", "77", "1.25", "1.26", "0.50", "2.3e-03"]
+    found = cells(page)
+    assert [line for line in found if line[0] in ("4", "zipf")] == [small, large, dense, cached]
+    assert f"commit abc1234, {EARLY}: 3 repeats." in page
+    assert "`model_decode`" in readme and "`cache_curve`" not in readme
+    place.put([row | {"device": "cpu"} for row in rows], "cpu/model.jsonl")
+    place.report()
+    assert "**cpu**" not in place.readme.read_text(), "no kernel ran there"
+
+
 def test_nothing_else_changes_and_a_second_run_changes_nothing(place):
     place.put(run_of())
     place.report()
@@ -224,6 +263,9 @@ def test_check(place):
         (json.dumps(row("globe", 1.0, relative_error=float("nan"))), "sound relative_error;"),
         (json.dumps(row("globe", 1.0, median_us=0)), "sound median_us;"),
         (json.dumps(row("globe", 1.0) | {"shape": {}}), "sound shape.tokens;"),
+        (json.dumps(model_row("auto", 1.0, tokens_per_s=0, planned_bytes=None)), "sound tokens_per_s, planned_bytes;"),
+        (json.dumps(model_row("auto", 1.0) | {"shape": {}}), "sound shape.tokens;"),
+        (json.dumps(curve_row(0, hit_rate=-0.1)), "sound hit_rate, shape.share;"),
         (json.dumps(fit_row("globe", up_error=None, seconds=0)), "sound seconds, up_error;"),
     ],
 )

@@ -126,8 +126,19 @@ def test_what_a_stage_counts():
 
 def test_launches_count_by_the_expert_on_a_cpu():
     cpu = replace(machine_named("cpu"), copy_gb_per_s=1e9, matmul_tflop_per_s=1e9, launch_us=1.0)
-    assert predict("composed", QWEN_30B, 1, cpu).us == pytest.approx(1 + 3 * 8 + 1, abs=1e-3)
+    assert predict("composed", QWEN_30B, 1, cpu).us == pytest.approx(14 + 3 * 8 + 1, abs=1e-3)
     assert predict("composed", QWEN_30B, 1, replace(cpu, grouped=True)).us == pytest.approx(5, abs=1e-3)
+    all_hit, one_in_four = (predict("cached", QWEN_30B, 1, cpu, Pool(16, 128, rate)).us for rate in (0.0, 0.25))
+    assert all_hit == pytest.approx(14 + 30 + 3 * 8 + 1, abs=1e-3)
+    assert one_in_four - all_hit == pytest.approx(2 * 9, abs=1e-3)
+
+
+def test_a_cpu_reads_and_then_multiplies():
+    slow = replace(machine_named("cpu"), launch_us=0.0)
+    fast_reads, fast_products = replace(slow, copy_gb_per_s=1e12), replace(slow, matmul_tflop_per_s=1e12)
+    parts = [predict("bank_first", QWEN_30B, 64, machine).us for machine in (fast_reads, fast_products)]
+    assert min(parts) > 1000
+    assert predict("bank_first", QWEN_30B, 64, slow).us == pytest.approx(sum(parts), rel=1e-6)
 
 
 def test_the_policy_takes_the_cheapest_path():

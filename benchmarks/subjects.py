@@ -1,0 +1,230 @@
+"""Whole models to measure: dense with the gate and up experts that a GloBE checkpoint stands for, and patched."""
+
+import copy
+import ctypes
+import gc
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from shapes import MODELS
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import globe_kernels
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
+from globe_fit.demo import shipped_model
+from globe_fit.evaluate import load_model, token_windows
+from globe_fit.factors import LayerFactors, reconstruct
+from globe_kernels.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
+from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.memory import Palettes, palettes_of, pool_bytes, resident
+from globe_kernels.replacement import is_patched, remove_bank
+from globe_kernels.strategy import DENSE, paths_of
+
+SHIPPED = "tiny_moe"
+_SUPPORT = 12  # atoms of one expert
+_FIT_STEPS = 10
+_VOCABULARY = 1024
+_FEW_SLOTS = "A layer of this checkpoint uses"  # a warning about bank_first, which is measured here
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model in fp32 and the checkpoint that its gate and up experts are reconstructed from."""
+
+    name: str
+    dense: Any
+    path: Path
+    tokens: torch.Tensor  # (N,) to run it on, on its device
+    is_text: bool
+
+    @property
+    def config(self) -> GlobeConfig:
+        return GlobeCheckpoint(self.path).config
+
+    @property
+    def palettes(self) -> Palettes:
+        return palettes_of(GlobeCheckpoint(self.path))
+
+    @property
+    def choices(self) -> int:
+        return self.dense.config.num_experts_per_tok
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """Sizes that every row gives."""
+        base, palettes = self.config.base, self.palettes
+        return {
+            "hidden": base.hidden_size,
+            "intermediate": base.intermediate_size,
+            "experts": max(base.num_experts.values()),
+            "choices": self.choices,
+            "rank": self.config.rank,
+            "palette": int(max(used for own in palettes.values() for used in own.values())),
+            "layers": len(base.num_experts),
+        }
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a subject: its dense experts, or a strategy."""
+
+    name: str
+    strategy: str  # DENSE, or that of globe_kernels.patch
+    cache_bytes: int | None = None
+
+
+def variants(config: GlobeConfig, item_size: int, shares: list[float]) -> list[Variant]:
+    """Dense, every strategy, cached with room for each percentage of all bases, auto."""
+    found = [Variant(DENSE, DENSE)]
+    for path in paths_of(config.phi):
+        if path == "cached":
+            found += [Variant(f"cached_{share:g}%", path, cache_of(config, share, item_size)) for share in shares]
+        else:
+            found.append(Variant(path, path))
+    return [*found, Variant("auto", "auto")]
+
+
+def cache_of(config: GlobeConfig, share: float, item_size: int) -> int:
+    """Bytes of a cache of `share` percent of all bases, at least one."""
+    return pool_bytes(config, max(1, round(share / 100 * config.base.total_experts)), item_size)
+
+
+def shipped(directory: Path, rank: int | None, palette: int | None, device: str) -> Subject:
+    """The model that ships with the project, after a short fit."""
+    source = ExpertSource(shipped_model())
+    settings = FitConfig(
+        ratio=0.625, rank=rank, support=_SUPPORT, palette=palette or 16, varpro=VarProConfig(steps=_FIT_STEPS)
+    )
+    save_fit(fit(source, settings), source, directory)
+    dense = load_model(shipped_model(), device, torch.float32)
+    windows = token_windows(shipped_model(), shipped_model() / "heldout.txt")
+    return _reconstructed(SHIPPED, dense, directory, windows.flatten().to(device), is_text=True)
+
+
+def random(name: str, layers: int, rank: int | None, palette: int | None, directory: Path, device: str) -> Subject:
+    """A model with random weights and random factors, in the sizes of MODELS[name] but for a small vocabulary."""
+    shape = MODELS[name]
+    heads = max(1, shape.hidden // 128)
+    config = AutoConfig.for_model(
+        "qwen3_moe",
+        vocab_size=_VOCABULARY,
+        hidden_size=shape.hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 4),
+        head_dim=128,
+        num_hidden_layers=layers,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.choices,
+        moe_intermediate_size=shape.intermediate,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    with torch.device(device):
+        dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        tokens = torch.randint(_VOCABULARY, (2**15,))
+    for _, path in architecture_of("qwen3_moe").live_experts(dense):
+        # outputs of order one: the experts must matter to the logits that are compared
+        nn.init.normal_(dense.get_submodule(path).down_proj, std=shape.intermediate**-0.5)
+    used = palette or max(_SUPPORT, shape.experts // 4)
+    _write_random(name, layers, rank or shape.intermediate // 2, used, directory, device)
+    return _reconstructed(name, dense, directory, tokens, is_text=False)
+
+
+def _write_random(name: str, layers: int, rank: int, palette: int, directory: Path, device: str) -> None:
+    """A checkpoint whose experts mix 12 atoms at random out of `palette` per layer and family."""
+    shape = MODELS[name]
+    support, atoms = min(_SUPPORT, palette), max(palette, layers * shape.experts // 4)
+    base = BaseModel(name, "qwen3_moe", shape.hidden, shape.intermediate, dict.fromkeys(range(layers), shape.experts))
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    config = GlobeConfig(base, rank, atoms, support, palette=palette, dtype=dtype)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return (torch.randn(*sizes, device=device) / sizes[-1] ** 0.5).to(config.torch_dtype)
+
+    with writing_checkpoint(directory, config, {family: draw(*config.bank_shape()) for family in FAMILIES}) as writer:
+        for layer in range(layers):
+            for family in FAMILIES:
+                own = torch.randperm(atoms)[:palette]
+                index = own[torch.rand(shape.experts, palette).topk(support).indices].int()
+                code = Code(index, torch.randn(shape.experts, support) / support**0.5)
+                adapter = draw(shape.experts, shape.intermediate, rank)
+                writer.add_layer(layer, family, LayerFactors(adapter, code))
+        writer.finish({}, [])
+
+
+def _reconstructed(name: str, dense: Any, path: Path, tokens: torch.Tensor, is_text: bool) -> Subject:
+    checkpoint = GlobeCheckpoint(path)
+    banks = {family: checkpoint.bank(family).to(dense.device) for family in FAMILIES}
+
+    def weights(layer: int, family: str) -> torch.Tensor:
+        factors = checkpoint.layer(layer, family)
+        code = Code(factors.code.index.to(dense.device), factors.code.value.to(dense.device))
+        return reconstruct(LayerFactors(factors.adapter.to(dense.device), code), banks[family], "identity")
+
+    for layer, experts_path in architecture_of(dense.config.model_type).live_experts(dense):
+        fused = dense.get_submodule(experts_path).gate_up_proj
+        fused.data.copy_(torch.cat([weights(layer, family) for family in FAMILIES], dim=1))
+    return Subject(name, dense, path, tokens, is_text)
+
+
+def build(subject: Subject, variant: Variant, dtype: torch.dtype) -> Any:
+    """A model of its own, with nothing mapped from a file."""
+    model = copy.deepcopy(subject.dense).to(dtype)
+    if variant.strategy != DENSE:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", _FEW_SLOTS)
+            globe_kernels.patch(model, subject.path, strategy=variant.strategy, cache_bytes=variant.cache_bytes)
+    if model.device.type == "cpu":
+        # safetensors maps its files, and what is mapped is not counted as anonymous memory
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.clone()
+    return model
+
+
+def planned_bytes(subject: Subject, model: Any) -> int:
+    """What the memory model says that the experts of `model` hold on its device; with a CPU the parked bank too."""
+    item_size = model.dtype.itemsize
+    if not is_patched(model):
+        return resident(subject.config, (DENSE,), item_size=item_size).total
+    arrangement = getattr(model, BANK_NAME).arrangement
+    found = resident(
+        subject.config,
+        arrangement.paths,
+        item_size=item_size,
+        cache_bytes=arrangement.cache_bytes,
+        palettes=subject.palettes,
+    )
+    return found.total + (found.host if model.device.type == "cpu" else 0)
+
+
+def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tuple[int, int]:
+    """(measured, planned): what a model gives back when its experts and its bank are taken out, and `planned_bytes`."""
+    model = build(subject, variant, dtype)
+    planned, device = planned_bytes(subject, model), model.device.type
+    cache = getattr(getattr(model, BANK_NAME, None), "cache", None)
+    if cache is not None:
+        cache.pool.zero_()  # memory that was never written is not resident yet
+    del cache
+    before = _held_bytes(device)
+    if is_patched(model):
+        remove_bank(model)
+    for _, path in list(architecture_of(model.config.model_type).live_experts(model)):
+        model.set_submodule(path, nn.Identity())
+    return before - _held_bytes(device), planned
+
+
+def _held_bytes(device: str) -> int:
+    """Of a GPU what torch has allocated, on a CPU the anonymous memory of the process."""
+    gc.collect()
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
