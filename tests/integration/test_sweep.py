@@ -72,9 +72,7 @@ def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
     code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path, *options, *text, "--json")
     rows = json.loads(stdout)["points"]
     assert code == 0 and rows == written(tmp_path)
-    assert [(row["r"], row["S_cache"]) for row in rows] == [
-        (r, s) for r in (16, 48) for s in (None, 60_000, 2_000_000)
-    ]
+    assert [(row["r"], row["S_cache"]) for row in rows] == [(r, s) for r in (16, 48) for s in (None, 60_000, 2_000_000)]
     for plain, small, large in (rows[:3], rows[3:]):
         assert plain["kl"] == small["kl"] == large["kl"] and "hit_rate" not in plain
         assert 0 <= small["hit_rate"] < large["hit_rate"] < 1 and small["slots"] < large["slots"] == 24
