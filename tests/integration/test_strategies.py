@@ -120,7 +120,7 @@ def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, run, fit_
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if "slot" not in run])
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
 def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, run, fit_tiny, reconstructions):
     """Both against fp32: a bf16 router may choose another expert in either, so the limit is relative to dense."""
     dense = reconstructions(model_type)
