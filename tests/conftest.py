@@ -23,6 +23,10 @@ def pytest_configure() -> None:
     disable_progress_bar()  # fixtures save models while a test captures what a command prints
     # one thread per process: with pytest-xdist the processes are the parallelism
     torch.set_num_threads(1)
+    # torch looks up once which functions a device context meets: before tests/kernels/conftest.py replaces some,
+    # or what a later test makes on the meta device is allocated
+    with torch.device("cpu"):
+        torch.empty(0)
 
 
 @pytest.fixture(scope="session")
