@@ -175,7 +175,7 @@ def not_a_moe(tmp_path: Path) -> Path:
         (QWEN, ("--rank", "9x"), "rank is '9x'; expected numbers separated by commas, such as 12,24."),
         (QWEN, ("--phi", "relu"), "phi is 'relu'; expected one of identity, silu, tanh."),
     ],
-    ids=str,
+    ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
     path = path(tmp_path) if callable(path) else path

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from globe_kernels.functional import moe_ffn_bank_first
 from globe_kernels.ops import moe_ffn_bank_first as module
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
-from globe_kernels.ops.compose_layer import _PADDING, LayerCode, layer_code
+from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
 from globe_kernels.ops.mix import MixConfig, choose_mix, launch_mix, mix, mix_ref
@@ -171,7 +171,7 @@ def test_codes_meet_halves_in_full_precision(run):
     """What is left is the rounding of the result: z of one atom, and a code that a half cannot hold."""
     index = torch.tensor([[0, 1]], device=DEVICE)
     z = torch.ones(1, 1, 4, dtype=torch.float16, device=DEVICE)
-    value = torch.zeros(E, _PADDING, device=DEVICE)
+    value = torch.zeros(E, PALETTE_PADDING, device=DEVICE)
     value[:, 0] = 1 / 3
     scale = torch.full((E,), 3.0, device=DEVICE)
     h = run((z, z), index, (value, scale, value, scale))
@@ -336,7 +336,7 @@ def test_every_card_has_a_tile_for_any_number_of_tokens(card, item_size):
         assert gemm.shared_bytes(config.block_m, item_size) <= card.shared_bytes
         assert gemm.accumulators(config.block_m, 1) <= card.accumulators
         assert gemm.num_stages >= 2 and gemm.block_k >= 16 and gemm.block_n >= 16
-    assert all(_PADDING % config.block_u == 0 for _, config in MIX_CONFIGS)
+    assert all(PALETTE_PADDING % config.block_u == 0 for _, config in MIX_CONFIGS)
 
 
 def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
