@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-WINDOWS = 320  # of evaluate.WINDOW tokens; twice as many changed the result of a fit little
+WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as LOG.md has figures of; other numbers were not tried
 AT_ONCE = 64  # a batch, whose keys and values are kept
 
 

@@ -198,14 +198,6 @@ def workspace(
     return size
 
 
-def strategies_that_fit(
-    config: GlobeConfig, budget: int, *, item_size: int, palettes: Palettes | None = None
-) -> tuple[str, ...]:
-    """The paths whose residents are at most `budget` bytes; of the cached one with one slot."""
-    smallest = {"item_size": item_size, "palettes": palettes, "cache_bytes": pool_bytes(config, 1, item_size)}
-    return tuple(path for path in paths_of(config.phi) if resident(config, (path,), **smallest).total <= budget)
-
-
 def why_not_composed(config: GlobeConfig) -> str | None:
     """Why `auto` does not compose every basis at this rank; None where composing saves bytes and arithmetic."""
     inner, width, rank = config.base.intermediate_size, config.base.hidden_size, config.rank

@@ -7,6 +7,7 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.memory import layer_sizes
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
@@ -145,12 +146,8 @@ class GlobeMoEFFN(nn.Module):
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
-        _, inner, rank = self.gate_adapter.shape
-        support = self.code("gate").index.shape[1]
-        palette, item_size = sum(self.palettes.values()) / len(self.palettes), self.gate_adapter.element_size()
-        return LayerSizes(
-            self.num_experts, self._choices, self.hidden_dim, inner, rank, support, palette, self.phi, item_size
-        )
+        item_size = self.gate_adapter.element_size()
+        return layer_sizes(self.bank.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract

@@ -21,7 +21,6 @@ from globe_kernels.memory import (
     pool_bytes,
     pool_slots,
     resident,
-    strategies_that_fit,
     why_not_composed,
     workspace,
 )
@@ -29,7 +28,7 @@ from globe_kernels.ops.compose_layer import layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
-from globe_kernels.strategy import DENSE, machine_named
+from globe_kernels.strategy import DENSE, machine_named, paths_of
 from globe_kernels.testing import tiny_model
 
 H100 = machine_named("h100")
@@ -38,6 +37,13 @@ SMALL = GlobeConfig(BASE, rank=16, num_atoms=20, support=4)
 QWEN = GlobeConfig(
     BaseModel("qwen3-30b", "qwen3_moe", 2048, 768, dict.fromkeys(range(48), 128)), 768, 1535, 12, palette=32
 )
+
+
+def strategies_that_fit(config: GlobeConfig, budget: int, *, item_size: int) -> tuple[str, ...]:
+    """The paths whose residents are at most `budget` bytes; of the cached one with one slot."""
+    one_slot = pool_bytes(config, 1, item_size)
+    held = {path: resident(config, (path,), item_size=item_size, cache_bytes=one_slot) for path in paths_of(config.phi)}
+    return tuple(path for path, one in held.items() if one.total <= budget)
 
 
 def choose(config: GlobeConfig, budget: int | None = None, strategy: str = "auto", **options) -> Choice:
