@@ -21,7 +21,7 @@ from globe_fit.solver import open_snapshots, require_one_rank
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close
 
-CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2))
+CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2, support_at=0.15))
 
 # The command, in which rank 1 is killed at its n-th snapshot, when that of rank 0 is already written.
 COMMAND = """
@@ -50,7 +50,7 @@ def run(directory: Path, model: Path, kill_at: int = 0) -> tuple[int, list[str],
     """(exit code of torchrun, the sentences of its ranks, everything on stderr) of a fit into `directory`/out."""
     directory.mkdir(exist_ok=True)
     (directory / "command.py").write_text(COMMAND)
-    (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\n")
+    (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\nsupport_at = 0.15\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "command.py", "fit", str(model)]
     command += ["-o", "out", "--ratio", "0.8", "--support", "4", "--config", "fit.toml", "--json"]
     done = subprocess.run(
@@ -83,7 +83,7 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
         if name.endswith("index"):
             assert torch.equal(two[name], expected)
         elif name.endswith("value"):  # float32, after 12 steps
-            assert_close(two[name], expected, rms=5e-4, peak=5e-4)
+            assert_close(two[name], expected, rms=1e-4, peak=1e-4)
         else:  # bf16, in which what differs by the rounding of a sum may round to the next number
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
 
