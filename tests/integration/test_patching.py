@@ -22,6 +22,13 @@ def logits(model) -> torch.Tensor:
         return model(TOKENS).logits
 
 
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_the_report_names_every_layer_and_what_was_left(model_type, fit_tiny, save_tiny):
+    report = globe_kernels.patch(tiny_model(model_type), fit_tiny(model_type)[0])
+    assert len(report.replaced) == len(ExpertSource(save_tiny(model_type)).layers) > 0
+    assert all("shared" in path for path in report.skipped)
+
+
 def test_patch_and_cast_in_either_order(fit_tiny):
     path, _ = fit_tiny()
     first, second = tiny_model("qwen3_moe").bfloat16(), tiny_model("qwen3_moe")
