@@ -19,6 +19,7 @@ PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _BLOCK = 2048
+_CPU_VALUES = 2**14  # of each atom at a time: what is gathered in fp32 stays in the cache
 
 
 @triton.jit
@@ -113,12 +114,18 @@ def compose_basis_ref(
     phi: str,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(E, R, D) in `out_dtype`, by default the bank's. One expert at a time: holds C atoms in fp32."""
-    num_experts = code_index.shape[0]
-    out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype or bank.dtype, device=bank.device)
-    apply_phi = PHI_FUNCTIONS[phi]
-    for expert in range(num_experts):
-        atoms = bank[code_index[expert]].flatten(1).float()
-        mixture = code_value[expert].float() @ atoms
-        out[expert] = apply_phi(mixture).view(out.shape[1:])
+    """(E, R, D) in `out_dtype`, by default the bank's. One expert at a time, from C atoms."""
+    out = torch.empty(code_index.shape[0], *bank.shape[1:], dtype=out_dtype or bank.dtype, device=bank.device)
+    for expert, index in enumerate(code_index):
+        mix_atoms(code_value[expert, None].float(), index, bank, phi, out[expert, None])
     return out
+
+
+def mix_atoms(value: torch.Tensor, atoms: torch.Tensor, bank: torch.Tensor, phi: str, out: torch.Tensor) -> None:
+    """phi(value (E, U) fp32 times the atoms (U,) of `bank`) into `out` (E, R, D), contiguous in an expert."""
+    flat = bank.flatten(1)
+    bases = out.view(-1, flat.shape[1])
+    step = _CPU_VALUES if bank.device.type == "cpu" else flat.shape[1]
+    for start in range(0, flat.shape[1], step):
+        part = slice(start, start + step)
+        bases[:, part] = PHI_FUNCTIONS[phi](value @ flat[:, part].index_select(0, atoms).float())

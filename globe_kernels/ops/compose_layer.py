@@ -15,11 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from globe_kernels.ops.compose_basis import PHI_FUNCTIONS, apply_phi
+from globe_kernels.ops.compose_basis import apply_phi, mix_atoms
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
 PALETTE_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
-_REFERENCE_VALUES = 2**16  # of each atom at a time: the palette of a large layer in fp32 would not fit
 
 
 class LayerCode(NamedTuple):
@@ -204,14 +203,10 @@ def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: s
     code = LayerCode(*(tensor.contiguous() for tensor in code))
     if use_triton(bank):
         return launch_compose_layer(code, bank.contiguous(), phi, out, choose_compose(code.value.shape[0]))
-    return out.copy_(compose_layer_ref(code, bank, phi, out.dtype))
+    return compose_layer_ref(code, bank, phi, out)
 
 
-def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out_dtype: torch.dtype) -> torch.Tensor:
-    """As `compose_layer`."""
-    flat, value = bank.flatten(1), code.value[:, : code.palette.numel()] * code.scale[:, None]
-    out = torch.empty(value.shape[0], flat.shape[1], dtype=out_dtype, device=bank.device)
-    for start in range(0, flat.shape[1], _REFERENCE_VALUES):
-        part = slice(start, start + _REFERENCE_VALUES)
-        out[:, part] = PHI_FUNCTIONS[phi](value @ flat[code.palette, part].float())
-    return out.view(-1, *bank.shape[1:])
+def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor) -> torch.Tensor:
+    """As `compose_layer`, into `out` (E, R, D), contiguous in an expert."""
+    mix_atoms(code.value[:, : code.palette.numel()] * code.scale[:, None], code.palette, bank, phi, out)
+    return out

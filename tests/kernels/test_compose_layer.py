@@ -43,13 +43,17 @@ def expected(index, value, bank, phi) -> torch.Tensor:
     return PHI[phi](torch.einsum("ec,ecrd->erd", value.double(), bank.double()[index.long()]))
 
 
+def empty(code, bank, dtype) -> torch.Tensor:
+    return torch.empty(len(code.value), *bank.shape[1:], dtype=dtype, device=DEVICE)
+
+
 RUNNERS = [
-    pytest.param(lambda code, bank, phi, dtype: compose_layer_ref(code, bank, phi, dtype), id="reference"),
+    pytest.param(
+        lambda code, bank, phi, dtype: compose_layer_ref(code, bank, phi, empty(code, bank, dtype)), id="reference"
+    ),
     pytest.param(lambda code, bank, phi, dtype: compose_layer(*code, bank, phi, dtype), id="op"),
     pytest.param(
-        lambda code, bank, phi, dtype: launch_compose_layer(
-            code, bank, phi, torch.empty(len(code.value), *bank.shape[1:], dtype=dtype, device=DEVICE), SMALL
-        ),
+        lambda code, bank, phi, dtype: launch_compose_layer(code, bank, phi, empty(code, bank, dtype), SMALL),
         id="kernel",
         marks=needs_kernels,
     ),
