@@ -86,15 +86,16 @@ class Ceilings:
     matmul_tflop_per_s: float
 
 
-def measure_ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """A large copy (bytes read and written) and a large square matrix product."""
+def measure_ceilings(device: str, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
+    """A large copy (bytes read and written) and a large square matrix product, timed as `time_side_by_side` does."""
     on_gpu = device == "cuda"
     count = 2**29 if on_gpu else 2**25
     source = torch.randn(count // 4, device=device).view(torch.uint8)
     target = torch.empty_like(source)
     side = 8192 if on_gpu else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    times = time_side_by_side({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}, device, repeats=10)
+    calls = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
+    times = time_side_by_side(calls, device, repeats=10, clock=clock)
     return Ceilings(
         2 * source.numel() / times["copy"].p20_us / 1e3,
         2 * side**3 / times["matmul"].p20_us / 1e6,

@@ -16,12 +16,13 @@ seconds are of the process, on one thread, so that other work of the machine cou
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import combinations, cycle
@@ -56,7 +57,7 @@ _FP32_GATE = 1e-4  # of logits, absolute
 _BF16_GATE = 2.0  # times the error of dense in bf16
 _TIES = 0.01  # share of tokens that may choose other experts, where two tie to rounding
 _BYTES_GATE = 0.05
-_CLEAR = 1.1  # times that differ by less have no order
+_CLEAR = 1.1  # times that differ by less, or whose quantiles overlap, have no order
 _OPS = {"composed": "moe_ffn", "scratch": "moe_ffn", "bank_first": "moe_ffn_bank_first", "cached": "moe_ffn_cached"}
 
 Call = Callable[[], Any]
@@ -227,30 +228,56 @@ def _cache(model: Any):
     return getattr(getattr(model, BANK_NAME, None), "cache", None)
 
 
-def predicted_us(subject: Subject, model: Any, tokens: int) -> float:
-    """Of all layers of experts, by the cost model."""
+def active_experts(case: Case, model: Any) -> list[float]:
+    """Of each layer, how many the tokens of a call choose, on average over the inputs that take turns."""
+    seen = []
+    for _ in range(_STEPS if case.op == "model_decode" else 1):
+        case.timed[_REFERENCE]()  # turns to the next input
+        _, routes = _routed(model, case.compared[_REFERENCE])
+        seen.append([chosen.unique().numel() for chosen in routes])
+    return torch.tensor(seen).float().mean(0).tolist()
+
+
+def predicted_us(
+    subject: Subject, model: Any, tokens: int, active: list[float] | None = None, hit_rate: float | None = None
+) -> float:
+    """Of all layers of experts, by the cost model; as it does for uniform routing, or for what was measured of it."""
     if modules := list(globe_modules(model).values()):
-        return sum(predict(m.path(tokens), m.sizes(), tokens, m.machine, m.pool).us for m in modules)
-    machine, item_size = machine_for(model.device), model.dtype.itemsize
-    layers = subject.config.base.num_experts
-    sizes = [layer_sizes(subject.config, layer, subject.choices, item_size, subject.palettes) for layer in layers]
-    return sum(predict(DENSE, size, tokens, machine).us for size in sizes)
+        layers = [(module.path(tokens), module.sizes(), module.pool) for module in modules]
+    else:
+        numbers, item_size = subject.config.base.num_experts, model.dtype.itemsize
+        all_sizes = [layer_sizes(subject.config, n, subject.choices, item_size, subject.palettes) for n in numbers]
+        layers = [(DENSE, sizes, None) for sizes in all_sizes]
+    found = 0.0
+    for place, (path, sizes, pool) in enumerate(layers):
+        if active:
+            sizes = replace(sizes, active=active[place])
+        if pool and hit_rate is not None:
+            pool = replace(pool, miss_rate=1 - hit_rate)
+        found += predict(path, sizes, tokens, machine_for(model.device), pool).us
+    return found
 
 
-def orders(rows: list[dict]) -> tuple[list[str], int, int]:
-    """Lines that set the measured beside the predicted order, and how many pairs agree of those that clearly differ."""
-    lines, agree, clear = [], 0, 0
+def orders(rows: list[dict]) -> list[str]:
+    """Measured beside predicted orders, and how many pairs agree of those that were measured to differ clearly."""
+    lines, clear, agree = [], 0, Counter()
+    keys = {"predicted_us": "uniform routing", "predicted_as_run_us": "the experts and hits of the run"}
     for op, tokens in dict.fromkeys((row["op"], row["shape"]["tokens"]) for row in rows):
         # auto is one of the others
         own = [r for r in rows if (r["op"], r["shape"]["tokens"]) == (op, tokens) and r["provider"] != "auto"]
-        by = {key: sorted(own, key=lambda row: row[key]) for key in ("median_us", "predicted_us")}
+        by = {key: sorted(own, key=lambda row: row[key]) for key in ("median_us", *keys)}
         for row, other in combinations(by["median_us"], 2):
-            if other["median_us"] > _CLEAR * row["median_us"]:
+            if other["median_us"] > _CLEAR * row["median_us"] and other["p20_us"] > row["p80_us"]:
                 clear += 1
-                agree += row["predicted_us"] < other["predicted_us"]
-        measured, predicted = (" < ".join(row["provider"] for row in ordered) for ordered in by.values())
-        lines += [f"{op} {tokens}: measured  {measured}", f"{' ' * len(f'{op} {tokens}')}  predicted {predicted}"]
-    return lines, agree, clear
+                agree.update(key for key in keys if row[key] < other[key])
+        lines += [f"{op} {tokens}"]
+        for key, ordered in by.items():
+            lines.append(f"  {key.removesuffix('_us'):16}" + " < ".join(row["provider"] for row in ordered))
+    return lines + [
+        f"{agree[key]} of the {clear} pairs whose times differ by more than {_CLEAR - 1:.0%}, with 20 % and 80 % "
+        f"quantiles apart, are in the order predicted for {assumed}"
+        for key, assumed in keys.items()
+    ]
 
 
 def check_bytes(subject: Subject, chosen: list[Variant], dtype: torch.dtype) -> dict[str, dict[str, int]]:
@@ -287,11 +314,16 @@ def run(subject: Subject, args: argparse.Namespace, dtype: torch.dtype) -> list[
     errors = gate(sorted(cases, key=lambda case: -len(case.compared)), runners)
     rows = []
     for case in cases:
+        active = active_experts(case, subject.dense)
         for name, found in time_case(case, runners, args.repeats).items():
-            predicted = predicted_us(subject, models[name], case.tokens)
+            predicted = {
+                "predicted_us": predicted_us(subject, models[name], case.tokens),
+                "predicted_as_run_us": predicted_us(subject, models[name], case.tokens, active, found.get("hit_rate")),
+                "active_experts": statistics.mean(active),
+            }
             error = errors[_dense(found["implementation"]) if name == DENSE else name]
             common = {"op": case.op, "shape": subject.shape | {"tokens": case.tokens}, "provider": name}
-            rows.append(common | found | sizes[name] | {"predicted_us": predicted, "relative_error": error})
+            rows.append(common | found | sizes[name] | predicted | {"relative_error": error})
     return rows
 
 
@@ -356,9 +388,7 @@ def main() -> None:
         return
     for op in dict.fromkeys(row["op"] for row in rows + curves):
         print("\n".join(table([row for row in rows + curves if row["op"] == op])))
-    lines, agree, clear = orders(rows)
-    print("\n".join(lines))
-    print(f"{agree} of the {clear} pairs whose times differ by more than {_CLEAR - 1:.0%} are in the predicted order")
+    print("\n".join(orders(rows)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     time = sum over stages of max(bytes / copy, operations / matmul) + launches * launch_us
 
-A CPU runs the references: there one thread reads, then multiplies, so bytes and operations add up, and what is counted
-as launches is torch calls, in units of those that one expert takes in one stage (the constants below, as measured).
+A CPU runs the references: there one thread reads, then multiplies, so bytes and operations add up, and instead of
+launches the torch calls of their pieces are counted, each piece with the time that it takes at sizes of nothing.
 A weight that a stage needs is read once, rows that a stage leaves for the next are written and read once. Tokens are
 routed uniformly: of E experts E (1 - (1 - K/E)^T) are active. Nothing here is measured while a model runs.
 
@@ -20,9 +20,11 @@ Symbols: T tokens, K choices, S = T K rows, E experts, P intermediate size, D hi
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from globe_kernels.errors import RequestError
@@ -32,18 +34,25 @@ if TYPE_CHECKING:
 
 PATHS = ("composed", "bank_first", "cached", "scratch")
 DENSE = "dense"
-_MACHINES = Path(__file__).parent / "machines.json"
+MACHINES = Path(__file__).parent / "machines.json"
 _UNKNOWN_CARD = "a100"  # of those listed the card with the least arithmetic per byte
 _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 
-# Pieces of the references that are not one for each expert: LOG.md, benchmarks/model.py
-_PLAN_PIECES = 14
-_LOOKUP_PIECES = 30  # per pass
-_MISS_PIECES = 9
-_LAYER_PIECES = 20  # the composition of a layer
-_ATOM_PIECES = 0.5
-_MIX_PIECES = 7
-_DENSE_PIECES = 0.5  # transformers' grouped products
+
+@dataclass(frozen=True)
+class Pieces:
+    """Microseconds of torch calls of the references, whatever the sizes; dense are transformers' grouped products."""
+
+    call: float  # of a layer with bases
+    expert: float  # in all of its stages
+    bank_first_call: float
+    bank_first_expert: float
+    atom: float  # the product with one
+    dense_call: float
+    dense_expert: float
+    lookup: float  # a pass through the cache
+    miss: float  # an expert that is composed into the cache
+    layer: float  # composing one
 
 
 @dataclass(frozen=True)
@@ -52,19 +61,22 @@ class Machine:
 
     name: str
     device: str  # as it stands in the name that torch gives the device
-    copy_gb_per_s: float  # bytes read and bytes written
+    copy_gb_per_s: float  # bytes read and bytes written; of a CPU what products of few rows read of their weights
     matmul_tflop_per_s: float
     launch_us: float
     memory_gb: float
     item_size: int  # bytes of a value of the dtype that the constants are of
     origin: str
-    grouped: bool = True  # kernels run, one launch for all experts of a stage; else the references, piece by piece
+    pieces: Pieces | None = None  # of the references; None where kernels run, a launch for all experts of a stage
 
 
 @lru_cache
 def machines() -> dict[str, Machine]:
     """{name: Machine} of all that are known."""
-    listed = json.loads(_MACHINES.read_text(encoding="utf-8"))
+    listed = json.loads(MACHINES.read_text(encoding="utf-8"))
+    for constants in listed.values():
+        if "pieces" in constants:
+            constants["pieces"] = Pieces(**constants["pieces"])
     return {name: Machine(name, **constants) for name, constants in listed.items()}
 
 
@@ -83,7 +95,7 @@ def machine_for(device: "str | torch.device") -> Machine:
 
         name = torch.cuda.get_device_name(device)
     for machine in machines().values():
-        if re.search(rf"\b{machine.device}\b", name, re.IGNORECASE):
+        if re.search(rf"(?<!\w){re.escape(machine.device)}(?!\w)", name, re.IGNORECASE):
             return machine
     return replace(machines()[_UNKNOWN_CARD], name=f"{name}, taken for {_UNKNOWN_CARD}")
 
@@ -101,9 +113,12 @@ class LayerSizes:
     palette: float  # U: distinct atoms per family, on average over the families
     phi: str
     item_size: int
+    active: float | None = None  # experts that the tokens of a call choose, as measured; None: by uniform routing
 
     def active_experts(self, tokens: int) -> float:
-        """Expected number of experts that `tokens` tokens choose."""
+        """Number of experts that `tokens` tokens choose."""
+        if self.active is not None:
+            return self.active
         return self.experts * (1 - (1 - self.choices / self.experts) ** tokens)
 
 
@@ -132,8 +147,8 @@ class Stage(NamedTuple):
 
     values: float  # read and written, of item_size bytes each
     flops: float
+    pieces: Mapping[str, float] = MappingProxyType({})  # of the references: how many of each
     launches: int = 1
-    pieces: float = 1  # of the reference
 
 
 @dataclass(frozen=True)
@@ -159,42 +174,37 @@ def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) 
     """What `path` does for `tokens` tokens, in order; `pool` is that of the path cached."""
     width, inner, rank, palette = sizes.hidden, sizes.intermediate, sizes.rank, sizes.palette
     rows, active = tokens * sizes.choices, sizes.active_experts(tokens)
-    plan = Stage(rows, 0, pieces=_PLAN_PIECES)
+    kind = f"{path}_" if path in (DENSE, "bank_first") else ""
+    plan = Stage(rows, 0, {f"{kind}call": 1, f"{kind}expert": active})
     down = [
-        Stage(active * width * inner + rows * (inner + width), 2 * rows * inner * width, pieces=active),
+        Stage(active * width * inner + rows * (inner + width), 2 * rows * inner * width),
         Stage((rows + tokens) * width, rows * width),  # the sum over the choices of a token
     ]
     if path == DENSE:
         gate_up = 2 * active * inner * width + tokens * width + rows * inner
-        pieces = _DENSE_PIECES * active
-        first = Stage(gate_up, 4 * rows * inner * width, pieces=pieces)
-        return [plan, first, down[0]._replace(pieces=pieces), down[1]]
-    adapters = Stage(2 * active * inner * rank + rows * (2 * rank + inner), 4 * rows * inner * rank, pieces=active)
+        return [plan, Stage(gate_up, 4 * rows * inner * width), *down]
+    adapters = Stage(2 * active * inner * rank + rows * (2 * rank + inner), 4 * rows * inner * rank)
     if path == "bank_first":
         z = 2 * tokens * palette * rank  # of all atoms of the layer, whoever uses them
-        product = Stage(2 * palette * rank * width + tokens * width + z, 2 * z * width, 2, 2 * palette * _ATOM_PIECES)
-        mix = Stage(z + 2 * rows * rank, 4 * rows * palette * rank, pieces=_MIX_PIECES)
+        read = 2 * palette * rank * width + tokens * width
+        product = Stage(read + z, 2 * z * width, {"atom": 2 * palette}, launches=2)
+        mix = Stage(z + 2 * rows * rank, 4 * rows * palette * rank)
         return [plan, product, mix, adapters, *down]
-    bases = Stage(2 * active * rank * width + tokens * width + 2 * rows * rank, 4 * rows * rank * width, pieces=active)
+    bases = Stage(2 * active * rank * width + tokens * width + 2 * rows * rank, 4 * rows * rank * width)
     if path == "composed":
         return [plan, bases, adapters, *down]
     if path == "scratch":
         # a product over the palette, which takes 16-bit atoms twice (ops/compose_layer.py)
         products = 1 if sizes.item_size == 4 else 2
         mixed = 4 * products * sizes.experts * palette * rank * width
-        return [
-            Stage(2 * (palette + sizes.experts) * rank * width, mixed, 2, _LAYER_PIECES),
-            plan,
-            bases,
-            adapters,
-            *down,
-        ]
+        composed = Stage(2 * (palette + sizes.experts) * rank * width, mixed, {"layer": 1}, launches=2)
+        return [composed, plan, bases, adapters, *down]
     assert path == "cached" and pool is not None, path
     passes = -(-min(rows, sizes.experts) // pool.slots)
     misses = active * pool.misses(active / sizes.experts)
     composed = 2 * misses * rank * width
-    pieces = passes * _LOOKUP_PIECES + misses * _MISS_PIECES
-    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, 2 * passes, pieces)
+    pieces = {"lookup": passes, "miss": misses}
+    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, pieces, launches=2 * passes)
     return [plan, compose, bases._replace(launches=passes), adapters, *down]
 
 
@@ -205,8 +215,10 @@ def predict(path: str, sizes: LayerSizes, tokens: int, machine: Machine, pool: P
         read_and_written = stage.values * sizes.item_size
         # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
         bounds = read_and_written / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s)
-        bound, launches = (max(bounds), stage.launches) if machine.grouped else (sum(bounds), stage.pieces)
-        us += bound + launches * machine.launch_us
+        if machine.pieces is None:
+            us += max(bounds) + stage.launches * machine.launch_us
+        else:
+            us += sum(bounds) + sum(count * getattr(machine.pieces, name) for name, count in stage.pieces.items())
         moved += read_and_written
         flops += stage.flops
     return Prediction(us, moved, flops)
