@@ -5,7 +5,7 @@
 
 On a GPU: a copy and a product in bf16, and the time of one more small kernel in a CUDA graph (`launch_us`; what it
 takes as a call of torch is said in `origin`). On a CPU, in fp32 on one thread and seconds of the process: a square
-product, products of four rows with weights that no cache holds, and the pieces of the references, which are differences
+product, products of four rows with weights that no cache holds, and the calls of the references, which are differences
 between layers whose matrices are next to nothing.
 """
 
@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -42,10 +43,11 @@ from globe_kernels.functional import moe_ffn_cached
 from globe_kernels.ops.compose_layer import compose_bases
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.ops.tuning import slug
-from globe_kernels.strategy import MACHINES, Machine, Pieces, machine_for, machines
+from globe_kernels.strategy import MACHINES, Machine, References, machine_for, machines
 
 _FEW, _MANY = 16, 64  # experts, or atoms
 _CHOICES = 4
+_LAYERS = 4  # that follow each other, as in a model: the next finds the code of the last in the cache
 _SIZE = 16  # of every matrix whose product shall take no time
 _WEIGHTS = (256, 512, 512)  # 256 MB: no cache holds them
 _LAUNCHES = (100, 200)
@@ -76,14 +78,13 @@ def measure(device: str, repeats: int) -> Machine:
         )
     return replace(
         listed,
-        copy_gb_per_s=read_gb_per_s(ceilings.matmul_tflop_per_s, repeats),
+        copy_gb_per_s=ceilings.copy_gb_per_s,
         matmul_tflop_per_s=ceilings.matmul_tflop_per_s,
         launch_us=launch_us,
         memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         item_size=dtype.itemsize,
-        origin=f"{origin}: one thread of {_processor()}, fp32, weights read by products of {_CHOICES} rows (a plain "
-        f"copy reaches {ceilings.copy_gb_per_s:.0f} GB/s)",
-        pieces=reference_pieces(repeats),
+        origin=f"{origin}: one thread of {_processor()}, fp32",
+        references=references(ceilings.matmul_tflop_per_s, repeats),
     )
 
 
@@ -132,7 +133,7 @@ def read_gb_per_s(matmul_tflop_per_s: float, repeats: int) -> float:
     return weights.numel() * weights.element_size() / (took - arithmetic) / 1e3
 
 
-def reference_pieces(repeats: int) -> Pieces:
+def references(matmul_tflop_per_s: float, repeats: int) -> References:
     """Each from the difference of two layers that differ in how many of it they have."""
     torch.manual_seed(0)
     base, more_experts, more_atoms = (_tiny_layer(*counts) for counts in ((_FEW, _FEW), (_MANY, _FEW), (_FEW, _MANY)))
@@ -143,14 +144,16 @@ def reference_pieces(repeats: int) -> Pieces:
     calls["layer"] = lambda: compose_bases(*base.factors[2:8], *base.factors[:2], "identity", torch.float32)
     # a layer that the cache holds, and two that push each other out of it
     calls |= {name: _call(_cached(base, layers)) for name, layers in (("hits", 1), ("misses", 2))}
-    with torch.inference_mode():
-        times = time_side_by_side(calls, "cpu", repeats, clock=_CLOCK)
-    us = {name: timing.median_us for name, timing in times.items()}
+    runs = {name: partial(_layers, call) for name, call in calls.items()}
+    with torch.no_grad():
+        times = time_side_by_side(runs, "cpu", repeats, clock=_CLOCK)
+    us = {name: timing.median_us / _LAYERS for name, timing in times.items()}
     expert = {name: (us[f"{name}more"] - us[name]) / (_MANY - _FEW) for name in ways}
     call = {name: us[name] - _FEW * expert[name] for name in ways}
     atom = (us["more atoms"] - us["bank_first_"]) / (2 * (more_atoms.palette - base.palette))
     call["bank_first_"] -= 2 * base.palette * atom
-    return Pieces(
+    return References(
+        read_gb_per_s=read_gb_per_s(matmul_tflop_per_s, repeats),
         **{f"{name}call": value for name, value in call.items()},
         **{f"{name}expert": value for name, value in expert.items()},
         atom=atom,
@@ -158,6 +161,11 @@ def reference_pieces(repeats: int) -> Pieces:
         miss=(us["misses"] - us["hits"]) / _FEW,
         layer=us["layer"],
     )
+
+
+def _layers(call: Callable[[], object]) -> None:
+    for _ in range(_LAYERS):
+        call()
 
 
 def _tiny_layer(experts: int, atoms: int) -> Layer:
@@ -234,8 +242,8 @@ def main() -> None:
     print(f"{machine.name}: measured, and as listed before")
     for name in ("copy_gb_per_s", "matmul_tflop_per_s", "launch_us", "memory_gb"):
         print(f"  {name:20}{found[name]:>10}{before.get(name, ''):>10}")
-    for name, us in found.get("pieces", {}).items():
-        print(f"  {name + ', us':20}{us:>10}{before.get('pieces', {}).get(name, ''):>10}")
+    for name, value in found.get("references", {}).items():
+        print(f"  {name:20}{value:>10}{before.get('references', {}).get(name, ''):>10}")
     print(found["origin"])
 
 

@@ -2,8 +2,9 @@
 
     time = sum over stages of max(bytes / copy, operations / matmul) + launches * launch_us
 
-A CPU runs the references: there one thread reads, then multiplies, so bytes and operations add up, and instead of
-launches the torch calls of their pieces are counted, each piece with the time that it takes at sizes of nothing.
+A CPU runs the references: there one thread reads, then multiplies, so bytes and operations add up, at the rate at which
+products read or, where atoms are copied before they are mixed, at half of that of a copy; and instead of launches torch
+calls are counted.
 A weight that a stage needs is read once, rows that a stage leaves for the next are written and read once. Tokens are
 routed uniformly: of E experts E (1 - (1 - K/E)^T) are active. Nothing here is measured while a model runs.
 
@@ -40,9 +41,13 @@ _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 
 
 @dataclass(frozen=True)
-class Pieces:
-    """Microseconds of torch calls of the references, whatever the sizes; dense are transformers' grouped products."""
+class References:
+    """How the references of torch run: how fast products of few rows read, and microseconds of torch calls.
 
+    The calls are those of sizes of nothing; dense are transformers' grouped products.
+    """
+
+    read_gb_per_s: float
     call: float  # of a layer with bases
     expert: float  # in all of its stages
     bank_first_call: float
@@ -61,13 +66,13 @@ class Machine:
 
     name: str
     device: str  # as it stands in the name that torch gives the device
-    copy_gb_per_s: float  # bytes read and bytes written; of a CPU what products of few rows read of their weights
+    copy_gb_per_s: float  # bytes read and bytes written
     matmul_tflop_per_s: float
     launch_us: float
     memory_gb: float
     item_size: int  # bytes of a value of the dtype that the constants are of
     origin: str
-    pieces: Pieces | None = None  # of the references; None where kernels run, a launch for all experts of a stage
+    references: References | None = None  # None where kernels run, one launch for all experts of a stage
 
 
 @lru_cache
@@ -75,8 +80,8 @@ def machines() -> dict[str, Machine]:
     """{name: Machine} of all that are known."""
     listed = json.loads(MACHINES.read_text(encoding="utf-8"))
     for constants in listed.values():
-        if "pieces" in constants:
-            constants["pieces"] = Pieces(**constants["pieces"])
+        if "references" in constants:
+            constants["references"] = References(**constants["references"])
     return {name: Machine(name, **constants) for name, constants in listed.items()}
 
 
@@ -147,8 +152,9 @@ class Stage(NamedTuple):
 
     values: float  # read and written, of item_size bytes each
     flops: float
-    pieces: Mapping[str, float] = MappingProxyType({})  # of the references: how many of each
+    calls: Mapping[str, float] = MappingProxyType({})  # of the references: how many of each
     launches: int = 1
+    is_gathered: bool = False  # the references copy what they read
 
 
 @dataclass(frozen=True)
@@ -203,8 +209,9 @@ def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) 
     passes = -(-min(rows, sizes.experts) // pool.slots)
     misses = active * pool.misses(active / sizes.experts)
     composed = 2 * misses * rank * width
-    pieces = {"lookup": passes, "miss": misses}
-    compose = Stage(composed * (sizes.support + 1), 2 * composed * sizes.support, pieces, launches=2 * passes)
+    calls = {"lookup": passes, "miss": misses}
+    mixed = 2 * composed * sizes.support
+    compose = Stage(composed * (sizes.support + 1), mixed, calls, launches=2 * passes, is_gathered=True)
     return [plan, compose, bases._replace(launches=passes), adapters, *down]
 
 
@@ -213,12 +220,14 @@ def predict(path: str, sizes: LayerSizes, tokens: int, machine: Machine, pool: P
     us = moved = flops = 0.0
     for stage in stages(path, sizes, tokens, pool):
         read_and_written = stage.values * sizes.item_size
+        copy, refs = machine.copy_gb_per_s, machine.references
+        rate = copy if refs is None else copy / 2 if stage.is_gathered else refs.read_gb_per_s
         # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
-        bounds = read_and_written / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s)
-        if machine.pieces is None:
+        bounds = read_and_written / (1e3 * rate), stage.flops / (1e6 * machine.matmul_tflop_per_s)
+        if refs is None:
             us += max(bounds) + stage.launches * machine.launch_us
         else:
-            us += sum(bounds) + sum(count * getattr(machine.pieces, name) for name, count in stage.pieces.items())
+            us += sum(bounds) + sum(count * getattr(refs, name) for name, count in stage.calls.items())
         moved += read_and_written
         flops += stage.flops
     return Prediction(us, moved, flops)
