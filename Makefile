@@ -52,10 +52,12 @@ gpu:
 	$(PYTHON) benchmarks/model.py --ledger --model qwen3-30b-a3b --layers 4 --rank 768 --palette 32
 	$(PYTHON) benchmarks/report.py
 
-# there too: the fastest configurations of this card, into globe_kernels/ops/tables
+# there too: the fastest configurations of this card, into globe_kernels/ops/tables, and the constants by which `auto`
+# decides on it, into globe_kernels/machines.json
 tune: export PYTHONPATH = $(CURDIR)
 tune:
 	$(PYTHON) benchmarks/tune.py
+	$(PYTHON) benchmarks/machine.py --device cuda --write
 	$(PYTHON) benchmarks/aot.py --target sm_90
 
 # the tables of README.md and the plots, from the ledger as it is

@@ -65,24 +65,23 @@ def measure(device: str, repeats: int) -> Machine:
     launch_us, call_us = launches_us(device, repeats)
     facts = conditions(name)
     origin = f"measured {facts['date'][:10]} by benchmarks/machine.py, torch {facts['torch']}"
-    if on_gpu:
-        return replace(
-            listed,
-            copy_gb_per_s=ceilings.copy_gb_per_s,
-            matmul_tflop_per_s=ceilings.matmul_tflop_per_s,
-            launch_us=launch_us,
-            memory_gb=torch.cuda.get_device_properties("cuda").total_memory / 1e9,
-            item_size=dtype.itemsize,
-            origin=f"{origin}, triton {facts['triton']}: {name}, bf16, launches in a CUDA graph (as calls of torch "
-            f"{call_us:.1f} us each), clocks {facts['clocks']} MHz",
-        )
-    return replace(
+    measured = replace(
         listed,
         copy_gb_per_s=ceilings.copy_gb_per_s,
         matmul_tflop_per_s=ceilings.matmul_tflop_per_s,
         launch_us=launch_us,
-        memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         item_size=dtype.itemsize,
+    )
+    if on_gpu:
+        return replace(
+            measured,
+            memory_gb=torch.cuda.get_device_properties("cuda").total_memory / 1e9,
+            origin=f"{origin}, triton {facts['triton']}: {name}, bf16, launches in a CUDA graph (as calls of torch "
+            f"{call_us:.1f} us each), clocks {facts['clocks']} MHz",
+        )
+    return replace(
+        measured,
+        memory_gb=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9,
         origin=f"{origin}: one thread of {_processor()}, fp32",
         references=references(ceilings.matmul_tflop_per_s, repeats),
     )
@@ -96,7 +95,7 @@ def _processor() -> str:
 
 
 def launches_us(device: str, repeats: int) -> tuple[float, float]:
-    """(in a CUDA graph, where there is one, else as the next; as the calls are made) of one more small operation."""
+    """Of one more small operation: (in a CUDA graph, where there is a GPU; as a call of torch)."""
     value = torch.ones(256, device=device)
 
     def sequence(count: int) -> Callable[[], None]:

@@ -1,5 +1,6 @@
 """Timing of functions side by side, and the ceilings of the machine they run on."""
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,15 +27,17 @@ def time_side_by_side(
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
-    """Every function `repeats` times, taking turns, so that a drift of the machine meets all of them.
+    """Every function `repeats` times, taking turns in another order each time.
 
+    So a drift of the machine, and what the function before leaves in caches and on the heap, meet all of them.
     On a GPU the L2 cache is overwritten before each call and time is that of device events, on a CPU that of `clock`.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
+    order = random.Random(0)
     for number in range(warmup + repeats):
-        for name, function in functions.items():
-            took = _time_once(function, flush, clock)
+        for name in order.sample(list(functions), len(functions)):
+            took = _time_once(functions[name], flush, clock)
             if number >= warmup:
                 samples[name].append(took)
     return {name: summarise(values) for name, values in samples.items()}

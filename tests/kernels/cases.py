@@ -1,10 +1,11 @@
-"""Where kernels run in these tests, and the routings that they must survive."""
+"""Where kernels run in these tests, the routings that they must survive, and a machine to predict for."""
 
 import pytest
 import torch
 
 from globe_kernels.ops.triton_import import HAS_TRITON
 from globe_kernels.ops.tuning import FfnConfig, GemmConfig
+from globe_kernels.strategy import Machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -12,6 +13,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # arithmetic works on the bits as integers.
 needs_kernels = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+# about one; the entry of machines.json changes when benchmarks/machine.py measures a card
+H100 = Machine("h100", "H100", 3000, 800, 2.0, 80, 2, "assumed; not measured by this project")
 
 E = 5
 ROUTINGS = {

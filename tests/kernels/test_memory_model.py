@@ -28,10 +28,10 @@ from globe_kernels.ops.compose_layer import layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
-from globe_kernels.strategy import DENSE, machine_named, paths_of
+from globe_kernels.strategy import DENSE, paths_of
 from globe_kernels.testing import tiny_model
+from tests.kernels.cases import H100
 
-H100 = machine_named("h100")
 BASE = BaseModel("planted", "qwen3_moe", 64, 48, {0: 8, 1: 8, 3: 6})
 SMALL = GlobeConfig(BASE, rank=16, num_atoms=20, support=4)
 QWEN = GlobeConfig(

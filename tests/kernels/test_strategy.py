@@ -11,9 +11,11 @@ from globe_kernels.strategy import (
     DENSE,
     PATHS,
     LayerSizes,
+    Machine,
     Policy,
     Pool,
     Prediction,
+    References,
     break_even_rank,
     machine_for,
     machine_named,
@@ -22,8 +24,12 @@ from globe_kernels.strategy import (
     stages,
     switch_points,
 )
+from tests.kernels import cases
 
-H100 = replace(machine_named("h100"), launch_us=0.0)  # 3000 GB/s, 800 TFLOP/s
+H100 = replace(cases.H100, launch_us=0.0)
+# a CPU whose bytes and arithmetic take no time
+COUNTS = References(1e9, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+CALLS = Machine("cpu", "cpu", 1e9, 1e9, launch_us=11.0, memory_gb=1, item_size=4, origin="", references=COUNTS)
 QWEN_30B = LayerSizes(128, 8, 2048, 768, 768, 12, 32, "identity", 2)
 QWEN_235B = LayerSizes(128, 8, 4096, 1536, 1536, 12, 32, "identity", 2)
 DEEPSEEK_V3 = LayerSizes(256, 8, 7168, 2048, 2048, 12, 64, "identity", 2)
@@ -101,6 +107,7 @@ def test_expected_experts_and_misses():
     assert QWEN_30B.active_experts(64) == pytest.approx(125.9, abs=0.1)
     everyone = replace(QWEN_30B, choices=128)
     assert everyone.active_experts(1) == 128
+    assert replace(QWEN_30B, active=3.0).active_experts(64) == 3, "as measured"
     pool = Pool(slots=25, experts=100)
     assert pool.misses(0.1) == 0.75
     assert pool.misses(0.5) == 1.0, "one step over all layers pushes out what the next one needs"
@@ -124,21 +131,41 @@ def test_what_a_stage_counts():
     assert [stage.launches for stage in few_slots] == [1, 4, 2, 1, 1, 1], "4 experts in 3 slots are two passes"
 
 
-def test_launches_count_by_the_expert_on_a_cpu():
-    cpu = replace(machine_named("cpu"), copy_gb_per_s=1e9, matmul_tflop_per_s=1e9, launch_us=1.0)
-    assert predict("composed", QWEN_30B, 1, cpu).us == pytest.approx(14 + 3 * 8 + 1, abs=1e-3)
-    assert predict("composed", QWEN_30B, 1, replace(cpu, grouped=True)).us == pytest.approx(5, abs=1e-3)
-    all_hit, one_in_four = (predict("cached", QWEN_30B, 1, cpu, Pool(16, 128, rate)).us for rate in (0.0, 0.25))
-    assert all_hit == pytest.approx(14 + 30 + 3 * 8 + 1, abs=1e-3)
+def test_a_cpu_counts_calls_of_torch_and_a_gpu_launches():
+    """T = 1: 8 experts are active; U = 32 in both families."""
+
+    def calls(path, pool=None):
+        return predict(path, QWEN_30B, 1, CALLS, pool).us
+
+    assert calls("composed") == pytest.approx(1 + 8 * 2, abs=1e-3)
+    assert calls("bank_first") == pytest.approx(3 + 8 * 4 + 64 * 5, abs=1e-3)
+    assert calls(DENSE) == pytest.approx(6 + 8 * 7, abs=1e-3)
+    assert calls("scratch") - calls("composed") == pytest.approx(10, abs=1e-2)
+    all_hit, one_in_four = (calls("cached", Pool(16, 128, rate)) for rate in (0.0, 0.25))
+    assert all_hit - calls("composed") == pytest.approx(8, abs=1e-3)
     assert one_in_four - all_hit == pytest.approx(2 * 9, abs=1e-3)
+    assert calls("cached", Pool(3, 128, 0.0)) - calls("composed") == pytest.approx(3 * 8, abs=1e-3), "three passes"
+    assert predict("composed", QWEN_30B, 1, replace(CALLS, references=None)).us == pytest.approx(5 * 11, abs=1e-3)
 
 
 def test_a_cpu_reads_and_then_multiplies():
-    slow = replace(machine_named("cpu"), launch_us=0.0)
-    fast_reads, fast_products = replace(slow, copy_gb_per_s=1e12), replace(slow, matmul_tflop_per_s=1e12)
-    parts = [predict("bank_first", QWEN_30B, 64, machine).us for machine in (fast_reads, fast_products)]
-    assert min(parts) > 1000
-    assert predict("bank_first", QWEN_30B, 64, slow).us == pytest.approx(sum(parts), rel=1e-6)
+    slow = Machine("cpu", "cpu", 40, 0.1, 0.0, 1, 4, "", References(10, *[0] * 10))
+    found = predict("bank_first", QWEN_30B, 64, slow)
+    reading, multiplying = found.bytes / 10e3, found.flops / 0.1e6
+    assert min(reading, multiplying) > 1000
+    assert found.us == pytest.approx(reading + multiplying, rel=1e-6)
+
+
+def test_a_cpu_copies_the_atoms_of_a_basis_and_not_those_of_a_layer():
+    """A miss reads 12 atoms and writes a basis in each family: at half of the rate of a copy."""
+    sizes = replace(QWEN_30B, item_size=4)
+    machine = replace(CALLS, copy_gb_per_s=40, references=replace(COUNTS, read_gb_per_s=10))
+    pools = [Pool(128, 128, rate) for rate in (0.0, 1 / 8)]
+    all_hit, one_miss = (predict("cached", sizes, 1, machine, pool).us for pool in pools)
+    basis = 4 * sizes.rank * sizes.hidden
+    assert one_miss - all_hit == pytest.approx(2 * 13 * basis / 20e3 + 9, rel=1e-5)
+    composed, scratch = (predict(path, sizes, 1, machine).us for path in ("composed", "scratch"))
+    assert scratch - composed == pytest.approx(2 * (32 + 128) * basis / 10e3 + 10, rel=1e-4)
 
 
 def test_the_policy_takes_the_cheapest_path():
@@ -180,6 +207,7 @@ def test_machines():
         "NVIDIA GeForce RTX 4090": "rtx4090",
         "cpu": "cpu",
         "NVIDIA A1000": "NVIDIA A1000, taken for a100",
+        "NVIDIA XH100": "NVIDIA XH100, taken for a100",
     }
     for device, name in names.items():
         assert machine_for(device).name == name
