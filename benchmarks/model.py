@@ -12,6 +12,9 @@ dense model in fp32, and counters prove which path ran: what fails stops the run
 
 Prefill is one sequence without a cache, decode one token for each of a batch, 32 tokens into a static cache. On a CPU
 seconds are of the process, on one thread, so that other work of the machine counts for no model.
+
+At the end the measured order of all ways is held against the predicted one: for uniform routing, by which `auto`
+decides, and for the active experts and the hits of the run, which leaves the cost model alone to blame.
 """
 
 import argparse
@@ -241,7 +244,7 @@ def active_experts(case: Case, model: Any) -> list[float]:
 def predicted_us(
     subject: Subject, model: Any, tokens: int, active: list[float] | None = None, hit_rate: float | None = None
 ) -> float:
-    """Of all layers of experts, by the cost model; as it does for uniform routing, or for what was measured of it."""
+    """Of all layers of experts, by the cost model: for uniform routing, or for what was measured in its place."""
     if modules := list(globe_modules(model).values()):
         layers = [(module.path(tokens), module.sizes(), module.pool) for module in modules]
     else:
@@ -262,6 +265,7 @@ def orders(rows: list[dict]) -> list[str]:
     """Measured beside predicted orders, and how many pairs agree of those that were measured to differ clearly."""
     lines, clear, agree = [], 0, Counter()
     keys = {"predicted_us": "uniform routing", "predicted_as_run_us": "the experts and hits of the run"}
+    titles = {"median_us": "measured", "predicted_us": "predicted", "predicted_as_run_us": "as it ran"}
     for op, tokens in dict.fromkeys((row["op"], row["shape"]["tokens"]) for row in rows):
         # auto is one of the others
         own = [r for r in rows if (r["op"], r["shape"]["tokens"]) == (op, tokens) and r["provider"] != "auto"]
@@ -272,10 +276,10 @@ def orders(rows: list[dict]) -> list[str]:
                 agree.update(key for key in keys if row[key] < other[key])
         lines += [f"{op} {tokens}"]
         for key, ordered in by.items():
-            lines.append(f"  {key.removesuffix('_us'):16}" + " < ".join(row["provider"] for row in ordered))
+            lines.append(f"  {titles[key]:10}" + " < ".join(row["provider"] for row in ordered))
     return lines + [
-        f"{agree[key]} of the {clear} pairs whose times differ by more than {_CLEAR - 1:.0%}, with 20 % and 80 % "
-        f"quantiles apart, are in the order predicted for {assumed}"
+        f"{agree[key]} of the {clear} pairs whose medians differ by more than {_CLEAR - 1:.0%} and whose 20 to 80 % "
+        f"quantiles do not overlap are in the order predicted for {assumed}"
         for key, assumed in keys.items()
     ]
 

@@ -154,7 +154,7 @@ class Stage(NamedTuple):
     flops: float
     calls: Mapping[str, float] = MappingProxyType({})  # of the references: how many of each
     launches: int = 1
-    is_gathered: bool = False  # the references copy what they read
+    is_gathered: bool = False  # the references read by copying
 
 
 @dataclass(frozen=True)
@@ -217,20 +217,19 @@ def stages(path: str, sizes: LayerSizes, tokens: int, pool: Pool | None = None) 
 
 def predict(path: str, sizes: LayerSizes, tokens: int, machine: Machine, pool: Pool | None = None) -> Prediction:
     """Time, bytes moved and floating point operations of one layer for `tokens` tokens."""
-    us = moved = flops = 0.0
-    for stage in stages(path, sizes, tokens, pool):
-        read_and_written = stage.values * sizes.item_size
-        copy, refs = machine.copy_gb_per_s, machine.references
-        rate = copy if refs is None else copy / 2 if stage.is_gathered else refs.read_gb_per_s
-        # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
-        bounds = read_and_written / (1e3 * rate), stage.flops / (1e6 * machine.matmul_tflop_per_s)
-        if refs is None:
-            us += max(bounds) + stage.launches * machine.launch_us
-        else:
-            us += sum(bounds) + sum(count * getattr(refs, name) for name, count in stage.calls.items())
-        moved += read_and_written
-        flops += stage.flops
-    return Prediction(us, moved, flops)
+    all_stages = stages(path, sizes, tokens, pool)
+    moved = [stage.values * sizes.item_size for stage in all_stages]
+    us = (_stage_us(stage, own, machine) for stage, own in zip(all_stages, moved, strict=True))
+    return Prediction(sum(us), sum(moved), sum(stage.flops for stage in all_stages))
+
+
+def _stage_us(stage: Stage, moved: float, machine: Machine) -> float:
+    # GB/s are 1e3 bytes per microsecond, TFLOP/s 1e6 operations
+    copying, multiplying = moved / (1e3 * machine.copy_gb_per_s), stage.flops / (1e6 * machine.matmul_tflop_per_s)
+    if (references := machine.references) is None:
+        return max(copying, multiplying) + stage.launches * machine.launch_us
+    reading = 2 * copying if stage.is_gathered else moved / (1e3 * references.read_gb_per_s)
+    return reading + multiplying + sum(count * getattr(references, name) for name, count in stage.calls.items())
 
 
 @dataclass(frozen=True)

@@ -157,6 +157,7 @@ def test_whole_models_on_a_cpu():
         assert row["model"] == "tiny_moe" and row["shape"]["layers"] == 6 and row["shape"]["tokens"] in (2, 8)
         assert row["tokens_per_s"] == pytest.approx(1e6 * row["shape"]["tokens"] / row["median_us"])
         assert 0 < row["relative_error"] < 1e-5 and row["predicted_us"] > 0 and row["ratio_to_dense"] > 0
+        assert row["predicted_as_run_us"] > 0 and 4 <= row["active_experts"] <= 20
         assert row["resident_bytes"] == pytest.approx(row["planned_bytes"], rel=0.05)
     # scratch holds neither bases nor a pool
     resident = {row["provider"]: row["resident_bytes"] for row in rows}
@@ -212,14 +213,33 @@ def test_bytes_that_were_not_planned_stop_the_run(subject, monkeypatch):
 def test_the_order_of_clear_pairs(providers):
     import model
 
-    times = {"dense": (100, 10), "composed": (105, 30), "scratch": (200, 20), "auto": (500, 1)}
+    # median, half of what lies between the quantiles, predicted, predicted as run
+    times = {
+        "dense": (100, 1, 10, 10),
+        "composed": (105, 1, 30, 20),
+        "scratch": (200, 1, 20, 30),
+        "cached_10%": (260, 70, 1, 1),
+        "auto": (500, 1, 1, 1),
+    }
     rows = [
-        {"op": "model_decode", "shape": {"tokens": 1}, "provider": name, "median_us": us, "predicted_us": predicted}
-        for name, (us, predicted) in times.items()
+        {
+            "op": "model_decode",
+            "shape": {"tokens": 1},
+            "provider": name,
+            "median_us": us,
+            "p20_us": us - spread,
+            "p80_us": us + spread,
+            "predicted_us": uniform,
+            "predicted_as_run_us": as_run,
+        }
+        for name, (us, spread, uniform, as_run) in times.items()
     ]
-    lines, agree, clear = model.orders(rows)
-    assert "dense < composed < scratch" in lines[0] and "dense < scratch < composed" in lines[1]
-    assert (agree, clear) == (1, 2)
+    title, measured, uniform, as_run, *counts = model.orders(rows)
+    assert title == "model_decode 1" and measured.endswith(" dense < composed < scratch < cached_10%")
+    assert uniform.endswith(" cached_10% < dense < scratch < composed")
+    assert as_run.endswith(" cached_10% < dense < composed < scratch")
+    # dense and composed are too close, the quantiles of the cache reach those of scratch
+    assert [count.split(" pairs")[0] for count in counts] == ["1 of the 4", "2 of the 4"]
 
 
 def test_a_larger_cache_hits_more(subject, monkeypatch, tmp_path):
