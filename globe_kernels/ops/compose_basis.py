@@ -116,16 +116,15 @@ def compose_basis_ref(
 ) -> torch.Tensor:
     """(E, R, D) in `out_dtype`, by default the bank's. One expert at a time, from C atoms."""
     out = torch.empty(code_index.shape[0], *bank.shape[1:], dtype=out_dtype or bank.dtype, device=bank.device)
+    flat, bases = bank.flatten(1), out.flatten(1)
     for expert, index in enumerate(code_index):
-        mix_atoms(code_value[expert, None].float(), index, bank, phi, out[expert, None])
+        mix_atoms(code_value[expert, None].float(), index, flat, phi, bases[expert, None])
     return out
 
 
 def mix_atoms(value: torch.Tensor, atoms: torch.Tensor, bank: torch.Tensor, phi: str, out: torch.Tensor) -> None:
-    """phi(value (E, U) fp32 times the atoms (U,) of `bank`) into `out` (E, R, D), contiguous in an expert."""
-    flat = bank.flatten(1)
-    bases = out.view(-1, flat.shape[1])
-    step = _CPU_VALUES if bank.device.type == "cpu" else flat.shape[1]
-    for start in range(0, flat.shape[1], step):
+    """phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V), into `out` (E, V)."""
+    step = _CPU_VALUES if bank.device.type == "cpu" else bank.shape[1]
+    for start in range(0, bank.shape[1], step):
         part = slice(start, start + step)
-        bases[:, part] = PHI_FUNCTIONS[phi](value @ flat[:, part].index_select(0, atoms).float())
+        out[:, part] = PHI_FUNCTIONS[phi](value @ bank[:, part].index_select(0, atoms).float())

@@ -208,5 +208,6 @@ def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: s
 
 def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor) -> torch.Tensor:
     """As `compose_layer`, into `out` (E, R, D), contiguous in an expert."""
-    mix_atoms(code.value[:, : code.palette.numel()] * code.scale[:, None], code.palette, bank, phi, out)
+    value = code.value[:, : code.palette.numel()] * code.scale[:, None]
+    mix_atoms(value, code.palette, bank.flatten(1), phi, out.view(value.shape[0], -1))
     return out
