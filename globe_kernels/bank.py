@@ -8,6 +8,7 @@ from torch import nn
 from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import GlobeConfig
 from globe_kernels.families import FAMILIES
+from globe_kernels.scratch import Scratch
 
 
 @dataclass(frozen=True)
@@ -25,19 +26,21 @@ class GlobeBank(nn.Module):
 
     Every layer composes from this bank and none holds a copy, so `state_dict` has each atom once.
     A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis no
-    longer needs it there, and saving still finds it. `cache` is the pool of composed bases of a model that has one.
+    longer needs it there, and saving still finds it. `cache` is the pool of composed bases of a model that has one,
+    `scratch` what composes the layers of one that composes them when they are called.
     """
 
     gate: nn.Parameter
     up: nn.Parameter
     cache: BasisCache | None
+    scratch: Scratch | None
     arrangement: Arrangement | None
 
     def __init__(self, config: GlobeConfig, device=None):
         super().__init__()
         self.config = config
         self.parked = False
-        self.cache, self.arrangement = None, None
+        self.cache, self.scratch, self.arrangement = None, None, None
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))
@@ -58,4 +61,6 @@ class GlobeBank(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # nn.Module.to, .cuda, .half and the like all end here
+        if self.scratch is not None:
+            self.scratch.forget()
         return self if self.parked else super()._apply(fn, recurse)

@@ -178,12 +178,15 @@ def workspace(
     choices: int,
     item_size: int,
     palettes: Palettes | None = None,
+    *,
+    on_gpu: bool = True,
 ) -> int:
     """Bytes of the largest temporaries of one layer's call, over `paths`: what comes to the residents at the peak.
 
     Rows h (S, 2R), y (S, P), those before the sum over choices (S, D) and the sum (T, D); of bank_first z (T, 2U, R) of
-    a chunk of tokens, of scratch the bases (E, 2R, D) of the largest layer. Of the dense experts, as transformers runs
-    them: rows of x, gate and up, their product, rows of the output.
+    a chunk of tokens, of scratch the bases (E, 2R, D) of the largest layer, on a GPU twice: one layer runs while the
+    next is composed. Of the dense experts, as transformers runs them: rows of x, gate and up, their product, rows of
+    the output.
     """
     rows, inner, width = tokens * choices, config.base.intermediate_size, config.base.hidden_size
     if paths == (DENSE,):
@@ -194,7 +197,8 @@ def workspace(
         z_row = ceil(largest) * config.rank * item_size
         size += min(tokens, max(1, WORKSPACE_BYTES // z_row)) * z_row
     if "scratch" in paths:
-        size += max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
+        buffers = 2 if on_gpu else 1
+        size += buffers * max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
     return size
 
 

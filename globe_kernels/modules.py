@@ -8,7 +8,7 @@ from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
-from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
+from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
@@ -135,6 +135,17 @@ class GlobeMoEFFN(nn.Module):
         return both.to(adapter.device)
 
     @property
+    def basis_shape(self) -> tuple[int, int, int]:
+        """(E, 2R, D)"""
+        return self.num_experts, 2 * self.gate_adapter.shape[2], self.hidden_dim
+
+    @torch.no_grad()
+    def compose_into(self, out: torch.Tensor) -> None:
+        """The bases of the layer into `out` (E, 2R, D), on the stream of the caller: what `scratch` runs from."""
+        codes, bank = (self.layer_code("gate"), self.layer_code("up")), self.bank
+        compose_bases_into(out, codes, (bank.gate, bank.up), self.phi)
+
+    @property
     def _kept(self) -> _Kept:
         """What every path multiplies with after the basis."""
         return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
@@ -176,11 +187,17 @@ class GlobeMoEFFN(nn.Module):
             assert cache is not None
             place = cache.first_expert(self.layer)
             return moe_ffn_cached(*routed, self.cached_weights(), cache.state, place, self.phi, self.activation)
-        basis = self.basis
-        if path == "scratch":
-            basis = self._compose({family: self.layer_code(family) for family in FAMILIES})
-        assert basis is not None
-        return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
+
+        def experts(basis: torch.Tensor) -> torch.Tensor:
+            return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
+
+        if path == "composed":
+            assert self.basis is not None
+            return experts(self.basis)
+        assert bank.scratch is not None
+        if bank.scratch.can_run(hidden_states):
+            return bank.scratch.run(self, hidden_states, experts)
+        return experts(self._compose({family: self.layer_code(family) for family in FAMILIES}))
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

@@ -90,11 +90,9 @@ def patch(
     _set_quantizer(model, checkpoint.config)
     replaced = tuple(target.path for target in targets)
     skipped = tuple(path for path, _ in model.named_modules() if path.endswith("experts") and path not in replaced)
-    after, paths = resident_bytes(model), modules[0].paths
-    item_size = modules[0].gate_adapter.element_size()
-    palettes = {module.layer: module.palettes for module in modules}
-    beside = workspace(checkpoint.config, paths, PEAK_TOKENS, choices_of(model), item_size, palettes)
-    return PatchReport(replaced, skipped, paths, before, after, after + beside, checkpoint.bytes_on_disk)
+    after = resident_bytes(model)
+    peak = after + peak_workspace(model)
+    return PatchReport(replaced, skipped, modules[0].paths, before, after, peak, checkpoint.bytes_on_disk)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -121,6 +119,21 @@ def resident_bytes(model: nn.Module) -> int:
     total = sum(_module_bytes(module) for module in globe_modules(model).values())
     bank = getattr(model, BANK_NAME)
     return total + sum(tensor.nbytes for tensor in (*bank.parameters(), *bank.buffers()) if tensor.device == device)
+
+
+def peak_workspace(model: nn.Module) -> int:
+    """Bytes that a call of one layer with PEAK_TOKENS tokens takes beside what is resident, predicted."""
+    modules = list(globe_modules(model).values())
+    adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
+    return workspace(
+        getattr(model, BANK_NAME).config,
+        modules[0].paths,
+        PEAK_TOKENS,
+        choices_of(model),
+        adapter.element_size(),
+        palettes,
+        on_gpu=adapter.is_cuda,
+    )
 
 
 def _module_bytes(module: nn.Module) -> int:

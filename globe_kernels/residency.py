@@ -9,6 +9,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.memory import choose_residents, layer_sizes
 from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.scratch import Scratch
 from globe_kernels.strategy import DENSE, LayerSizes, Machine, machine_for, predict
 
 _SLOW = 1.5  # times the dense experts: a warning
@@ -68,6 +69,7 @@ def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrang
     """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far."""
     first = modules[0].gate_adapter
     bank.arrangement, bank.cache = arrangement, None
+    bank.scratch = Scratch(modules) if "scratch" in arrangement.paths else None
     if arrangement.paths == ("composed",):
         for module in modules:
             module.run_from(bank, arrangement.paths, arrangement.choices)

@@ -188,15 +188,23 @@ def compose_bases(
     """(E, 2R, D) in `out_dtype`, gate rows first: `compose_layer` of both families, as ExpertWeights takes them."""
     rank, width = gate_bank.shape[1:]
     out = torch.empty(gate_value.shape[0], 2 * rank, width, dtype=out_dtype, device=gate_bank.device)
-    _compose_into(out[:, :rank], LayerCode(gate_palette, gate_value, gate_scale), gate_bank, phi)
-    _compose_into(out[:, rank:], LayerCode(up_palette, up_value, up_scale), up_bank, phi)
-    return out
+    codes = LayerCode(gate_palette, gate_value, gate_scale), LayerCode(up_palette, up_value, up_scale)
+    return compose_bases_into(out, codes, (gate_bank, up_bank), phi)
 
 
 @compose_bases.register_fake
 def _(gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale, gate_bank, up_bank, phi, out_dtype):
     num_experts, (rank, width) = gate_value.shape[0], gate_bank.shape[1:]
     return gate_bank.new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
+
+
+def compose_bases_into(
+    out: torch.Tensor, codes: tuple[LayerCode, LayerCode], banks: tuple[torch.Tensor, torch.Tensor], phi: str
+) -> torch.Tensor:
+    """`compose_bases` into `out` (E, 2R, D), which it returns; codes and banks of gate and up."""
+    for half, code, bank in zip(out.chunk(2, dim=1), codes, banks, strict=True):
+        _compose_into(half, code, bank, phi)
+    return out
 
 
 def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: str) -> torch.Tensor:

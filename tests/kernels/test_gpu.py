@@ -8,11 +8,12 @@ from globe_kernels.cache import BasisCache
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
-from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.compose_layer import compose_bases_into, compose_layer, layer_code
 from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.scratch import Scratch
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -386,3 +387,74 @@ def test_a_bank_past_int32():
     assert_close(value_gradient, torch.einsum("erd,ecrd->ec", gradient.double(), atoms), rms=2e-6, peak=4e-6)
     last = value[0, 0].double() * gradient[0].double() + value[1, 0].double() * gradient[1].double()
     assert_close(bank_gradient[1535], last, rms=1e-6, peak=2e-6)
+
+
+class ScratchLayer:
+    """A layer of a model whose bases are composed when it is called; experts 0 .. E - 1 of 24 shared atoms."""
+
+    def __init__(self, layer: int, experts: int, banks: tuple[torch.Tensor, torch.Tensor]):
+        (_, rank, hidden), inner = banks[0].shape, 512
+        self.layer, self.banks = layer, banks
+        self.basis_shape = (experts, 2 * rank, hidden)
+        self.codes = tuple(
+            layer_code(
+                torch.rand(experts, 24, device="cuda").topk(12).indices.int(), torch.randn(experts, 12, device="cuda")
+            )
+            for _ in banks
+        )
+        self.kept = (draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
+
+    def path(self, tokens: int) -> str:
+        return "scratch"
+
+    def compose_into(self, out: torch.Tensor) -> None:
+        compose_bases_into(out, self.codes, self.banks, "identity")
+
+    def composed(self) -> torch.Tensor:
+        out = self.banks[0].new_empty(self.basis_shape)
+        self.compose_into(out)
+        return out
+
+
+def test_composing_a_layer_ahead_changes_nothing():
+    torch.manual_seed(0)
+    banks = (draw(24, 256, 1024), draw(24, 256, 1024))
+    layers = [ScratchLayer(number, experts, banks) for number, experts in enumerate((64, 48, 64, 64, 16, 64))]
+    ahead, (_, index, scale) = Scratch(layers), routed("Qwen3-30B-A3B", 2048)
+
+    def forward(run, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            own = index % layer.basis_shape[0]
+            case = (hidden, own, scale)
+            out = run(
+                layer, hidden, lambda basis, c=case, kept=layer.kept: moe_ffn(*c, ExpertWeights(basis, *kept), "silu")
+            )
+            hidden = F.rms_norm(hidden + out, hidden.shape[-1:])
+        return hidden
+
+    inputs = [draw(2048, 1024) * 32 for _ in range(8)]
+    assert ahead.can_run(inputs[0])
+    expected = [forward(lambda layer, _, experts: experts(layer.composed()), hidden) for hidden in inputs]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(5):
+        # without waiting in between: the host runs ahead of the device
+        found = [forward(ahead.run, hidden) for hidden in inputs]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not ahead._ahead, "nothing is held between two forwards"
+    assert expected[0].abs().max() > 0
+    del found
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_captured_step_composes_on_its_own_stream():
+    banks = (draw(24, 256, 1024), draw(24, 256, 1024))
+    ahead = Scratch([ScratchLayer(0, 16, banks)])
+    graph, seen = torch.cuda.CUDAGraph(), []
+    x = torch.zeros(4, 1024, device="cuda")
+    with torch.cuda.graph(graph):
+        seen.append(ahead.can_run(x))
+        x += 1
+    assert seen == [False] and ahead.can_run(x)
