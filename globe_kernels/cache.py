@@ -4,7 +4,7 @@ The experts of all layers are numbered one layer after the other. What happens t
 `globe_kernels.ops.cache_lookup`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,17 @@ class CacheStats:
         return self.misses * self.slot_bytes
 
 
+def sum_stats(stats: Sequence[CacheStats]) -> CacheStats:
+    """Those of the caches of several devices as one."""
+    return CacheStats(
+        *(sum(getattr(one, name) for one in stats) for name in ("hits", "misses", "evictions", "slots")),
+        slot_bytes=stats[0].slot_bytes,
+        uses={layer: own for one in stats for layer, own in one.uses.items()},
+    )
+
+
 class BasisCache(nn.Module):
-    """The state of `globe_kernels.functional.moe_ffn_cached`, registered once at the root of a model.
+    """The state of `globe_kernels.functional.moe_ffn_cached`, one for the layers on a device.
 
     Its tensors follow the model to a device; a cast of the model casts the pool, whose contents stay valid. None is in
     `state_dict`: all of it is made from the codes and the bank.

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from globe_kernels.bank import GlobeBank
+from globe_kernels.bank import Place
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
@@ -37,6 +37,7 @@ class GlobeMoEFFN(nn.Module):
     gate_bias: nn.Parameter | None
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    gate_code_index: torch.Tensor
     basis: torch.Tensor | None
     palettes: dict[str, int]  # U by family, distinct atoms
 
@@ -49,7 +50,7 @@ class GlobeMoEFFN(nn.Module):
         self.layer = layer
         self.phi = config.phi
         self.activation = activation
-        self._shared: tuple[GlobeBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
+        self._shared: tuple[Place, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
         self.paths: tuple[str, ...] = ()  # by which calls may run
         self._choices = 0  # K
         self.palettes = dict.fromkeys(FAMILIES, 0)
@@ -85,19 +86,25 @@ class GlobeMoEFFN(nn.Module):
         return LayerCode(*(getattr(self, f"{family}_{part}") for part in LayerCode._fields))
 
     @property
-    def bank(self) -> GlobeBank:
+    def place(self) -> Place:
+        """What the layers on this device share."""
         if not self._shared:
-            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(bank, paths, choices) after loading it.")
+            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(place, paths, choices) after loading it.")
         return self._shared[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where calls run: of weights that are offloaded, and come when they are called, not where these are."""
+        return self.gate_code_index.device
+
     @torch.no_grad()
-    def run_from(self, bank: GlobeBank, paths: tuple[str, ...], choices: int) -> None:
-        """Make what `paths` need from the bank, on the device of the adapters and in their dtype, and drop the rest.
+    def run_from(self, place: Place, paths: tuple[str, ...], choices: int) -> None:
+        """Make what `paths` need from the atoms, on the device of the module and in its dtype, and drop the rest.
 
         `choices`: experts per token, on which the times of the paths depend.
         """
-        self._shared, self.paths, self._choices = (bank,), paths, choices
-        codes = {family: layer_code(*self._code_for(bank, family)) for family in FAMILIES}
+        self._shared, self.paths, self._choices = (place,), paths, choices
+        codes = {family: layer_code(*self._code_for(place, family)) for family in FAMILIES}
         self.basis = self._compose(codes) if "composed" in paths else None
         for family, code in codes.items():
             for part, tensor in code._asdict().items():
@@ -116,23 +123,23 @@ class GlobeMoEFFN(nn.Module):
     @property
     def machine(self) -> Machine:
         """What the times of the paths are predicted for."""
-        return machine_for(self.gate_adapter.device)
+        return machine_for(self.device)
 
     @property
     def pool(self) -> Pool | None:
         """The cache, as the cost model takes it."""
-        cache = self.bank.cache
+        cache = self.place.cache
         return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
 
-    def _code_for(self, bank: GlobeBank, family: str) -> tuple[torch.Tensor, torch.Tensor]:
-        device, code = bank.atoms(family).device, self.code(family)
+    def _code_for(self, place: Place, family: str) -> tuple[torch.Tensor, torch.Tensor]:
+        device, code = place.atoms(family).device, self.code(family)
         return code.index.to(device), code.value.to(device)
 
     def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
         """(E, 2R, D)"""
-        adapter = self.gate_adapter
-        both = compose_bases(*codes["gate"], *codes["up"], self.bank.gate, self.bank.up, self.phi, adapter.dtype)
-        return both.to(adapter.device)
+        place, dtype = self.place, self.gate_adapter.dtype
+        both = compose_bases(*codes["gate"], *codes["up"], place.gate, place.up, self.phi, dtype)
+        return both.to(self.device)
 
     @property
     def basis_shape(self) -> tuple[int, int, int]:
@@ -142,8 +149,8 @@ class GlobeMoEFFN(nn.Module):
     @torch.no_grad()
     def compose_into(self, out: torch.Tensor) -> None:
         """The bases of the layer into `out` (E, 2R, D), on the stream of the caller: what `scratch` runs from."""
-        codes, bank = (self.layer_code("gate"), self.layer_code("up")), self.bank
-        compose_bases_into(out, codes, (bank.gate, bank.up), self.phi)
+        codes, place = (self.layer_code("gate"), self.layer_code("up")), self.place
+        compose_bases_into(out, codes, (place.gate, place.up), self.phi)
 
     @property
     def _kept(self) -> _Kept:
@@ -152,13 +159,13 @@ class GlobeMoEFFN(nn.Module):
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
-        gate, up = self.code("gate"), self.code("up")
-        return CachedWeights(self.bank.gate, self.bank.up, gate.index, gate.value, up.index, up.value, *self._kept)
+        place, gate, up = self.place, self.code("gate"), self.code("up")
+        return CachedWeights(place.gate, place.up, gate.index, gate.value, up.index, up.value, *self._kept)
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
         item_size = self.gate_adapter.element_size()
-        return layer_sizes(self.bank.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
+        return layer_sizes(self.place.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
@@ -176,17 +183,17 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
-        bank, routed = self.bank, (hidden_states, top_k_index, top_k_weights)
+        place, routed = self.place, (hidden_states, top_k_index, top_k_weights)
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             gate, up = self.layer_code("gate"), self.layer_code("up")
-            weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, *self._kept)
+            weights = BankFirstWeights(place.gate, place.up, *gate, *up, *self._kept)
             return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
-            cache = bank.cache
+            cache = place.cache
             assert cache is not None
-            place = cache.first_expert(self.layer)
-            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, place, self.phi, self.activation)
+            first = cache.first_expert(self.layer)
+            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, first, self.phi, self.activation)
 
         def experts(basis: torch.Tensor) -> torch.Tensor:
             return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
@@ -194,9 +201,9 @@ class GlobeMoEFFN(nn.Module):
         if path == "composed":
             assert self.basis is not None
             return experts(self.basis)
-        assert bank.scratch is not None
-        if bank.scratch.can_run(hidden_states):
-            return bank.scratch.run(self, hidden_states, experts)
+        assert place.scratch is not None
+        if place.scratch.can_run(hidden_states):
+            return place.scratch.run(self, hidden_states, experts)
         return experts(self._compose({family: self.layer_code(family) for family in FAMILIES}))
 
     def extra_repr(self) -> str:

@@ -1,6 +1,7 @@
 """Put GloBE experts into a live transformers model, and take them out again: plan, check, then touch."""
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from globe_kernels.replacement import (
     plan_replacement,
     remove_bank,
 )
-from globe_kernels.residency import arrange, plan_arrangement
+from globe_kernels.residency import arrange, by_device, plan_arrangement
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
@@ -114,11 +115,10 @@ def unpatch(model: nn.Module) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes that the GloBE experts hold on the device of the model (a bank parked in host memory counts on CPU)."""
-    device = next(model.parameters()).device
-    total = sum(_module_bytes(module) for module in globe_modules(model).values())
-    bank = getattr(model, BANK_NAME)
-    return total + sum(tensor.nbytes for tensor in (*bank.parameters(), *bank.buffers()) if tensor.device == device)
+    """Bytes that the GloBE experts hold on their devices (a bank parked in host memory counts on a CPU)."""
+    modules, bank = list(globe_modules(model).values()), getattr(model, BANK_NAME)
+    atoms = [tensor for tensor in _tensors(bank) if tensor.device in by_device(modules)]
+    return sum(map(_module_bytes, modules)) + sum(tensor.nbytes for tensor in atoms)
 
 
 def peak_workspace(model: nn.Module) -> int:
@@ -132,12 +132,17 @@ def peak_workspace(model: nn.Module) -> int:
         choices_of(model),
         adapter.element_size(),
         palettes,
-        on_gpu=adapter.is_cuda,
+        on_gpu=modules[0].device.type == "cuda",
     )
 
 
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 def _module_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in _tensors(module))
 
 
 def _checkpoint_path(model: nn.Module) -> Path:

@@ -142,7 +142,7 @@ def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
     model, tokens = patched(path, model_type, run), TOKENS[:, :40]
     expected, op = logits(model, tokens), OPS[RUNS[run][0]]
     if run.startswith("cached"):
-        model.globe_bank.cache.clear()
+        model.globe_bank.places[0].cache.clear()
     for module in (moe_ffn, moe_ffn_bank_first, moe_ffn_cached, compose_layer):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     for module in (moe_ffn, moe_ffn_cached):
@@ -271,7 +271,7 @@ def test_a_warm_cache_misses_less(fit_tiny):
     globe_kernels.set_strategy(model, **options("cached, a quarter", path))
     globe_kernels.warm_cache(model, uses)
     assert globe_kernels.cache_stats(model).misses == 0
-    held = (model.globe_bank.cache.owner >= 0).sum()
+    held = (model.globe_bank.places[0].cache.owner >= 0).sum()
     assert held == 6, "a quarter of 24 experts"
     expected = logits(patched(path))
     assert (logits(model) - expected).abs().max() <= 1e-4
