@@ -116,9 +116,9 @@ def unpatch(model: nn.Module) -> None:
 
 def resident_bytes(model: nn.Module) -> int:
     """Bytes that the GloBE experts hold on their devices (a bank parked in host memory counts on a CPU)."""
-    modules, bank = list(globe_modules(model).values()), getattr(model, BANK_NAME)
-    atoms = [tensor for tensor in _tensors(bank) if tensor.device in by_device(modules)]
-    return sum(map(_module_bytes, modules)) + sum(tensor.nbytes for tensor in atoms)
+    modules = list(globe_modules(model).values())
+    devices, parts = by_device(modules), (*modules, getattr(model, BANK_NAME))
+    return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
 def peak_workspace(model: nn.Module) -> int:
