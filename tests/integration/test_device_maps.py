@@ -11,7 +11,7 @@ from globe_kernels.patching import resident_bytes
 from globe_kernels.replacement import globe_modules
 from globe_kernels.strategy import PATHS
 from globe_kernels.testing import assert_close, tiny_model
-from tests.integration.test_patching import TOKENS, logits
+from tests.integration.test_patching import logits
 
 pytestmark = pytest.mark.filterwarnings("ignore:A layer of this checkpoint uses")
 
