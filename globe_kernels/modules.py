@@ -9,15 +9,13 @@ from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.compose_slots import Mixtures
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
-
-_Optional = torch.Tensor | None
-_Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional]
 
 
 class GlobeMoEFFN(nn.Module):
@@ -135,14 +133,15 @@ class GlobeMoEFFN(nn.Module):
         return both.to(adapter.device)
 
     @property
-    def _kept(self) -> _Kept:
+    def _from_rank(self) -> FromRank:
         """What every path multiplies with after the basis."""
-        return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+        return FromRank(*(getattr(self, name) for name in FromRank._fields))
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
         gate, up = self.code("gate"), self.code("up")
-        return CachedWeights(self.bank.gate, self.bank.up, gate.index, gate.value, up.index, up.value, *self._kept)
+        mixtures = Mixtures(self.bank.gate, self.bank.up, gate.index, gate.value, up.index, up.value)
+        return CachedWeights(mixtures, self._from_rank)
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
@@ -169,7 +168,7 @@ class GlobeMoEFFN(nn.Module):
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             gate, up = self.layer_code("gate"), self.layer_code("up")
-            weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, *self._kept)
+            weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, self._from_rank)
             return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
             cache = bank.cache
@@ -180,7 +179,7 @@ class GlobeMoEFFN(nn.Module):
         if path == "scratch":
             basis = self._compose({family: self.layer_code(family) for family in FAMILIES})
         assert basis is not None
-        return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
+        return moe_ffn(*routed, ExpertWeights(basis, self._from_rank), self.activation)
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

@@ -25,7 +25,7 @@ from globe_kernels.memory import (
     workspace,
 )
 from globe_kernels.ops.compose_layer import layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
 from globe_kernels.strategy import DENSE, machine_named, paths_of
@@ -111,7 +111,8 @@ def test_the_workspace_is_what_a_call_allocates():
     tokens, choices, item = 5, 2, 4
     experts, width, inner = 8, BASE.hidden_size, BASE.intermediate_size
     shapes = ((2 * SMALL.rank, width), (inner, SMALL.rank), (inner, SMALL.rank), (width, inner))
-    weights = ExpertWeights(*(torch.randn(experts, *shape) / 8 for shape in shapes))
+    basis, *others = (torch.randn(experts, *shape) / 8 for shape in shapes)
+    weights = ExpertWeights(basis, FromRank(*others))
     index = torch.arange(tokens * choices).view(tokens, choices) % experts
     x, routing_weights = torch.randn(tokens, width), torch.rand(tokens, choices)
     with _Allocated() as allocated:
