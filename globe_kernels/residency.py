@@ -7,7 +7,7 @@ from globe_kernels.bank import Arrangement, GlobeBank
 from globe_kernels.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
-from globe_kernels.memory import choose_residents, layer_sizes
+from globe_kernels.memory import choose_residents, layer_sizes, pool_slots
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.strategy import DENSE, LayerSizes, Machine, machine_for, predict
 
@@ -77,7 +77,7 @@ def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrang
     if arrangement.cache_bytes:
         num_experts = {module.layer: module.num_experts for module in modules}
         rank, width = first.shape[2], modules[0].hidden_dim
-        slots = BasisCache.slots_for(arrangement.cache_bytes, num_experts, rank, width, first.dtype)
+        slots = pool_slots(bank.config, arrangement.cache_bytes, first.element_size())
         bank.cache = BasisCache(num_experts, slots, rank, width, first.dtype, first.device)
     for module in modules:
         module.run_from(bank, arrangement.paths, arrangement.choices)
