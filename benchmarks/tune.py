@@ -22,7 +22,7 @@ from providers import Inputs, Layer, random_inputs, random_layer, reference
 from shapes import MODELS
 
 from globe_kernels.ops import tuning
-from globe_kernels.ops.down import Down, launch_down
+from globe_kernels.ops.down import launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in
 from globe_kernels.ops.routing_plan import launch_routing_plan
@@ -70,11 +70,11 @@ def search(config: FfnConfig, stage: str, allowed: Callable[[FfnConfig], bool], 
 def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
     """Each stage of `op` as (config, inputs, plan, what the stage before it made) -> tensor, and all in turn."""
     w, inner = layer.weights, layer.shape.intermediate
-    down: Callable = lambda c, i, plan, y: launch_down(y, plan, Down(w.down_proj), (i.index, i.weights), c.down)  # noqa: E731
+    down: Callable = lambda c, i, plan, y: launch_down(y, plan, w.from_rank.down, (i.index, i.weights), c.down)  # noqa: E731
     if op == "moe_ffn":
         stages = {
             "low_rank_in": lambda c, i, plan, x: launch_low_rank_in(x, plan, w.basis, c.low_rank_in),
-            "gate_up": lambda c, i, plan, h: launch_gate_up(h, plan, w.adapters, "silu", c.gate_up),
+            "gate_up": lambda c, i, plan, h: launch_gate_up(h, plan, w.from_rank.adapters, "silu", c.gate_up),
             "down": down,
         }
     else:
@@ -145,7 +145,7 @@ def tune(layer: Layer, inputs: Inputs, op: str, card: Card, device: str, repeats
 
 
 def _rank(layer: Layer, op: str) -> int:
-    return layer.weights.gate_adapter.shape[2] if op == "moe_ffn" else layer.shape.intermediate
+    return layer.weights.from_rank.gate_adapter.shape[2] if op == "moe_ffn" else layer.shape.intermediate
 
 
 def write(path: Path, device: str, architecture: str, entries: list[dict]) -> None:

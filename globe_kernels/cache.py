@@ -64,8 +64,16 @@ class BasisCache(nn.Module):
     def __init__(
         self, num_experts: Mapping[int, int], slots: int, rank: int, width: int, dtype: torch.dtype, device=None
     ):
-        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}."""
+        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}.
+
+        `globe_kernels.memory.pool_slots` says how many fit into a number of bytes. Raises RequestError for none.
+        """
         super().__init__()
+        if slots < 1:
+            raise RequestError(
+                f"A cache of bases at rank {rank}, hidden size {width} and {dtype} would have {slots} slots; give it "
+                "the bytes of at least one."
+            )
         self.num_experts = dict(num_experts)
         n = sum(self.num_experts.values())
         shapes = {
@@ -81,27 +89,6 @@ class BasisCache(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device), persistent=False)
         self.clear()
         self.reset_stats()
-
-    @classmethod
-    def slots_for(
-        cls, cache_bytes: int, num_experts: Mapping[int, int], rank: int, width: int, dtype: torch.dtype
-    ) -> int:
-        """How many slots a cache within `cache_bytes` has, everything counted, at most one for every expert.
-
-        Raises RequestError when not even one fits.
-        """
-        none, one = (cls(num_experts, slots, rank, width, dtype, "meta").nbytes for slots in (0, 1))
-        if cache_bytes < one:
-            raise RequestError(
-                f"A cache of {cache_bytes} bytes cannot hold one basis: at rank {rank}, hidden size {width} and "
-                f"{dtype} the smallest takes {one} bytes; give at least that much."
-            )
-        return min((cache_bytes - none) // (one - none), sum(num_experts.values()))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.state)
 
     @property
     def state(self) -> CacheState:

@@ -9,15 +9,13 @@ from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.compose_slots import Mixtures
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
-
-_Optional = torch.Tensor | None
-_Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional]
 
 
 class GlobeMoEFFN(nn.Module):
@@ -153,14 +151,15 @@ class GlobeMoEFFN(nn.Module):
         compose_bases_into(out, codes, (place.gate, place.up), self.phi)
 
     @property
-    def _kept(self) -> _Kept:
+    def _from_rank(self) -> FromRank:
         """What every path multiplies with after the basis."""
-        return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+        return FromRank(*(getattr(self, name) for name in FromRank._fields))
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
         place, gate, up = self.place, self.code("gate"), self.code("up")
-        return CachedWeights(place.gate, place.up, gate.index, gate.value, up.index, up.value, *self._kept)
+        mixtures = Mixtures(place.gate, place.up, gate.index, gate.value, up.index, up.value)
+        return CachedWeights(mixtures, self._from_rank)
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
@@ -187,7 +186,7 @@ class GlobeMoEFFN(nn.Module):
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             gate, up = self.layer_code("gate"), self.layer_code("up")
-            weights = BankFirstWeights(place.gate, place.up, *gate, *up, *self._kept)
+            weights = BankFirstWeights(place.gate, place.up, *gate, *up, self._from_rank)
             return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
             cache = place.cache
@@ -196,7 +195,7 @@ class GlobeMoEFFN(nn.Module):
             return moe_ffn_cached(*routed, self.cached_weights(), cache.state, first, self.phi, self.activation)
 
         def experts(basis: torch.Tensor) -> torch.Tensor:
-            return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
+            return moe_ffn(*routed, ExpertWeights(basis, self._from_rank), self.activation)
 
         if path == "composed":
             assert self.basis is not None

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn_bank_first
 from globe_kernels.ops import moe_ffn_bank_first as module
@@ -11,6 +10,7 @@ from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_co
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
 from globe_kernels.ops.mix import MixConfig, choose_mix, launch_mix, mix, mix_ref
+from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.moe_ffn_bank_first import (
     BankFirstConfig,
     BankFirstWeights,
@@ -29,7 +29,17 @@ from globe_kernels.ops.palette_in import (
 )
 from globe_kernels.ops.tuning import CARDS, SMALLEST_CARD, GemmConfig, fit_gemm
 from globe_kernels.testing import assert_close
-from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels, same_tiles
+from tests.kernels.cases import (
+    DEVICE,
+    KERNEL_DTYPES,
+    ROUTINGS,
+    E,
+    needs_kernels,
+    same_tiles,
+    silu_gated,
+    token_by_token,
+    transposed_in_memory,
+)
 
 D, P, R = 20, 12, 7
 GATE_ATOMS, UP_ATOMS, BANK, SUPPORT = 9, 35, 40, 4  # palettes: less than a tile of atoms, and a ragged second tile
@@ -70,7 +80,7 @@ def weights(
     down = draw(E, width, inner, dtype=dtype)
     biases = (draw(E, inner, dtype=dtype), draw(E, inner, seed=1, dtype=dtype), draw(E, width, dtype=dtype))
     codes = (code_of(GATE_ATOMS), code_of(UP_ATOMS, seed=1))
-    return BankFirstWeights(*banks, *codes[0], *codes[1], *adapters, down, *(biases if bias else ()))
+    return BankFirstWeights(*banks, *codes[0], *codes[1], FromRank(*adapters, down, *(biases if bias else ())))
 
 
 def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
@@ -84,25 +94,15 @@ def dense_codes(value: torch.Tensor, scale: torch.Tensor, atoms: int) -> torch.T
     return value[:, :atoms].double() * scale.double()[:, None]
 
 
-def by_token(hidden, index, scale, w: BankFirstWeights, join=lambda gate, up: F.silu(gate) * up) -> torch.Tensor:
-    """Independent of the op: token by token, in fp64, from composed dense matrices."""
-    biases = (w.gate_bias, w.up_bias, w.down_bias)
-    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
-    gate, up = (
-        adapter.double()
-        @ torch.einsum("eu,urd->erd", dense_codes(value, factor, palette.numel()), bank.double()[palette.long()])
-        for adapter, value, factor, palette, bank in (
-            (w.gate_adapter, w.gate_value, w.gate_scale, w.gate_palette, w.gate_bank),
-            (w.up_adapter, w.up_value, w.up_scale, w.up_palette, w.up_bank),
+def by_token(hidden, index, scale, w: BankFirstWeights, join=silu_gated) -> torch.Tensor:
+    bases = (
+        torch.einsum("eu,urd->erd", dense_codes(value, factor, palette.numel()), bank.double()[palette.long()])
+        for value, factor, palette, bank in (
+            (w.gate_value, w.gate_scale, w.gate_palette, w.gate_bank),
+            (w.up_value, w.up_scale, w.up_palette, w.up_bank),
         )
     )
-    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    for token, x in enumerate(hidden.double()):
-        for choice, expert in enumerate(index[token].tolist()):
-            if 0 <= expert < E:
-                y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
-                out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
-    return out
+    return token_by_token(hidden, index, scale, bases, w.from_rank, join)
 
 
 # "op": what torch.ops.globe runs here; on a CPU the reference
@@ -279,7 +279,8 @@ def test_the_kernels_are_deterministic():
 def test_strides_and_index_dtype_do_not_matter():
     (hidden, index, scale), w = inputs(RAGGED), weights()
     expected = moe_ffn_bank_first(hidden, index, scale, w, "silu")
-    strided = BankFirstWeights(*(t if t is None else t.mT.contiguous().mT if t.ndim > 1 else t for t in w))
+    from_rank = FromRank(*map(transposed_in_memory, w.from_rank))
+    strided = BankFirstWeights(*map(transposed_in_memory, w[:-1]), from_rank)
     assert not strided.gate_bank.is_contiguous() and strided.contiguous().gate_bank.is_contiguous()
     case = (hidden.T.contiguous().T, index.int().T.contiguous().T, scale.repeat(1, 2)[:, :2])
     assert_close(moe_ffn_bank_first(*case, strided, "silu"), expected, rms=1e-6, peak=2e-6)
@@ -292,7 +293,7 @@ def op_cases():
     return {
         "palette_in": (palette_in, (case[0], w.gate_palette, w.gate_bank)),
         "mix": (mix, (*z, case[1], *w.codes)),
-        "moe_ffn_bank_first": (moe_ffn_bank_first_op, (*case, "silu", True, *w)),
+        "moe_ffn_bank_first": (moe_ffn_bank_first_op, (*case, "silu", True, *w[:-1], *w.from_rank)),
     }
 
 

@@ -9,8 +9,9 @@ from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_bases_into, compose_layer, layer_code
+from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
-from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.scratch import Scratch
@@ -34,9 +35,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def layer(model: str, bias: bool = False) -> ExpertWeights:
     experts, _, hidden, inner, rank = MODELS[model]
-    factors = (draw(experts, 2 * rank, hidden), draw(experts, inner, rank), draw(experts, inner, rank))
+    basis, *adapters = draw(experts, 2 * rank, hidden), draw(experts, inner, rank), draw(experts, inner, rank)
     biases = (draw(experts, inner), draw(experts, inner), draw(experts, hidden)) if bias else ()
-    return ExpertWeights(*factors, draw(experts, hidden, inner), *biases)
+    return ExpertWeights(basis, FromRank(*adapters, draw(experts, hidden, inner), *biases))
+
+
+def in_fp32(weights: FromRank) -> FromRank:
+    return FromRank(*(t if t is None else t.float() for t in weights))
 
 
 def routed(model: str, tokens: int):
@@ -55,9 +60,8 @@ def test_error_at_real_sizes_is_that_of_torch(model, tokens):
     out = moe_ffn(*case, w, activation)
     eager = moe_ffn_ref(*case, w, activation)
     hidden, index, scale = case
-    exact = moe_ffn_ref(
-        hidden.float(), index, scale, ExpertWeights(*(t if t is None else t.float() for t in w)), activation
-    )
+    full = ExpertWeights(w.basis.float(), in_fp32(w.from_rank))
+    exact = moe_ffn_ref(hidden.float(), index, scale, full, activation)
     found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
     assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
     assert_close(out, exact, rms=1.5e-2, peak=3e-2)
@@ -139,9 +143,7 @@ def test_rows_past_int32():
     experts, choices, hidden, inner, rank = 16, 8, 2048, 64, 32
     w = ExpertWeights(
         draw(experts, 2 * rank, hidden),
-        draw(experts, inner, rank),
-        draw(experts, inner, rank),
-        draw(experts, hidden, inner),
+        FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)),
     )
     tokens = 400_000
     x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
@@ -162,7 +164,7 @@ def layer_on_atoms(model: str, rank: int, palette: int) -> BankFirstWeights:
 
     banks = (draw(3 * palette, rank, hidden), draw(3 * palette, rank, hidden))
     adapters = (draw(experts, inner, rank), draw(experts, inner, rank))
-    return BankFirstWeights(*banks, *code(), *code(), *adapters, draw(experts, hidden, inner))
+    return BankFirstWeights(*banks, *code(), *code(), FromRank(*adapters, draw(experts, hidden, inner)))
 
 
 # rank and palette; 3000 tokens are more than one chunk of Qwen3
@@ -177,7 +179,7 @@ def test_error_at_real_sizes_straight_from_the_bank(model, tokens):
     out = moe_ffn_bank_first(*case, w, "silu")
     eager = moe_ffn_bank_first_ref(*case, w, "silu")
     hidden, index, scale = case
-    full = BankFirstWeights(*(t.float() if t is not None and t.is_floating_point() else t for t in w))
+    full = w._replace(gate_bank=w.gate_bank.float(), up_bank=w.up_bank.float(), from_rank=in_fp32(w.from_rank))
     exact = moe_ffn_bank_first_ref(hidden.float(), index, scale, full, "silu")
     found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
     assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
@@ -235,20 +237,20 @@ def cached_model(model: str, slots: int) -> tuple[BasisCache, list[CachedWeights
     for _ in range(2):
         codes = [torch.rand(experts, 24, device="cuda").topk(12).indices.int() for _ in banks]
         values = [torch.randn(experts, 12, device="cuda") for _ in banks]
-        rest = draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)
-        cached.append(CachedWeights(*banks, codes[0], values[0], codes[1], values[1], *rest))
+        rest = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
+        cached.append(CachedWeights(Mixtures(*banks, codes[0], values[0], codes[1], values[1]), rest))
         bases = [
             compose_basis(code, value, bank, "tanh", torch.bfloat16)
             for code, value, bank in zip(codes, values, banks, strict=True)
         ]
-        composed.append(ExpertWeights(torch.cat(bases, 1), *rest))
+        composed.append(ExpertWeights(torch.cat(bases, 1), rest))
     cache = BasisCache({0: experts, 1: experts}, slots, rank, hidden, torch.bfloat16, "cuda")
     return cache, cached, composed
 
 
 def run_cached(cache: BasisCache, layers: list[CachedWeights], case) -> list[torch.Tensor]:
     """Every layer on the same inputs."""
-    experts = layers[0].shape.experts
+    experts = layers[0].from_rank.shape.experts
     return [moe_ffn_cached(*case, w, cache.state, number * experts, "tanh", "silu") for number, w in enumerate(layers)]
 
 
@@ -402,7 +404,7 @@ class ScratchLayer:
             )
             for _ in banks
         )
-        self.kept = (draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
+        self.kept = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
 
     def path(self, tokens: int) -> str:
         return "scratch"
@@ -427,7 +429,7 @@ def test_composing_a_layer_ahead_changes_nothing():
             own = index % layer.basis_shape[0]
             case = (hidden, own, scale)
             out = run(
-                layer, hidden, lambda basis, c=case, kept=layer.kept: moe_ffn(*c, ExpertWeights(basis, *kept), "silu")
+                layer, hidden, lambda basis, c=case, kept=layer.kept: moe_ffn(*c, ExpertWeights(basis, kept), "silu")
             )
             hidden = F.rms_norm(hidden + out, hidden.shape[-1:])
         return hidden
