@@ -25,8 +25,14 @@ import torch
 from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import Down, down_ref, launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
-from globe_kernels.ops.mix import Codes, MixConfig, choose_mix, launch_mix, mix_ref
-from globe_kernels.ops.palette_in import PaletteInConfig, choose_palette_in, launch_palette_in, palette_in_ref
+from globe_kernels.ops.mix import Codes, MixConfig, MixShape, choose_mix, launch_mix, mix_ref
+from globe_kernels.ops.palette_in import (
+    PaletteInConfig,
+    PaletteInShape,
+    choose_palette_in,
+    launch_palette_in,
+    palette_in_ref,
+)
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
@@ -102,10 +108,11 @@ class BankFirstConfig:
 
 def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFirstConfig:
     item_size, device = w.down_proj.element_size(), w.down_proj.device
-    tokens = min(top_k_index.shape[0], w.chunk_tokens())
+    (tokens, choices), palette = top_k_index.shape, max(w.gate_palette.numel(), w.up_palette.numel())
+    call = (min(tokens, w.chunk_tokens()), item_size, device)
     return BankFirstConfig(
-        choose_palette_in(tokens, item_size, device),
-        choose_mix(tokens),
+        choose_palette_in(PaletteInShape(w.down_proj.shape[1], w.rank, palette), *call),
+        choose_mix(MixShape(w.rank, palette, choices), *call),
         choose(w.shape, top_k_index.numel(), item_size, device),
     )
 
