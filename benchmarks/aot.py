@@ -179,7 +179,9 @@ def _tile_cases(
         yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=block_m >= 64)
 
 
-def _sized_case(kernel: Any, label: str, constexprs: dict[str, Any], config: Any, needs_wgmma: bool = False) -> Case:
+def _sized_case(
+    kernel: Any, label: str, constexprs: dict[str, Any], config: MixConfig | ComposeConfig, needs_wgmma: bool = False
+) -> Case:
     """A launch whose configuration has nothing but constexprs and options."""
     launch = config.launch()
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}

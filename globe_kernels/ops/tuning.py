@@ -238,7 +238,7 @@ def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, 
         _warn_once(name, _untuned(name, op, sizes, "configurations that suit any card are used"))
         return default
     if any(_factors(entry, sizes)) or _minor(entry["triton"]) != _minor(triton.__version__):
-        used = f"those of {entry['shape']} with Triton {entry['triton']} are used"
+        used = f"those with {_said(entry['shape'])} and Triton {entry['triton']} are used"
         _warn_once(name, _untuned(name, op, sizes, used))
     return read(entry["config"])
 
@@ -287,10 +287,14 @@ def _minor(version: str) -> list[str]:
 
 def _untuned(device_name: str, op: str, sizes: dict[str, int | None], used: str) -> str:
     return (
-        f"GloBE has no configurations of {op} for {sizes} tuned on {device_name} with Triton {triton.__version__}; "
-        f"{used}. Results are the same, speed may not be; benchmarks/tune.py measures and writes them. "
-        "Other calls on this card may lack theirs too: this is said once."
+        f"GloBE has no configurations of {op} with {_said(sizes)} tuned on {device_name} with Triton "
+        f"{triton.__version__}; {used}. Results are the same, speed may not be; benchmarks/tune.py measures and writes "
+        "them. Other calls on this card may lack theirs as well: this is said once."
     )
+
+
+def _said(sizes: dict[str, int | None]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def _warn_once(about: str, sentence: str) -> None:
