@@ -64,9 +64,12 @@ class ComposeConfig:
         }
 
     def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
-        """The id of an atom is loaded before the atom: two stages of the pipeline hold one tile of each."""
-        tiles = self.block_u * (self.block_v * item_size + self.block_e * 4)
-        yield self.block_e * self.block_v / (32 * self.num_warps), max(2, self.num_stages // 2 + 1) * tiles
+        """The id of an atom is loaded before the atom, so two stages of the pipeline hold one tile of each; the tile of
+        the result passes through the same memory."""
+        stage = self.block_u * (self.block_v * item_size + self.block_e * 4 + 4)
+        pipeline = max(2, self.num_stages // 2 + 1) * stage
+        result = self.block_e * self.block_v
+        yield result / (32 * self.num_warps), max(pipeline, result * item_size)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:

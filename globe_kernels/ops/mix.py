@@ -43,8 +43,8 @@ class MixConfig:
 
     def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
         """For up to 32 choices. Each family has a pipeline of its own, and all stages but the last hold its tiles."""
-        tiles = self.block_u * (self.block_r * item_size + _CHOICES * 4)
-        yield _CHOICES * self.block_r / (32 * self.num_warps), (2 * self.num_stages - 1) * tiles
+        stage = self.block_u * (self.block_r * item_size + _CHOICES * 4)
+        yield _CHOICES * self.block_r / (32 * self.num_warps), (2 * self.num_stages - 1) * stage
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
