@@ -56,6 +56,7 @@ gpu:
 tune: export PYTHONPATH = $(CURDIR)
 tune:
 	$(PYTHON) benchmarks/tune.py
+	$(PYTHON) benchmarks/tune.py --rank 768 --op moe_ffn --op bank_first
 	$(PYTHON) benchmarks/aot.py --target sm_90
 
 # the tables of README.md and the plots, from the ledger as it is

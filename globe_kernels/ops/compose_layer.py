@@ -10,13 +10,16 @@ program owns a slice of all bases, and a slice of an atom serves every expert wh
 16-bit atoms as the sum of two 16-bit values: in bf16 that is 2^-17 of the largest code from the truth, and not 2^-9.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS, apply_phi
 from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 PALETTE_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
 _REFERENCE_VALUES = 2**16  # of each atom at a time: the palette of a large layer in fp32 would not fit
@@ -60,6 +63,27 @@ class ComposeConfig:
             "num_stages": self.num_stages,
         }
 
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        """The id of an atom is loaded before the atom, so two stages of the pipeline hold one tile of each; the tile of
+        the result passes through the same memory."""
+        stage = self.block_u * (self.block_v * item_size + self.block_e * 4 + 4)
+        pipeline = max(2, self.num_stages // 2 + 1) * stage
+        result = self.block_e * self.block_v
+        yield result / (32 * self.num_warps), max(pipeline, result * item_size)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class ComposeShape:
+    """The sizes that the best configuration depends on."""
+
+    experts: int  # E
+    palette: int  # U
+    values: int  # of one basis, R * D
+
 
 # By experts: (up to this many, configuration). A tile of all experts of most models; those with more visit a slice of
 # the atoms again while it is in the L2 cache.
@@ -70,8 +94,13 @@ CONFIGS = (
 )
 
 
-def choose_compose(num_experts: int) -> ComposeConfig:
-    return next(config for limit, config in CONFIGS if limit is None or num_experts <= limit)
+def default_compose(num_experts: int) -> ComposeConfig:
+    return by_rows(CONFIGS, num_experts)
+
+
+@lru_cache(REMEMBERED)
+def choose_compose(shape: ComposeShape, item_size: int, device: torch.device) -> ComposeConfig:
+    return tuned(default_compose(shape.experts), "compose_layer", shape, 1, item_size, device)
 
 
 @triton.jit
@@ -211,7 +240,9 @@ def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: s
     """`out` (E, R, D), contiguous in an expert, filled."""
     code = LayerCode(*(tensor.contiguous() for tensor in code))
     if use_triton(bank):
-        return launch_compose_layer(code, bank.contiguous(), phi, out, choose_compose(code.value.shape[0]))
+        shape = ComposeShape(out.shape[0], code.palette.numel(), out.shape[1] * out.shape[2])
+        config = choose_compose(shape, bank.element_size(), bank.device)
+        return launch_compose_layer(code, bank.contiguous(), phi, out, config)
     return out.copy_(compose_layer_ref(code, bank, phi, out.dtype))
 
 

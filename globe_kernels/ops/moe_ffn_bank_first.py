@@ -25,9 +25,15 @@ import torch
 from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
 from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
-from globe_kernels.ops.mix import Codes, MixConfig, choose_mix, launch_mix, mix_ref
+from globe_kernels.ops.mix import Codes, MixConfig, MixShape, choose_mix, launch_mix, mix_ref
 from globe_kernels.ops.moe_ffn import FromRank
-from globe_kernels.ops.palette_in import PaletteInConfig, choose_palette_in, launch_palette_in, palette_in_ref
+from globe_kernels.ops.palette_in import (
+    PaletteInConfig,
+    PaletteInShape,
+    choose_palette_in,
+    launch_palette_in,
+    palette_in_ref,
+)
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
@@ -60,10 +66,6 @@ class BankFirstWeights(NamedTuple):
         return self.from_rank.shape
 
     @property
-    def down_proj(self) -> torch.Tensor:
-        return self.from_rank.down_proj
-
-    @property
     def rank(self) -> int:
         return self.gate_bank.shape[1]
 
@@ -92,11 +94,12 @@ class BankFirstConfig:
 
 
 def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFirstConfig:
-    item_size, device = w.down_proj.element_size(), w.down_proj.device
-    tokens = min(top_k_index.shape[0], w.chunk_tokens())
+    item_size, device = w.gate_bank.element_size(), w.gate_bank.device
+    (tokens, choices), palette = top_k_index.shape, max(w.gate_palette.numel(), w.up_palette.numel())
+    call = (min(tokens, w.chunk_tokens()), item_size, device)
     return BankFirstConfig(
-        choose_palette_in(tokens, item_size, device),
-        choose_mix(tokens),
+        choose_palette_in(PaletteInShape(w.gate_bank.shape[2], w.rank, palette), *call),
+        choose_mix(MixShape(w.rank, palette, choices), *call),
         choose(w.shape, top_k_index.numel(), item_size, device),
     )
 

@@ -4,12 +4,14 @@ import pytest
 import torch
 
 from globe_kernels.functional import moe_ffn_bank_first
+from globe_kernels.ops import mix as op_mix
 from globe_kernels.ops import moe_ffn_bank_first as module
+from globe_kernels.ops import palette_in as op_palette_in
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
-from globe_kernels.ops.mix import MixConfig, choose_mix, launch_mix, mix, mix_ref
+from globe_kernels.ops.mix import MixConfig, MixShape, default_mix, launch_mix, mix, mix_ref
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.moe_ffn_bank_first import (
     BankFirstConfig,
@@ -22,7 +24,8 @@ from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as moe_ffn_b
 from globe_kernels.ops.palette_in import (
     CONFIGS,
     PaletteInConfig,
-    choose_palette_in,
+    PaletteInShape,
+    default_palette_in,
     launch_palette_in,
     palette_in,
     palette_in_ref,
@@ -341,12 +344,34 @@ def test_every_card_has_a_tile_for_any_number_of_tokens(card, item_size):
 
 
 def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
-    device = torch.device(DEVICE)
-    assert [choose_palette_in(tokens, 2, device).block_m for tokens in (1, 17, 64, 65, 9999)] == [16, 32, 64, 128, 128]
-    assert choose_mix(1).block_r < choose_mix(4096).block_r
+    tiles = [default_palette_in(tokens, 2, SMALLEST_CARD).block_m for tokens in (1, 17, 64, 65, 9999)]
+    assert tiles == [16, 32, 64, 128, 128]
+    assert default_mix(1).block_r < default_mix(4096).block_r
     w, index = weights(), torch.zeros(2000, 2, dtype=torch.int64, device=DEVICE)
-    assert choose_bank_first(w, index).palette_in == choose_palette_in(2000, 4, device)
+    palette_in, mix = PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, choices=2)
+    monkeypatch.setattr(module, "choose_palette_in", lambda *call: call)
+    monkeypatch.setattr(module, "choose_mix", lambda *call: call)
+    config = choose_bank_first(w, index)
+    assert config.palette_in == (palette_in, 2000, 4, w.down_proj.device)
+    assert config.mix == (mix, 2000, 4, w.down_proj.device)
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
     config = choose_bank_first(w, index)
-    assert config.palette_in == choose_palette_in(1, 4, device) and config.mix == choose_mix(1)
+    assert config.palette_in == (palette_in, 1, 4, w.down_proj.device)
+    assert config.mix == (mix, 1, 4, w.down_proj.device)
     assert config.ffn.block_m == 128
+
+
+@needs_kernels
+def test_stages_on_their_own_ask_for_their_sizes(monkeypatch):
+    asked = []
+    for op, name, config in ((op_palette_in, "choose_palette_in", SMALL_IN), (op_mix, "choose_mix", SMALL_MIX)):
+        monkeypatch.setattr(op, "use_triton", lambda tensor: True)
+        monkeypatch.setattr(op, name, lambda *call, config=config: asked.append(call) or config)
+    (hidden, index, _), w = inputs(RAGGED), weights()
+    z = (palette_in(hidden, w.gate_palette, w.gate_bank), palette_in(hidden, w.up_palette, w.up_bank))
+    h = mix(*z, index, *w.codes)
+    exact = [palette_in_ref(hidden, w.gate_palette, w.gate_bank), palette_in_ref(hidden, w.up_palette, w.up_bank)]
+    assert_close(h, mix_ref((exact[0], exact[1]), index, w.codes), *LIMITS[torch.float32])
+    call = (len(hidden), 4, hidden.device)
+    shapes = [PaletteInShape(D, R, GATE_ATOMS), PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, index.shape[1])]
+    assert asked == [(shape, *call) for shape in shapes]
