@@ -352,12 +352,12 @@ def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
     monkeypatch.setattr(module, "choose_palette_in", lambda *call: call)
     monkeypatch.setattr(module, "choose_mix", lambda *call: call)
     config = choose_bank_first(w, index)
-    assert config.palette_in == (palette_in, 2000, 4, w.down_proj.device)
-    assert config.mix == (mix, 2000, 4, w.down_proj.device)
+    assert config.palette_in == (palette_in, 2000, 4, w.gate_bank.device)
+    assert config.mix == (mix, 2000, 4, w.gate_bank.device)
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
     config = choose_bank_first(w, index)
-    assert config.palette_in == (palette_in, 1, 4, w.down_proj.device)
-    assert config.mix == (mix, 1, 4, w.down_proj.device)
+    assert config.palette_in == (palette_in, 1, 4, w.gate_bank.device)
+    assert config.mix == (mix, 1, 4, w.gate_bank.device)
     assert config.ffn.block_m == 128
 
 
