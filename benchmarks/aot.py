@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from globe_kernels.ops import (
     palette_in,
     routing_plan,
 )
-from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, FfnConfig, GemmConfig, fit_gemm, fit_to
+from globe_kernels.ops.compose_layer import ComposeConfig
+from globe_kernels.ops.mix import MixConfig
+from globe_kernels.ops.palette_in import PaletteInConfig
+from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, AnyLaunches, FfnConfig, GemmConfig, fit_gemm, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = (
@@ -176,26 +179,49 @@ def _tile_cases(
         yield Case(kernel, label, {**constexprs, **shape}, options, needs_wgmma=block_m >= 64)
 
 
-def tuned_configs(architecture: str) -> Iterator[FfnConfig]:
-    """What the tables of cards of this architecture hold for 16-bit values."""
+def _sized_case(
+    kernel: Any, label: str, constexprs: dict[str, Any], config: MixConfig | ComposeConfig, needs_wgmma: bool = False
+) -> Case:
+    """A launch whose configuration has nothing but constexprs and options."""
+    launch = config.launch()
+    options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
+    tile = "x".join(str(size) for size in launch.values())
+    label = f"{tile} w{config.num_warps} s{config.num_stages}{label}"
+    return Case(kernel, label, {**constexprs, **launch}, options, needs_wgmma)
+
+
+def tuned_configs(architecture: str, kind: type[AnyLaunches], *ops: str) -> Iterator[AnyLaunches]:
+    """What the tables of cards of this architecture hold for `ops` and 16-bit values."""
     for path in sorted(TABLES.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["architecture"] == architecture:
-            yield from (FfnConfig.from_dict(entry["config"]) for entry in table["entries"] if entry["item_size"] == 2)
+            for entry in table["entries"]:
+                if entry["op"] in ops and entry["item_size"] == 2:
+                    yield kind.from_dict(entry["config"])
+
+
+def _tuned_cases(architecture: str) -> Iterator[Case]:
+    """Kernels that tables hold configurations of, in theirs and in the defaults."""
+    card = CARDS[architecture]
+    ffn = [fit_to(config, 2, card) for _, config in DEFAULTS]
+    for config in dict.fromkeys([*ffn, *tuned_configs(architecture, FfnConfig, "moe_ffn", "dense_twin")]):
+        yield from _gemm_cases(config)
+    first = [replace(config, gemm=fit_gemm(config.gemm, config.block_m, 2, card)) for _, config in palette_in.CONFIGS]
+    for config in dict.fromkeys([*first, *tuned_configs(architecture, PaletteInConfig, "palette_in")]):
+        yield from _tile_cases(palette_in._palette_in_kernel, "", {}, config.block_m, config.gemm)
+    mixes = [config for _, config in mix.CONFIGS]
+    for config in dict.fromkeys([*mixes, *tuned_configs(architecture, MixConfig, "mix")]):
+        yield _sized_case(mix._mix_kernel, "", {"K_PAD": 16}, config)
+    composes = [config for _, config in compose_layer.CONFIGS]
+    for config in dict.fromkeys([*composes, *tuned_configs(architecture, ComposeConfig, "compose_layer")]):
+        for phi in ("identity", "silu", "tanh"):
+            kernel, wide = compose_layer._compose_layer_kernel, config.block_e >= 64
+            yield _sized_case(kernel, f", {phi}", {"PHI": phi}, config, needs_wgmma=wide)
 
 
 def cases(architecture: str) -> Iterator[Case]:
     """Every kernel in every configuration that a card of this architecture gets."""
-    defaults = (fit_to(config, 2, CARDS[architecture]) for _, config in DEFAULTS)
-    for config in dict.fromkeys([*defaults, *tuned_configs(architecture)]):
-        yield from _gemm_cases(config)
-    for _, config in palette_in.CONFIGS:
-        gemm = fit_gemm(config.gemm, config.block_m, 2, CARDS[architecture])
-        yield from _tile_cases(palette_in._palette_in_kernel, "", {}, config.block_m, gemm)
-    for _, config in mix.CONFIGS:
-        launch = config.launch()
-        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-        yield Case(mix._mix_kernel, f"{config.block_u}x{config.block_r}", {"K_PAD": 16, **launch}, options)
+    yield from _tuned_cases(architecture)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
         yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
@@ -207,13 +233,6 @@ def cases(architecture: str) -> Iterator[Case]:
     yield Case(compose_basis._compose_basis_kernel, "identity, fp32", constexprs, **in_fp32)
     for label, bank in (("bank and codes", {}), ("codes", {"bank_gradient_ptr": None})):
         yield Case(mixture._mixture_backward_kernel, label, {"BLOCK": mixture._BLOCK, **bank}, **in_fp32)
-    for _, config in compose_layer.CONFIGS:
-        launch = config.launch()
-        options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
-        tile = f"{config.block_e}x{config.block_v}x{config.block_u} w{config.num_warps} s{config.num_stages}"
-        for phi in ("identity", "silu", "tanh"):
-            constexprs = {"PHI": phi, **launch}
-            yield Case(compose_layer._compose_layer_kernel, f"{tile}, {phi}", constexprs, options, config.block_e >= 64)
     yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": 4})
     for experts in (8, 128, 256, 512):
         padded = {"E_PAD": experts, "BLOCK": routing_plan._BLOCK}

@@ -14,6 +14,7 @@ from measure import summarise
 from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
+from globe_kernels.bank import Place
 from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import BANK_NAME
 from globe_kernels.families import architecture_of
@@ -94,8 +95,15 @@ def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
     return found
 
 
+def _place(model: Any) -> Place:
+    """The only one: these models are on one device."""
+    (place,) = getattr(model, BANK_NAME).places
+    return place
+
+
 def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
-    whole = getattr(model, BANK_NAME).cache
+    whole = _place(model).cache
+    assert whole is not None
     slots = max(1, round(share / 100 * subject.config.base.total_experts))
     _, rows, width = whole.pool.shape
     return BasisCache(whole.num_experts, slots, rows // 2, width, whole.pool.dtype, whole.pool.device)
@@ -103,7 +111,7 @@ def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
 
 def _step(model: Any, routing: Routing, token: int, cache: BasisCache | None) -> torch.Tensor:
     """The outputs (L, D) of all layers for one token."""
-    getattr(model, BANK_NAME).cache = cache
+    _place(model).cache = cache
     own = slice(token, token + 1)
     modules = globe_modules(model).values()
     return torch.cat([module(*(part[own] for part in of)) for module, of in zip(modules, routing, strict=True)])
@@ -130,7 +138,7 @@ def _hit_rate(cache: BasisCache) -> float:
 def _warm_hit_rate(subject: Subject, model: Any, routing: Routing, share: float, uses: dict) -> float:
     """Of a cache that starts with the most used experts of the tokens before, over the same tokens."""
     cache = _empty_cache(subject, model, share)
-    getattr(model, BANK_NAME).cache = cache
+    _place(model).cache = cache
     warm_cache(model, uses)
     for token in range(_WARM_UP, _WARM_UP + _COUNTED):
         _step(model, routing, token, cache)

@@ -75,7 +75,7 @@ def _gate(layer: Layer, inputs: Inputs, calls: dict) -> dict[str, float]:
 
 
 def _row(name: str, time: Timing, error: float, layer: Layer, inputs: Inputs, ceilings: Ceilings) -> dict:
-    shape, rank = layer.shape, layer.weights.gate_adapter.shape[2]
+    shape, rank = layer.shape, layer.weights.from_rank.gate_adapter.shape[2]
     own_rank = rank if PROVIDERS[name].low_rank else None
     palette = None if PROVIDERS[name].composed else layer.palette
     tokens = inputs.hidden.shape[0]

@@ -41,6 +41,7 @@ from shapes import LayerShape
 from globe_kernels.cache import BasisCache
 from globe_kernels.functional import moe_ffn_cached
 from globe_kernels.ops.compose_layer import compose_bases
+from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.ops.tuning import slug
 from globe_kernels.strategy import MACHINES, Machine, References, machine_for, machines
@@ -183,7 +184,7 @@ def _cached(layer: Layer, layers: int) -> Provider:
     factors = layer.factors
     index = torch.rand(_FEW, layer.palette).topk(SUPPORT).indices.int()
     code = (index, torch.randn(index.shape))
-    weights = CachedWeights(factors.gate_bank, factors.up_bank, *code, *code, *layer.weights[1:])
+    weights = CachedWeights(Mixtures(factors.gate_bank, factors.up_bank, *code, *code), layer.weights.from_rank)
     cache = BasisCache(dict.fromkeys(range(layers), _FEW), _FEW, _SIZE, _SIZE, torch.float32, "cpu")
     places = cycle(range(0, layers * _FEW, _FEW))
     return lambda i: moe_ffn_cached(

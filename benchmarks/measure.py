@@ -3,7 +3,7 @@
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,29 +26,38 @@ def time_side_by_side(
     repeats: int,
     warmup: int = 3,
     clock: Callable[[], float] = time.perf_counter,
+    warm: Sequence[torch.Tensor] = (),
 ) -> dict[str, Timing]:
     """Every function `repeats` times, taking turns in another order each time.
 
     So a drift of the machine, and what the function before leaves in caches and on the heap, meet all of them.
-    On a GPU the L2 cache is overwritten before each call and time is that of device events, on a CPU that of `clock`.
+    On a GPU the L2 cache is overwritten before each call, at last by `warm`, which a call then finds there as far as it
+    has room, and time is that of device events; on a CPU it is that of `clock`.
     """
     samples: dict[str, list[float]] = {name: [] for name in functions}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     order = random.Random(0)
     for number in range(warmup + repeats):
         for name in order.sample(list(functions), len(functions)):
-            took = _time_once(functions[name], flush, clock)
+            took = _time_once(functions[name], flush, clock, warm)
             if number >= warmup:
                 samples[name].append(took)
     return {name: summarise(values) for name, values in samples.items()}
 
 
-def _time_once(function: Callable[[], object], flush: torch.Tensor | None, clock: Callable[[], float]) -> float:
+def _time_once(
+    function: Callable[[], object],
+    flush: torch.Tensor | None,
+    clock: Callable[[], float],
+    warm: Sequence[torch.Tensor],
+) -> float:
     if flush is None:
         began = clock()
         function()
         return 1e6 * (clock() - began)
     flush.zero_()
+    for tensor in warm:
+        tensor.mul_(1)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     function()

@@ -44,11 +44,12 @@ from transformers import StaticCache
 from transformers.utils.logging import disable_progress_bar
 
 from globe_kernels import cache_stats, call_counts
+from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import BANK_NAME
 from globe_kernels.errors import GlobeError
 from globe_kernels.families import architecture_of
 from globe_kernels.memory import layer_sizes
-from globe_kernels.replacement import globe_modules
+from globe_kernels.replacement import globe_modules, is_patched
 from globe_kernels.strategy import DENSE, machine_for, predict
 from globe_kernels.testing import relative_errors
 
@@ -227,8 +228,8 @@ def time_case(case: Case, runners: dict[str, Runner], repeats: int) -> dict[str,
     return found
 
 
-def _cache(model: Any):
-    return getattr(getattr(model, BANK_NAME, None), "cache", None)
+def _cache(model: Any) -> BasisCache | None:
+    return next(iter(getattr(model, BANK_NAME).caches), None) if is_patched(model) else None
 
 
 def active_experts(case: Case, model: Any) -> list[float]:

@@ -10,9 +10,9 @@ from shapes import LayerShape
 
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first
 from globe_kernels.ops.compose_layer import LayerCode, layer_code
-from globe_kernels.ops.down import Down, launch_down
+from globe_kernels.ops.down import launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.routing_plan import launch_routing_plan
 from globe_kernels.ops.tuning import FfnShape, choose
@@ -52,15 +52,15 @@ def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str, 
 
     banks = (draw(atoms, rank, shape.hidden), draw(atoms, rank, shape.hidden))
     adapters = (draw(shape.experts, shape.intermediate, rank), draw(shape.experts, shape.intermediate, rank))
-    down = draw(shape.experts, shape.hidden, shape.intermediate)
-    factors = BankFirstWeights(*banks, *codes(), *codes(), *adapters, down)
+    from_rank = FromRank(*adapters, draw(shape.experts, shape.hidden, shape.intermediate))
+    factors = BankFirstWeights(*banks, *codes(), *codes(), from_rank)
     basis = torch.empty(shape.experts, 2 * rank, shape.hidden, dtype=dtype, device=device)
     gate_up = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=dtype, device=device)
     for expert in range(shape.experts):
         exact = _bases(factors, expert, torch.float32)
         basis[expert] = torch.cat(exact)
         gate_up[expert] = torch.cat([a[expert].float() @ b for a, b in zip(adapters, exact, strict=True)])
-    return Layer(shape, factors, ExpertWeights(basis, *adapters, down), gate_up)
+    return Layer(shape, factors, ExpertWeights(basis, from_rank), gate_up)
 
 
 def _bases(w: BankFirstWeights, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -126,7 +126,7 @@ def dense_twin(layer: Layer) -> Provider:
         config = choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
         plan = launch_routing_plan(i.index, count, config.block_m)
         y = launch_gate_up(i.hidden, plan, dense, "silu", config.gate_up, gather=plan.num_choices)
-        return launch_down(y, plan, Down(layer.weights.down_proj), (i.index, i.weights), config.down)
+        return launch_down(y, plan, layer.weights.from_rank.down, (i.index, i.weights), config.down)
 
     return run
 
@@ -148,7 +148,7 @@ def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
         with torch.device("meta"):
             experts = Qwen3MoeExperts(config)
         experts.gate_up_proj = torch.nn.Parameter(layer.gate_up, requires_grad=False)
-        experts.down_proj = torch.nn.Parameter(layer.weights.down_proj, requires_grad=False)
+        experts.down_proj = torch.nn.Parameter(layer.weights.from_rank.down_proj, requires_grad=False)
         return lambda i: experts(i.hidden, i.index, i.weights)
 
     return build
@@ -159,21 +159,21 @@ def liger(layer: Layer) -> Provider:
     from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
     return lambda i: LigerFusedMoEFunction.apply(
-        i.hidden, layer.gate_up, layer.weights.down_proj, i.index.int(), i.weights
+        i.hidden, layer.gate_up, layer.weights.from_rank.down_proj, i.index.int(), i.weights
     )
 
 
 def reference(layer: Layer, i: Inputs) -> torch.Tensor:
     """fp64, expert by expert, from the factors."""
-    w = layer.factors
+    w, own = layer.factors, layer.factors.from_rank
     out = torch.zeros(i.hidden.shape, dtype=torch.float64, device=i.hidden.device)
     for expert in i.index.unique().tolist():
         token, choice = torch.where(i.index == expert)
         x = i.hidden[token].double()
         gate_basis, up_basis = _bases(w, expert, torch.float64)
-        gate = F.linear(F.linear(x, gate_basis), w.gate_adapter[expert].double())
-        up = F.linear(F.linear(x, up_basis), w.up_adapter[expert].double())
-        y = F.linear(F.silu(gate) * up, w.down_proj[expert].double())
+        gate = F.linear(F.linear(x, gate_basis), own.gate_adapter[expert].double())
+        up = F.linear(F.linear(x, up_basis), own.up_adapter[expert].double())
+        y = F.linear(F.silu(gate) * up, own.down_proj[expert].double())
         out.index_add_(0, token, y * i.weights[token, choice, None].double())
     return out
 

@@ -94,12 +94,8 @@ def _ffn_lines(rows: list[dict]) -> list[Line]:
     return lines
 
 
-def _fit_lines(rows: list[dict]) -> list[Line]:
-    """One line per method; a quality that was not measured, or an error that was never reached, is a dash."""
-
-    def cell(row: dict, name: str, form: str) -> str:
-        return "-" if row.get(name) is None else format(row[name], form)
-
+def _fit_cells(row: dict) -> dict[str, str]:
+    """A quality that was not measured, or an error that was never reached, is a dash."""
     columns = {
         "error, gate": ("gate_error", ".4f"),
         "error, up": ("up_error", ".4f"),
@@ -111,86 +107,66 @@ def _fit_lines(rows: list[dict]) -> list[Line]:
         "KL": ("kl", ".5f"),
         "top-1": ("top1", ".3f"),
     }
-    return [
-        (row, {"method": row["provider"], **{title: cell(row, *column) for title, column in columns.items()}})
-        for row in rows
-    ]
+    found = {
+        title: "-" if row.get(name) is None else format(row[name], form) for title, (name, form) in columns.items()
+    }
+    return {"method": row["provider"], **found}
 
 
-def _model_lines(rows: list[dict]) -> list[Line]:
-    """One line per number of tokens and strategy; predicted is what all layers of experts take."""
-    return [
-        (
-            row,
-            {
-                "tokens": str(row["shape"]["tokens"]),
-                "strategy": " ".join(
-                    filter(None, (row["provider"], row.get("implementation"), row.get("graph") and "graph"))
-                ),
-                "tokens/s": f"{row['tokens_per_s']:.0f}",
-                "vs dense": f"{row['ratio_to_dense']:.2f}x",
-                "us": f"{row['median_us']:.0f}",
-                "experts predicted, us": f"{row['predicted_us']:.0f}",
-                "resident, MB": f"{row['resident_bytes'] / 1e6:.2f}",
-                "planned, MB": f"{row['planned_bytes'] / 1e6:.2f}",
-                "hits": f"{row['hit_rate']:.2f}" if "hit_rate" in row else "-",
-                "error": f"{row['relative_error']:.1e}",
-            },
-        )
-        for row in sorted(rows, key=lambda row: row["shape"]["tokens"])
-    ]
+def _model_cells(row: dict) -> dict[str, str]:
+    """Predicted is what all layers of experts take."""
+    return {
+        "tokens": str(row["shape"]["tokens"]),
+        "strategy": " ".join(filter(None, (row["provider"], row.get("implementation"), row.get("graph") and "graph"))),
+        "tokens/s": f"{row['tokens_per_s']:.0f}",
+        "vs dense": f"{row['ratio_to_dense']:.2f}x",
+        "us": f"{row['median_us']:.0f}",
+        "experts predicted, us": f"{row['predicted_us']:.0f}",
+        "resident, MB": f"{row['resident_bytes'] / 1e6:.2f}",
+        "planned, MB": f"{row['planned_bytes'] / 1e6:.2f}",
+        "hits": f"{row['hit_rate']:.2f}" if "hit_rate" in row else "-",
+        "error": f"{row['relative_error']:.1e}",
+    }
 
 
-def _curve_lines(rows: list[dict]) -> list[Line]:
-    """One line per routing and size of the cache."""
-    return [
-        (
-            row,
-            {
-                "routing": row["provider"],
-                "slots, % of bases": f"{row['shape']['share']:g}",
-                "hits": f"{row['hit_rate']:.3f}",
-                "hits, warmed": f"{row['warm_hit_rate']:.3f}",
-                "us": f"{row['median_us']:.0f}",
-                "tokens/s": f"{row['tokens_per_s']:.0f}",
-                "vs composed": f"{row['ratio_to_composed']:.2f}x",
-            },
-        )
-        for row in rows
-    ]
+def _curve_cells(row: dict) -> dict[str, str]:
+    """Of one routing and size of the cache."""
+    return {
+        "routing": row["provider"],
+        "slots, % of bases": f"{row['shape']['share']:g}",
+        "hits": f"{row['hit_rate']:.3f}",
+        "hits, warmed": f"{row['warm_hit_rate']:.3f}",
+        "us": f"{row['median_us']:.0f}",
+        "tokens/s": f"{row['tokens_per_s']:.0f}",
+        "vs composed": f"{row['ratio_to_composed']:.2f}x",
+    }
 
 
-def _other_lines(rows: list[dict]) -> list[Line]:
-    """One line per row."""
-    return [
-        (
-            row,
-            {
-                **({"tokens": str(row["shape"]["tokens"])} if "tokens" in row["shape"] else {}),
-                "provider": row["provider"],
-                "us": f"{row['median_us']:.1f}",
-                "GB/s": f"{row['gb_per_s']:.0f}",
-                "% copy": _percent_of_copy(row),
-                "error": f"{row['relative_error']:.1e}",
-            },
-        )
-        for row in rows
-    ]
+def _other_cells(row: dict) -> dict[str, str]:
+    return {
+        **({"tokens": str(row["shape"]["tokens"])} if "tokens" in row["shape"] else {}),
+        "provider": row["provider"],
+        "us": f"{row['median_us']:.1f}",
+        "GB/s": f"{row['gb_per_s']:.0f}",
+        "% copy": _percent_of_copy(row),
+        "error": f"{row['relative_error']:.1e}",
+    }
 
 
-_LINES = {
-    "fit": _fit_lines,
-    "model_prefill": _model_lines,
-    "model_decode": _model_lines,
-    "cache_curve": _curve_lines,
-}
+_CELLS = {"fit": _fit_cells, "model_prefill": _model_cells, "model_decode": _model_cells, "cache_curve": _curve_cells}
+
+
+def _lines(rows: list[dict]) -> list[Line]:
+    """One line per number of tokens where GloBE stands against others, else one per row, few tokens first."""
+    compared = _ffn_lines(rows) if _is_ffn(rows[0]) else []
+    cells = _CELLS.get(rows[0]["op"], _other_cells)
+    return compared or [(row, cells(row)) for row in sorted(rows, key=lambda row: row["shape"].get("tokens", 0))]
 
 
 def table(rows: list[dict]) -> list[str]:
     """One table in Markdown, with the conditions of its runs."""
     first = rows[0]
-    own = _LINES.get(first["op"], _ffn_lines if _is_ffn(first) else _other_lines)
-    lines = own(rows) or _other_lines(rows)
+    lines = _lines(rows)
     runs = {_run(row): row for row, _ in lines}
     if len(runs) > 1:
         lines = [(row, {**cells, "run": row["date"]}) for row, cells in lines]

@@ -12,8 +12,9 @@ from globe_kernels.functional import moe_ffn, moe_ffn_cached
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
-from globe_kernels.ops.moe_ffn import moe_ffn_ref
+from globe_kernels.ops.moe_ffn import FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close
 
@@ -26,7 +27,7 @@ def run(device: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layer = random_layer(SHAPE, RANK, dtype, device)
     biases = [torch.randn(9, size, device=device).to(dtype) for size in (80, 80, 176)]
-    with_biases = layer.weights._replace(gate_bias=biases[0], up_bias=biases[1], down_bias=biases[2])
+    with_biases = layer.weights._replace(from_rank=FromRank(*layer.weights.from_rank[:3], *biases))
     for tokens in (1, 30, 200, 1500):
         inputs = random_inputs(SHAPE, tokens, dtype, device)
         inputs.index[0, 0] = SHAPE.experts  # a sentinel
@@ -47,7 +48,7 @@ def run(device: str, dtype: torch.dtype) -> None:
         composed = compose_basis_ref(index, value, bank, phi, torch.float32)
         assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
         assert_close(compose_layer(*layer_code(index, value), bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
-    cached = CachedWeights(bank, bank, index, value, index, value, *layer.weights[1:])
+    cached = CachedWeights(Mixtures(bank, bank, index, value, index, value), layer.weights.from_rank)
     half = compose_basis(index, value, bank, "tanh", dtype)
     composed = layer.weights._replace(basis=torch.cat([half, half], 1))
     for slots in (1, 4, 9):

@@ -208,16 +208,20 @@ def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tu
     """(measured, planned): what a model gives back when its experts and its bank are taken out, and `planned_bytes`."""
     model = build(subject, variant, dtype)
     planned, device = planned_bytes(subject, model), model.device.type
-    cache = getattr(getattr(model, BANK_NAME, None), "cache", None)
-    if cache is not None:
-        cache.pool.zero_()  # memory that was never written is not resident yet
-    del cache
+    _touch(model)
     before = _held_bytes(device)
     if is_patched(model):
         remove_bank(model)
     for _, path in list(architecture_of(model.config.model_type).live_experts(model)):
         model.set_submodule(path, nn.Identity())
     return before - _held_bytes(device), planned
+
+
+def _touch(model: Any) -> None:
+    """Write the pools of caches: memory that was never written is not resident yet."""
+    for name, buffer in model.named_buffers():
+        if name.endswith("cache.pool"):
+            buffer.zero_()
 
 
 def _held_bytes(device: str) -> int:

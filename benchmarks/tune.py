@@ -2,19 +2,23 @@
 
     python benchmarks/tune.py                                 Qwen3-30B-A3B, rank 384, bf16, 1 to 16384 tokens
     python benchmarks/tune.py --model olmoe --rank 512 --tokens 64
+    python benchmarks/tune.py --op bank_first --rank 768 --palette 64
 
 Writes globe_kernels/ops/tables/<device>.json, which launches read. Each stage is searched on its own, for every row
 tile that makes sense; the rest is coordinate descent from the default: tile, then warps, pipeline stages and grouping.
-What a card cannot run is not compiled. An entry is written only for results that agree with the reference, and only
-when the whole layer is faster with it than with the default, measured side by side.
+What a card cannot run is not compiled. An entry is written only for results that agree with the reference. It holds
+what was found where that is faster than the default, measured side by side, else the default: for moe_ffn and
+dense_twin as a whole layer, for bank_first as its own stages, palette_in and mix (the others run as those of moe_ffn of
+the same rank), for compose_layer as the composition of one family.
 """
 
 import argparse
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from measure import device_name, time_side_by_side
@@ -22,25 +26,70 @@ from providers import Inputs, Layer, random_inputs, random_layer, reference
 from shapes import MODELS
 
 from globe_kernels.ops import tuning
-from globe_kernels.ops.down import Down, launch_down
+from globe_kernels.ops.compose_layer import (
+    ComposeConfig,
+    ComposeShape,
+    LayerCode,
+    compose_layer_ref,
+    default_compose,
+    launch_compose_layer,
+)
+from globe_kernels.ops.down import launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in
-from globe_kernels.ops.routing_plan import launch_routing_plan
+from globe_kernels.ops.mix import MixConfig, MixShape, default_mix, launch_mix, mix_ref
+from globe_kernels.ops.palette_in import (
+    PaletteInConfig,
+    PaletteInShape,
+    default_palette_in,
+    launch_palette_in,
+    palette_in_ref,
+)
+from globe_kernels.ops.routing_plan import RoutingPlan, launch_routing_plan
 from globe_kernels.ops.triton_import import triton
-from globe_kernels.ops.tuning import Card, FfnConfig, FfnShape, GemmConfig, default_config, rows_per_expert, supports
+from globe_kernels.ops.tuning import AnyLaunches, Card, FfnConfig, FfnShape, GemmConfig, rows_per_expert, supports
 from globe_kernels.testing import relative_errors
 
+OPS = ("moe_ffn", "dense_twin", "bank_first", "compose_layer")
+
 # Searched one line after the other, all combinations of the fields of a line.
-AXES: tuple[dict[str, tuple[int, ...]], ...] = (
+Axes = tuple[dict[str, tuple[int, ...]], ...]
+GEMM_AXES: Axes = (
     {"block_n": (32, 64, 128, 256), "block_k": (32, 64, 128)},
     {"num_warps": (4, 8)},
     {"num_stages": (2, 3, 4, 5)},
     {"group_m": (1, 4, 8, 16)},
 )
+MIX_AXES: Axes = (
+    {"block_r": (32, 64, 128, 256, 512), "num_warps": (2, 4, 8)},
+    {"block_u": (16, 32)},  # divides the padding of codes
+    {"num_stages": (1, 2, 3)},
+)
+COMPOSE_AXES: Axes = (
+    {"block_e": (16, 32, 64, 128, 256), "block_v": (64, 128, 256), "num_warps": (4, 8)},
+    {"block_u": (16, 32)},
+    {"num_stages": (1, 3, 5, 7)},  # two stages hold one tile
+)
 _ERROR_LIMIT = {2: 1e-2, 4: 1e-5}  # by item size; a wrong tile is off by order one
 
 Run = Callable[[FfnConfig, Inputs], torch.Tensor]
-TimeOf = Callable[[Callable[[], object]], float]
+Sizes = TypeVar("Sizes", GemmConfig, MixConfig, ComposeConfig)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured on, and how often."""
+
+    device: str
+    card: Card
+    repeats: int
+
+    def time(self, function: Callable[[], object], warm: Sequence[torch.Tensor] = ()) -> float:
+        """Microseconds, infinite for what the card cannot run."""
+        try:
+            return time_side_by_side({"": function}, self.device, self.repeats, warmup=1, warm=warm)[""].median_us
+        except triton.runtime.errors.OutOfResources:
+            return float("inf")
 
 
 def row_tiles(rows: int) -> list[int]:
@@ -48,18 +97,19 @@ def row_tiles(rows: int) -> list[int]:
     return [block_m for block_m in (16, 32, 64, 128) if block_m <= max(16, 2 * rows)]
 
 
-def neighbours(gemm: GemmConfig, axis: dict[str, tuple[int, ...]]) -> Iterator[GemmConfig]:
-    """Every combination of the fields of `axis`, the rest as in `gemm`."""
+def neighbours(config: Sizes, axis: dict[str, tuple[int, ...]]) -> Iterator[Sizes]:
+    """Every combination of the fields of `axis`, the rest as in `config`."""
     for values in itertools.product(*axis.values()):
-        yield replace(gemm, **dict(zip(axis, values, strict=True)))
+        yield replace(config, **dict(zip(axis, values, strict=True)))
 
 
-def search(config: FfnConfig, stage: str, allowed: Callable[[FfnConfig], bool], time: Callable[[FfnConfig], float]):
-    """(config with the fastest launch found for `stage`, its microseconds)"""
+def search(
+    config: Sizes, axes: Axes, allowed: Callable[[Sizes], bool], time: Callable[[Sizes], float]
+) -> tuple[Sizes, float]:
+    """(the fastest found from `config` on, its microseconds)"""
     best, fastest = config, time(config)
-    for axis in AXES:
-        for gemm in neighbours(getattr(best, stage), axis):
-            candidate = replace(best, **{stage: gemm})
+    for axis in axes:
+        for candidate in neighbours(best, axis):
             if candidate != best and allowed(candidate):
                 took = time(candidate)
                 if took < fastest:
@@ -70,11 +120,11 @@ def search(config: FfnConfig, stage: str, allowed: Callable[[FfnConfig], bool], 
 def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
     """Each stage of `op` as (config, inputs, plan, what the stage before it made) -> tensor, and all in turn."""
     w, inner = layer.weights, layer.shape.intermediate
-    down: Callable = lambda c, i, plan, y: launch_down(y, plan, Down(w.down_proj), (i.index, i.weights), c.down)  # noqa: E731
+    down: Callable = lambda c, i, plan, y: launch_down(y, plan, w.from_rank.down, (i.index, i.weights), c.down)  # noqa: E731
     if op == "moe_ffn":
         stages = {
             "low_rank_in": lambda c, i, plan, x: launch_low_rank_in(x, plan, w.basis, c.low_rank_in),
-            "gate_up": lambda c, i, plan, h: launch_gate_up(h, plan, w.adapters, "silu", c.gate_up),
+            "gate_up": lambda c, i, plan, h: launch_gate_up(h, plan, w.from_rank.adapters, "silu", c.gate_up),
             "down": down,
         }
     else:
@@ -94,49 +144,125 @@ def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
     return stages, whole
 
 
-def tune(layer: Layer, inputs: Inputs, op: str, card: Card, device: str, repeats: int) -> dict | None:
-    """The table entry for these inputs, or None when nothing found is faster than the default."""
+def tune_experts(layer: Layer, inputs: Inputs, op: str, bench: Bench) -> dict:
+    """The entry of a whole layer of moe_ffn or dense_twin for these inputs."""
     rows, item_size = rows_per_expert(inputs.index.numel(), layer.shape.experts), inputs.hidden.element_size()
-    default = default_config(rows, item_size, card)
+    default = tuning.default_config(rows, item_size, bench.card)
     stages, whole = stage_runs(layer, op)
-
-    def time(function: Callable[[], object]) -> float:
-        try:
-            return time_side_by_side({"": function}, device, repeats, warmup=1)[""].median_us
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-
     found: dict[FfnConfig, float] = {}
     for block_m in row_tiles(rows):
-        config = tuning.fit_to(replace(default, block_m=block_m), item_size, card)
+        config = tuning.fit_to(replace(default, block_m=block_m), item_size, bench.card)
         plan = launch_routing_plan(inputs.index, layer.shape.experts, block_m)
         values, total = inputs.hidden, 0.0
         for name, stage in stages.items():
-            config, took = search(
-                config,
-                name,
-                lambda c: supports(c, item_size, card),
-                lambda c, stage=stage, plan=plan, values=values: time(lambda: stage(c, inputs, plan, values)),
-            )
+            config, took = search_stage(config, name, stage, (inputs, plan, values), bench)
             total += took
             values = stage(config, inputs, plan, values)
         found[config] = total
     best = min(found, key=lambda config: found[config])
-    error, _ = relative_errors(whole(best, inputs), reference(layer, inputs))
-    if not error <= _ERROR_LIMIT[item_size]:
+    rank = layer.factors.rank if op == "moe_ffn" else layer.shape.intermediate
+    shape = FfnShape(layer.shape.experts, layer.shape.hidden, layer.shape.intermediate, rank)
+    call = {"op": op, "shape": asdict(shape), "rows": rows, "item_size": item_size}
+    return judged(call, (best, default), lambda c: whole(c, inputs), reference(layer, inputs), bench)
+
+
+def search_stage(
+    config: FfnConfig, name: str, stage: Callable, arguments: tuple[Inputs, RoutingPlan, torch.Tensor], bench: Bench
+) -> tuple[FfnConfig, float]:
+    """(config with the fastest launch found for the stage `name`, its microseconds)"""
+    item_size = arguments[0].hidden.element_size()
+
+    def whole(gemm: GemmConfig) -> FfnConfig:
+        return replace(config, **{name: gemm})
+
+    best, fastest = search(
+        getattr(config, name),
+        GEMM_AXES,
+        lambda gemm: supports(whole(gemm), item_size, bench.card),
+        lambda gemm: bench.time(lambda: stage(whole(gemm), *arguments)),
+    )
+    return whole(best), fastest
+
+
+def tune_palette_in(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
+    """As `tune_experts`, of S1 of bank_first for one family."""
+    w, x, item_size = layer.factors, inputs.hidden, inputs.hidden.element_size()
+    operands = (x, w.gate_palette, w.gate_bank)
+    default = default_palette_in(len(x), item_size, bench.card)
+    found: dict[PaletteInConfig, float] = {}
+    for block_m in row_tiles(len(x)):
+        gemm, took = search(
+            tuning.fit_gemm(default.gemm, block_m, item_size, bench.card),
+            GEMM_AXES,
+            lambda gemm, m=block_m: supports(PaletteInConfig(m, gemm), item_size, bench.card),
+            lambda gemm, m=block_m: bench.time(lambda: launch_palette_in(*operands, PaletteInConfig(m, gemm))),
+        )
+        found[PaletteInConfig(block_m, gemm)] = took
+    best = min(found, key=lambda config: found[config])
+    shape = PaletteInShape(x.shape[1], w.rank, w.gate_palette.numel())
+    call = {"op": "palette_in", "shape": asdict(shape), "rows": len(x), "item_size": item_size}
+    return judged(call, (best, default), lambda c: launch_palette_in(*operands, c), palette_in_ref(*operands), bench)
+
+
+def tune_mix(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
+    """As `tune_experts`, of the mix of bank_first, on what S1 has just written."""
+    w, item_size, (tokens, choices) = layer.factors, inputs.hidden.element_size(), inputs.index.shape
+    z = (
+        palette_in_ref(inputs.hidden, w.gate_palette, w.gate_bank),
+        palette_in_ref(inputs.hidden, w.up_palette, w.up_bank),
+    )
+    out = inputs.hidden.new_empty(tokens * choices, 2 * w.rank)
+
+    def run(config: MixConfig) -> torch.Tensor:
+        launch_mix(z, inputs.index, w.codes, out, config)
+        return out
+
+    default = default_mix(tokens)
+    best, _ = search(
+        default, MIX_AXES, lambda c: supports(c, item_size, bench.card), lambda c: bench.time(lambda: run(c), z)
+    )
+    call = {"op": "mix", "shape": asdict(MixShape(w.rank, layer.palette, choices)), "rows": tokens}
+    return judged({**call, "item_size": item_size}, (best, default), run, mix_ref(z, inputs.index, w.codes), bench, z)
+
+
+def tune_compose_layer(layer: Layer, bench: Bench) -> dict:
+    """As `tune_experts`, of the bases of one family."""
+    w, bank = layer.factors, layer.factors.gate_bank
+    code, item_size = LayerCode(w.gate_palette, w.gate_value, w.gate_scale), bank.element_size()
+    shape = ComposeShape(layer.shape.experts, code.palette.numel(), bank[0].numel())
+    out = bank.new_empty(shape.experts, *bank.shape[1:])
+
+    def run(config: ComposeConfig) -> torch.Tensor:
+        return launch_compose_layer(code, bank, "identity", out, config)
+
+    default = default_compose(shape.experts)
+    best, _ = search(
+        default, COMPOSE_AXES, lambda c: supports(c, item_size, bench.card), lambda c: bench.time(lambda: run(c))
+    )
+    call = {"op": "compose_layer", "shape": asdict(shape), "rows": 1, "item_size": item_size}
+    return judged(call, (best, default), run, compose_layer_ref(code, bank, "identity", torch.empty_like(out)), bench)
+
+
+def judged(
+    call: dict[str, Any],
+    configs: tuple[AnyLaunches, AnyLaunches],  # the best found and the default
+    run: Callable[[AnyLaunches], torch.Tensor],
+    expected: torch.Tensor,
+    bench: Bench,
+    warm: Sequence[torch.Tensor] = (),
+) -> dict:
+    """The entry for `call`: the faster of the two. Raises SystemExit when the result is wrong."""
+    best, default = configs
+    error, _ = relative_errors(run(best), expected)
+    if not error <= _ERROR_LIMIT[call["item_size"]]:
         raise SystemExit(f"tune: {best} has relative error {error:.3g}; nothing was written.")
-    if best == default:
-        return None
-    runs = {"best": lambda: whole(best, inputs), "default": lambda: whole(default, inputs)}
-    times = time_side_by_side(runs, device, 3 * repeats)
+    runs = {"best": lambda: run(best), "default": lambda: run(default)}
+    times = time_side_by_side(runs, bench.device, 3 * bench.repeats, warm=warm)
     if times["best"].median_us >= times["default"].median_us:
-        return None
-    shape = FfnShape(layer.shape.experts, layer.shape.hidden, layer.shape.intermediate, _rank(layer, op))
+        # that is worth an entry as well: without, a call like this one would take that of other rows
+        best, times["best"] = default, times["default"]
     return {
-        "op": op,
-        "shape": asdict(shape),
-        "rows_per_expert": rows,
-        "item_size": item_size,
+        **call,
         "triton": triton.__version__,
         "median_us": times["best"].median_us,
         "default_us": times["default"].median_us,
@@ -144,13 +270,9 @@ def tune(layer: Layer, inputs: Inputs, op: str, card: Card, device: str, repeats
     }
 
 
-def _rank(layer: Layer, op: str) -> int:
-    return layer.weights.gate_adapter.shape[2] if op == "moe_ffn" else layer.shape.intermediate
-
-
 def write(path: Path, device: str, architecture: str, entries: list[dict]) -> None:
     """Put `entries` into a table, in the place of earlier ones for the same calls."""
-    key = ("op", "shape", "rows_per_expert", "item_size", "triton")
+    key = ("op", "shape", "rows", "item_size", "triton")
     table = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"entries": []}
     new = [[entry[name] for name in key] for entry in entries]
     kept = [entry for entry in table["entries"] if [entry[name] for name in key] not in new]
@@ -159,10 +281,30 @@ def write(path: Path, device: str, architecture: str, entries: list[dict]) -> No
     path.write_text(f"{head}{lines}\n]}}\n", encoding="utf-8")
 
 
+def entries(layer: Layer, ops: Sequence[str], tokens: Sequence[int], bench: Bench) -> Iterator[tuple[str, dict]]:
+    """(what was searched, its entry), one after the other."""
+
+    def inputs(count: int) -> Inputs:
+        return random_inputs(layer.shape, count, layer.factors.gate_bank.dtype, bench.device)
+
+    for op in ("moe_ffn", "dense_twin"):
+        for count in tokens if op in ops else ():
+            yield f"{op}, {count} tokens", tune_experts(layer, inputs(count), op, bench)
+    if "bank_first" in ops:
+        # its first stages take tokens in chunks
+        for count in dict.fromkeys(min(count, layer.factors.chunk_tokens()) for count in tokens):
+            yield f"palette_in, {count} tokens", tune_palette_in(layer, inputs(count), bench)
+            yield f"mix, {count} tokens", tune_mix(layer, inputs(count), bench)
+    if "compose_layer" in ops:
+        yield "compose_layer", tune_compose_layer(layer, bench)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", choices=OPS, action="append", help="may be given several times; all by default")
     parser.add_argument("--model", choices=list(MODELS), default="qwen3-30b-a3b")
     parser.add_argument("--rank", type=int, help="half the intermediate size by default")
+    parser.add_argument("--palette", type=int, default=32, help="atoms that the layer uses in each family")
     parser.add_argument("--tokens", type=int, action="append", help="may be given several times")
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
@@ -170,19 +312,13 @@ def main() -> None:
         parser.error("torch sees no CUDA device; tables are measured on the card that they are for.")
     shape, device = MODELS[args.model], torch.device("cuda")
     torch.manual_seed(0)
-    layer = random_layer(shape, args.rank or shape.intermediate // 2, torch.bfloat16, "cuda")
-    name, card = device_name("cuda"), tuning.card_of(device)
+    layer = random_layer(shape, args.rank or shape.intermediate // 2, torch.bfloat16, "cuda", args.palette)
+    name, bench = device_name("cuda"), Bench("cuda", tuning.card_of(device), args.repeats)
     path = tuning.TABLES / f"{tuning.slug(name)}.json"
-    for tokens in args.tokens or (1, 4, 16, 64, 256, 1024, 4096, 16384):
-        inputs = random_inputs(shape, tokens, torch.bfloat16, "cuda")
-        for op in ("moe_ffn", "dense_twin"):
-            entry = tune(layer, inputs, op, card, "cuda", args.repeats)
-            if entry is None:
-                print(f"{op}, {tokens} tokens: the default is the fastest found", flush=True)
-                continue
-            # after every entry: a run that is cut short keeps what it found
-            write(path, name, tuning.architecture_of(device), [entry])
-            print(f"{op}, {tokens} tokens: {entry['default_us']:.1f} -> {entry['median_us']:.1f} us", flush=True)
+    for label, entry in entries(layer, args.op or OPS, args.tokens or (1, 4, 16, 64, 256, 1024, 4096, 16384), bench):
+        # after every entry: a run that is cut short keeps what it found
+        write(path, name, tuning.architecture_of(device), [entry])
+        print(f"{label}: {entry['default_us']:.1f} -> {entry['median_us']:.1f} us", flush=True)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def calibrate(
             raise GlobeError(
                 f"The inputs of the experts of layer {layer} are not finite on {text}; calibrate on another text."
             )
-    result = Calibration(Path(text).name, None if text == SELF else sha256(Path(text)), tokens, sums)
+    result = Calibration(Path(text).name, _sha256(text), tokens, sums)
     if snapshots is not None:
         tensors = {f"{layer}.moment": one.moment for layer, one in sums.items()}
         tensors |= {f"{layer}.{family}": one.rows[family] for layer, one in sums.items() for family in FAMILIES}
@@ -123,7 +123,12 @@ def require_text(text: str | Path) -> None:
 
 def identity(text: str | Path) -> str:
     """What tells one text to calibrate on from another."""
-    return SELF if text == SELF else sha256(Path(text))
+    return _sha256(text) or SELF
+
+
+def _sha256(text: str | Path) -> str | None:
+    """Of the file; what the model writes has none."""
+    return None if text == SELF else sha256(Path(text))
 
 
 def _run_on_its_own(

@@ -15,7 +15,7 @@ from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
 from globe_fit.distributed import join
 from globe_fit.estimate import estimate, estimate_seconds
-from globe_fit.evaluate import evaluate, load_model, token_windows
+from globe_fit.evaluate import evaluate, load_model, shared_copy, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
@@ -343,8 +343,7 @@ def eval_command(
     if base is not None:
         models["dense"] = load_model(base, target)
     if is_checkpoint:
-        assert base is not None
-        models["globe"] = load_model(base, target)
+        models["globe"] = shared_copy(models["dense"])
         patch(models["globe"], model)
     else:
         models["globe" if base is not None else "model"] = load_model(model, target)

@@ -14,10 +14,9 @@ from globe_fit.source import ExpertSource
 from globe_kernels.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
-from globe_kernels.memory import workspace
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.patching import PEAK_TOKENS, resident_bytes
-from globe_kernels.replacement import choices_of, globe_modules
+from globe_kernels.patching import peak_workspace, resident_bytes
+from globe_kernels.replacement import globe_modules
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"
@@ -76,10 +75,7 @@ def _figures(
 ) -> dict:
     families = report["families"]
     modules, config = list(globe_modules(model).values()), checkpoint.config
-    paths, item_size = modules[0].paths, modules[0].down_proj.element_size()
     resident = resident_bytes(model) - sum(module.down_proj.nbytes for module in modules)
-    palettes = {module.layer: module.palettes for module in modules}
-    beside = workspace(config, paths, PEAK_TOKENS, choices_of(model), item_size, palettes)
     return {
         "relative_error": {family: families[family]["relative_error"] for family in FAMILIES},
         "baseline": {
@@ -93,9 +89,9 @@ def _figures(
             "dense_experts": config.base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
-            "peak": resident + beside,
+            "peak": resident + peak_workspace(model),
         },
-        "paths": list(paths),
+        "paths": list(modules[0].paths),
         "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
         "continuation": {"prompt": PROMPT, **texts},
     }

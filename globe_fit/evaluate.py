@@ -1,5 +1,6 @@
 """What compression does to a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -60,6 +61,12 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
     return model.to(device).eval()
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """`model` again over the same tensors, for `patch`: only its modules are copies. Do not move or cast either."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def with_experts(

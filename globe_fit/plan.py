@@ -185,7 +185,8 @@ class Planner:
             path = policy.path(tokens)
             return sum(n * predict(path, one, tokens, self.machine, pool).us for one, n in kinds.items()) / layers
 
-        temporary = workspace(config, choice.paths, TOKENS[-1], self.model.choices, item, palettes)
+        calls = (TOKENS[-1], self.model.choices, item, palettes)
+        temporary = workspace(config, choice.paths, *calls, on_gpu=self.machine.references is None)
         return {
             "resident": held.total,
             "parts": held.parts,

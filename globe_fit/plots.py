@@ -225,7 +225,6 @@ def plan_figure(figures: dict) -> "Figure":
         times.set(yscale="log", xlabel="tokens", ylabel="time relative to dense")
         times.set_xscale("log", base=2)
         _plain_log(times)
-        times.legend(frameon=False, fontsize=8)
         start = dict.fromkeys(ways, 0.0)
         for number, part in enumerate(ways["dense"]["parts"]):
             sizes = {name: one["parts"][part] / 1e9 for name, one in ways.items()}
@@ -235,7 +234,8 @@ def plan_figure(figures: dict) -> "Figure":
         held.invert_yaxis()
         held.set(xlabel="GB on the device")
         held.set_title(f"rank {point['rank']}, {point['atoms']} atoms", fontsize=9.5, color="#475569")
-        held.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
+        for axes in (times, held):
+            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
         held.grid(axis="y", visible=False)
     return figure
 

@@ -18,7 +18,7 @@ from torch import nn
 from globe_fit import plots
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.estimate import estimate_seconds
-from globe_fit.evaluate import evaluate, load_model, read_token_by_token
+from globe_fit.evaluate import evaluate, load_model, read_token_by_token, shared_copy
 from globe_fit.export import save_fit
 from globe_fit.loggers import Loggers, read_stream
 from globe_fit.progress import Stage, fit_with_progress
@@ -183,7 +183,7 @@ class Sweep:
         stage.begin("eval", len(rows))
         measured = []
         for number, row in enumerate(rows, start=1):
-            globe = load_model(self._source.model_dir, device)
+            globe = shared_copy(dense)
             patch(globe, self._out / row["point"])
             measured.append(row | _quality(dense, globe, windows) | {"S_cache": None})
             measured += [measured[-1] | _cached(globe, size, windows[0]) for size in cache_bytes]

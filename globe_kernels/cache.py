@@ -4,7 +4,7 @@ The experts of all layers are numbered one layer after the other. What happens t
 `globe_kernels.ops.cache_lookup`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +37,17 @@ class CacheStats:
         return self.misses * self.slot_bytes
 
 
+def sum_stats(stats: Sequence[CacheStats]) -> CacheStats:
+    """Those of the caches of several devices as one."""
+    return CacheStats(
+        *(sum(getattr(one, name) for one in stats) for name in ("hits", "misses", "evictions", "slots")),
+        slot_bytes=stats[0].slot_bytes,
+        uses={layer: own for one in stats for layer, own in one.uses.items()},
+    )
+
+
 class BasisCache(nn.Module):
-    """The state of `globe_kernels.functional.moe_ffn_cached`, registered once at the root of a model.
+    """The state of `globe_kernels.functional.moe_ffn_cached`, one for the layers on a device.
 
     Its tensors follow the model to a device; a cast of the model casts the pool, whose contents stay valid. None is in
     `state_dict`: all of it is made from the codes and the bank.
@@ -55,8 +64,16 @@ class BasisCache(nn.Module):
     def __init__(
         self, num_experts: Mapping[int, int], slots: int, rank: int, width: int, dtype: torch.dtype, device=None
     ):
-        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}."""
+        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}.
+
+        `globe_kernels.memory.pool_slots` says how many fit into a number of bytes. Raises RequestError for none.
+        """
         super().__init__()
+        if slots < 1:
+            raise RequestError(
+                f"A cache of bases at rank {rank}, hidden size {width} and {dtype} would have {slots} slots; give it "
+                "the bytes of at least one."
+            )
         self.num_experts = dict(num_experts)
         n = sum(self.num_experts.values())
         shapes = {
@@ -72,27 +89,6 @@ class BasisCache(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=kind, device=device), persistent=False)
         self.clear()
         self.reset_stats()
-
-    @classmethod
-    def slots_for(
-        cls, cache_bytes: int, num_experts: Mapping[int, int], rank: int, width: int, dtype: torch.dtype
-    ) -> int:
-        """How many slots a cache within `cache_bytes` has, everything counted, at most one for every expert.
-
-        Raises RequestError when not even one fits.
-        """
-        none, one = (cls(num_experts, slots, rank, width, dtype, "meta").nbytes for slots in (0, 1))
-        if cache_bytes < one:
-            raise RequestError(
-                f"A cache of {cache_bytes} bytes cannot hold one basis: at rank {rank}, hidden size {width} and "
-                f"{dtype} the smallest takes {one} bytes; give at least that much."
-            )
-        return min((cache_bytes - none) // (one - none), sum(num_experts.values()))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.state)
 
     @property
     def state(self) -> CacheState:

@@ -1,15 +1,17 @@
 """How a model that runs on GloBE experts is looked at and changed: its strategy, the reasons for it, its cache."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from globe_kernels.bank import Arrangement, GlobeBank
-from globe_kernels.cache import BasisCache, CacheStats
+from globe_kernels.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.checkpoint import BANK_NAME
 from globe_kernels.errors import RequestError
 from globe_kernels.memory import parse_bytes
+from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.replacement import choices_of, globe_modules, is_patched
 from globe_kernels.residency import arrange, plan_arrangement
 from globe_kernels.strategy import DENSE, paths_of, predict
@@ -34,8 +36,8 @@ def set_strategy(
 
 
 def cache_stats(model: nn.Module) -> CacheStats:
-    """What the cache of composed bases did since it was made; waits for the device."""
-    return _cache_of(model).stats()
+    """What the cache of composed bases did since it was made, that of all devices together; waits for them."""
+    return sum_stats([cache.stats() for cache in _caches_of(model)])
 
 
 def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
@@ -43,9 +45,11 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
 
     `uses`: {layer id: (E,) times each expert was used}, such as `cache_stats(model).uses` of an earlier run.
     """
-    cache, bank = _cache_of(model), bank_of(model)
+    caches, phi = _caches_of(model), bank_of(model).config.phi
     weights = {module.layer: module.cached_weights() for module in globe_modules(model).values()}
-    cache.warm(weights, uses, bank.config.phi)
+    for cache in caches:
+        elsewhere = {layer for other in caches if other is not cache for layer in other.num_experts}
+        cache.warm(weights, {layer: own for layer, own in uses.items() if layer not in elsewhere}, phi)
 
 
 def explain(model: nn.Module, tokens: int) -> str:
@@ -54,11 +58,12 @@ def explain(model: nn.Module, tokens: int) -> str:
     Per layer microseconds and bytes moved of every path that this checkpoint has, beside those of dense experts; paths
     whose tensors the model does not hold are marked. Layers of the same sizes share a table.
     """
-    bank, groups = bank_of(model), {}
+    bank_of(model)
+    groups: dict[Any, list[tuple[str, GlobeMoEFFN]]] = {}
     for path, module in globe_modules(model).items():
-        groups.setdefault((module.sizes(), module.machine), []).append((path, module))
+        groups.setdefault((module.sizes(), module.machine, module.pool), []).append((path, module))
     lines = []
-    for (sizes, machine), members in groups.items():
+    for (sizes, machine, pool), members in groups.items():
         first = members[0][1]
         chosen = first.path(tokens)
         lines += [
@@ -66,21 +71,22 @@ def explain(model: nn.Module, tokens: int) -> str:
             f"  predicted for {machine.name} ({machine.origin})",
         ]
         for path in (DENSE, *paths_of(sizes.phi)):
-            if path == "cached" and bank.cache is None:
+            if path == "cached" and pool is None:
                 continue
-            found = predict(path, sizes, tokens, machine, first.pool)
+            found = predict(path, sizes, tokens, machine, pool)
             note = "<- taken" if path == chosen else "" if path in (DENSE, *first.paths) else "not held"
             lines.append(f"  {path:11}{found.us:12.1f} us{found.bytes / 1e6:12.2f} MB   {note}".rstrip())
     return "\n".join(lines)
 
 
-def _cache_of(model: nn.Module) -> BasisCache:
-    cache = bank_of(model).cache
-    if cache is None:
+def _caches_of(model: nn.Module) -> list[BasisCache]:
+    """By device. Raises RequestError when there is none."""
+    caches = bank_of(model).caches
+    if not caches:
         raise RequestError(
             'This model holds no cache of composed bases; globe_kernels.set_strategy(model, "cached") makes one.'
         )
-    return cache
+    return caches
 
 
 def bank_of(model: nn.Module) -> GlobeBank:

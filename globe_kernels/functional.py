@@ -25,8 +25,9 @@ def moe_ffn(
     contribute nothing; top_k_weights (T, K) of any float dtype. Any strides. Returns (T, D). Without `deterministic`
     a GPU sums the choices of a token in any order. Raises ValueError when shapes or dtypes do not fit.
     """
-    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
-    return _moe_ffn_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
+    routed = (hidden_states, top_k_index, top_k_weights)
+    _check_inputs(*routed, weights.from_rank.down_proj)
+    return _moe_ffn_op(*routed, activation, deterministic, weights.basis, *weights.from_rank)
 
 
 def moe_ffn_bank_first(
@@ -38,8 +39,9 @@ def moe_ffn_bank_first(
     deterministic: bool = True,
 ) -> torch.Tensor:
     """As `moe_ffn`, from the bank, with nothing composed (formula: `globe_kernels.ops.moe_ffn_bank_first`)."""
-    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
-    return _moe_ffn_bank_first_op(hidden_states, top_k_index, top_k_weights, activation, deterministic, *weights)
+    routed = (hidden_states, top_k_index, top_k_weights)
+    _check_inputs(*routed, weights.from_rank.down_proj)
+    return _moe_ffn_bank_first_op(*routed, activation, deterministic, *weights[:-1], *weights.from_rank)
 
 
 def moe_ffn_cached(
@@ -58,8 +60,9 @@ def moe_ffn_cached(
     The pool of the cache has the dtype of hidden_states; the experts of this layer are first_expert .. first_expert + E
     - 1 of the cache.
     """
-    _check_inputs(hidden_states, top_k_index, top_k_weights, weights.down_proj)
-    num_experts, _, rank = weights.gate_adapter.shape
+    routed = (hidden_states, top_k_index, top_k_weights)
+    _check_inputs(*routed, weights.from_rank.down_proj)
+    num_experts, _, rank = weights.from_rank.gate_adapter.shape
     expected = (2 * rank, hidden_states.shape[1])
     if cache.pool.shape[1:] != expected or cache.pool.dtype != hidden_states.dtype:
         raise ValueError(
@@ -71,9 +74,8 @@ def moe_ffn_cached(
             f"first_expert is {first_expert} with {num_experts} experts in the layer and {cache.slot_of.shape[0]} in "
             "the cache; take it from BasisCache.first_expert."
         )
-    return _moe_ffn_cached_op(
-        hidden_states, top_k_index, top_k_weights, first_expert, phi, activation, deterministic, *cache, *weights
-    )
+    how = (first_expert, phi, activation, deterministic)
+    return _moe_ffn_cached_op(*routed, *how, *cache, *weights.mixtures, *weights.from_rank)
 
 
 def _check_inputs(

@@ -128,8 +128,12 @@ def resident(
     item_size: int,
     cache_bytes: int = 0,
     palettes: Palettes | None = None,
+    devices: int = 1,
 ) -> Residents:
-    """What stays in memory to take any of `paths`, with weights of `item_size` bytes a value."""
+    """What stays in memory to take any of `paths`, with weights of `item_size` bytes a value.
+
+    Of layers on several devices all of them together: each holds the bank.
+    """
     base = config.base
     experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
     biases = 2 * inner + width if architecture_of(base.model_type).has_bias else 0
@@ -151,7 +155,7 @@ def resident(
         adapters=2 * experts * inner * config.rank * item_size,
         codes=2 * experts * config.support * _CODE_BYTES,
         bases=experts * 2 * atom * item_size if "composed" in paths else 0,
-        bank=bank * item_size if needs_bank else 0,
+        bank=devices * bank * item_size if needs_bank else 0,
         palette_codes=palette_codes,
         pool=pool_bytes(config, slots, item_size) if "cached" in paths else 0,
         host=0 if needs_bank else bank * config.torch_dtype.itemsize,
@@ -178,12 +182,15 @@ def workspace(
     choices: int,
     item_size: int,
     palettes: Palettes | None = None,
+    *,
+    on_gpu: bool = True,
 ) -> int:
     """Bytes of the largest temporaries of one layer's call, over `paths`: what comes to the residents at the peak.
 
     Rows h (S, 2R), y (S, P), those before the sum over choices (S, D) and the sum (T, D); of bank_first z (T, 2U, R) of
-    a chunk of tokens, of scratch the bases (E, 2R, D) of the largest layer. Of the dense experts, as transformers runs
-    them: rows of x, gate and up, their product, rows of the output.
+    a chunk of tokens, of scratch the bases (E, 2R, D) of the largest layer, on a GPU twice: one layer runs while the
+    next is composed. Of the dense experts, as transformers runs them: rows of x, gate and up, their product, rows of
+    the output.
     """
     rows, inner, width = tokens * choices, config.base.intermediate_size, config.base.hidden_size
     if paths == (DENSE,):
@@ -194,7 +201,8 @@ def workspace(
         z_row = ceil(largest) * config.rank * item_size
         size += min(tokens, max(1, WORKSPACE_BYTES // z_row)) * z_row
     if "scratch" in paths:
-        size += max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
+        buffers = 2 if on_gpu else 1
+        size += buffers * max(config.base.num_experts.values()) * 2 * config.rank * width * item_size
     return size
 
 
@@ -233,8 +241,9 @@ def choose_residents(
     *,
     cache_bytes: int | None = None,
     palettes: Palettes | None = None,
+    devices: int = 1,
 ) -> Choice:
-    """What to hold within `budget` bytes on the device, for a model whose layers are mostly of `sizes`.
+    """What to hold within `budget` bytes on all devices, for a model whose layers are mostly of `sizes`.
 
     A named strategy holds what it needs. "auto" takes composed where the rank is below break-even and it fits (without
     a budget into what the dense experts held), and bank_first beside it where both fit; else bank_first, scratch and a
@@ -258,7 +267,7 @@ def choose_residents(
         )
 
     def held(paths: tuple[str, ...], cache: int = 0) -> int:
-        return resident(config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes).total
+        return resident(config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes, devices=devices).total
 
     def cache_beside(others: int) -> int:
         """Bytes of the cache, in whole slots, beside what holds `others`."""

@@ -3,21 +3,19 @@
 import torch
 from torch import nn
 
-from globe_kernels.bank import GlobeBank
+from globe_kernels.bank import Place
 from globe_kernels.checkpoint import Code, GlobeConfig
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
-from globe_kernels.ops.compose_layer import LayerCode, compose_bases, layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
+from globe_kernels.ops.compose_slots import Mixtures
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
-
-_Optional = torch.Tensor | None
-_Kept = tuple[torch.Tensor, torch.Tensor, torch.Tensor, _Optional, _Optional, _Optional]
 
 
 class GlobeMoEFFN(nn.Module):
@@ -37,6 +35,7 @@ class GlobeMoEFFN(nn.Module):
     gate_bias: nn.Parameter | None
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
+    gate_code_index: torch.Tensor
     basis: torch.Tensor | None
     palettes: dict[str, int]  # U by family, distinct atoms
 
@@ -49,7 +48,7 @@ class GlobeMoEFFN(nn.Module):
         self.layer = layer
         self.phi = config.phi
         self.activation = activation
-        self._shared: tuple[GlobeBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
+        self._shared: tuple[Place, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
         self.paths: tuple[str, ...] = ()  # by which calls may run
         self._choices = 0  # K
         self.palettes = dict.fromkeys(FAMILIES, 0)
@@ -85,19 +84,25 @@ class GlobeMoEFFN(nn.Module):
         return LayerCode(*(getattr(self, f"{family}_{part}") for part in LayerCode._fields))
 
     @property
-    def bank(self) -> GlobeBank:
+    def place(self) -> Place:
+        """What the layers on this device share."""
         if not self._shared:
-            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(bank, paths, choices) after loading it.")
+            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(place, paths, choices) after loading it.")
         return self._shared[0]
 
+    @property
+    def device(self) -> torch.device:
+        """Where calls run: of weights that are offloaded, and come when they are called, not where these are."""
+        return self.gate_code_index.device
+
     @torch.no_grad()
-    def run_from(self, bank: GlobeBank, paths: tuple[str, ...], choices: int) -> None:
-        """Make what `paths` need from the bank, on the device of the adapters and in their dtype, and drop the rest.
+    def run_from(self, place: Place, paths: tuple[str, ...], choices: int) -> None:
+        """Make what `paths` need from the atoms, on the device of the module and in its dtype, and drop the rest.
 
         `choices`: experts per token, on which the times of the paths depend.
         """
-        self._shared, self.paths, self._choices = (bank,), paths, choices
-        codes = {family: layer_code(*self._code_for(bank, family)) for family in FAMILIES}
+        self._shared, self.paths, self._choices = (place,), paths, choices
+        codes = {family: layer_code(*self._code_for(place, family)) for family in FAMILIES}
         self.basis = self._compose(codes) if "composed" in paths else None
         for family, code in codes.items():
             for part, tensor in code._asdict().items():
@@ -116,38 +121,50 @@ class GlobeMoEFFN(nn.Module):
     @property
     def machine(self) -> Machine:
         """What the times of the paths are predicted for."""
-        return machine_for(self.gate_adapter.device)
+        return machine_for(self.device)
 
     @property
     def pool(self) -> Pool | None:
         """The cache, as the cost model takes it."""
-        cache = self.bank.cache
+        cache = self.place.cache
         return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
 
-    def _code_for(self, bank: GlobeBank, family: str) -> tuple[torch.Tensor, torch.Tensor]:
-        device, code = bank.atoms(family).device, self.code(family)
+    def _code_for(self, place: Place, family: str) -> tuple[torch.Tensor, torch.Tensor]:
+        device, code = place.atoms(family).device, self.code(family)
         return code.index.to(device), code.value.to(device)
 
     def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
         """(E, 2R, D)"""
-        adapter = self.gate_adapter
-        both = compose_bases(*codes["gate"], *codes["up"], self.bank.gate, self.bank.up, self.phi, adapter.dtype)
-        return both.to(adapter.device)
+        place, dtype = self.place, self.gate_adapter.dtype
+        both = compose_bases(*codes["gate"], *codes["up"], place.gate, place.up, self.phi, dtype)
+        return both.to(self.device)
 
     @property
-    def _kept(self) -> _Kept:
+    def basis_shape(self) -> tuple[int, int, int]:
+        """(E, 2R, D)"""
+        return self.num_experts, 2 * self.gate_adapter.shape[2], self.hidden_dim
+
+    @torch.no_grad()
+    def compose_into(self, out: torch.Tensor) -> None:
+        """The bases of the layer into `out` (E, 2R, D), on the stream of the caller: what `scratch` runs from."""
+        codes, place = (self.layer_code("gate"), self.layer_code("up")), self.place
+        compose_bases_into(out, codes, (place.gate, place.up), self.phi)
+
+    @property
+    def _from_rank(self) -> FromRank:
         """What every path multiplies with after the basis."""
-        return self.gate_adapter, self.up_adapter, self.down_proj, self.gate_bias, self.up_bias, self.down_bias
+        return FromRank(*(getattr(self, name) for name in FromRank._fields))
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
-        gate, up = self.code("gate"), self.code("up")
-        return CachedWeights(self.bank.gate, self.bank.up, gate.index, gate.value, up.index, up.value, *self._kept)
+        place, gate, up = self.place, self.code("gate"), self.code("up")
+        mixtures = Mixtures(place.gate, place.up, gate.index, gate.value, up.index, up.value)
+        return CachedWeights(mixtures, self._from_rank)
 
     def sizes(self) -> LayerSizes:
         """What the times of the paths depend on."""
         item_size = self.gate_adapter.element_size()
-        return layer_sizes(self.bank.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
+        return layer_sizes(self.place.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
@@ -165,22 +182,28 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
-        bank, routed = self.bank, (hidden_states, top_k_index, top_k_weights)
+        place, routed = self.place, (hidden_states, top_k_index, top_k_weights)
         path = self.path(hidden_states.shape[0])
         if path == "bank_first":
             gate, up = self.layer_code("gate"), self.layer_code("up")
-            weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, *self._kept)
+            weights = BankFirstWeights(place.gate, place.up, *gate, *up, self._from_rank)
             return moe_ffn_bank_first(*routed, weights, self.activation)
         if path == "cached":
-            cache = bank.cache
+            cache = place.cache
             assert cache is not None
-            place = cache.first_expert(self.layer)
-            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, place, self.phi, self.activation)
-        basis = self.basis
-        if path == "scratch":
-            basis = self._compose({family: self.layer_code(family) for family in FAMILIES})
-        assert basis is not None
-        return moe_ffn(*routed, ExpertWeights(basis, *self._kept), self.activation)
+            first = cache.first_expert(self.layer)
+            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, first, self.phi, self.activation)
+
+        def experts(basis: torch.Tensor) -> torch.Tensor:
+            return moe_ffn(*routed, ExpertWeights(basis, self._from_rank), self.activation)
+
+        if path == "composed":
+            assert self.basis is not None
+            return experts(self.basis)
+        assert place.scratch is not None
+        if place.scratch.can_run(hidden_states):
+            return place.scratch.run(self, hidden_states, experts)
+        return experts(self._compose({family: self.layer_code(family) for family in FAMILIES}))
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

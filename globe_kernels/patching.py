@@ -1,6 +1,7 @@
 """Put GloBE experts into a live transformers model, and take them out again: plan, check, then touch."""
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from globe_kernels.replacement import (
     plan_replacement,
     remove_bank,
 )
-from globe_kernels.residency import arrange, plan_arrangement
+from globe_kernels.residency import arrange, by_device, plan_arrangement
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
@@ -90,11 +91,9 @@ def patch(
     _set_quantizer(model, checkpoint.config)
     replaced = tuple(target.path for target in targets)
     skipped = tuple(path for path, _ in model.named_modules() if path.endswith("experts") and path not in replaced)
-    after, paths = resident_bytes(model), modules[0].paths
-    item_size = modules[0].gate_adapter.element_size()
-    palettes = {module.layer: module.palettes for module in modules}
-    beside = workspace(checkpoint.config, paths, PEAK_TOKENS, choices_of(model), item_size, palettes)
-    return PatchReport(replaced, skipped, paths, before, after, after + beside, checkpoint.bytes_on_disk)
+    after = resident_bytes(model)
+    peak = after + peak_workspace(model)
+    return PatchReport(replaced, skipped, modules[0].paths, before, after, peak, checkpoint.bytes_on_disk)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -116,15 +115,34 @@ def unpatch(model: nn.Module) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes that the GloBE experts hold on the device of the model (a bank parked in host memory counts on CPU)."""
-    device = next(model.parameters()).device
-    total = sum(_module_bytes(module) for module in globe_modules(model).values())
-    bank = getattr(model, BANK_NAME)
-    return total + sum(tensor.nbytes for tensor in (*bank.parameters(), *bank.buffers()) if tensor.device == device)
+    """Bytes that the GloBE experts hold on their devices (a bank parked in host memory counts on a CPU)."""
+    modules = list(globe_modules(model).values())
+    devices, parts = by_device(modules), (*modules, getattr(model, BANK_NAME))
+    return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
+
+
+def peak_workspace(model: nn.Module) -> int:
+    """Bytes that a call of one layer with PEAK_TOKENS tokens takes beside what is resident, predicted."""
+    modules = list(globe_modules(model).values())
+    adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
+    return workspace(
+        getattr(model, BANK_NAME).config,
+        modules[0].paths,
+        PEAK_TOKENS,
+        choices_of(model),
+        adapter.element_size(),
+        palettes,
+        on_gpu=modules[0].device.type == "cuda",
+    )
+
+
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def _module_bytes(module: nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in _tensors(module))
 
 
 def _checkpoint_path(model: nn.Module) -> Path:

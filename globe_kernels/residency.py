@@ -3,12 +3,16 @@
 import warnings
 from collections.abc import Sequence
 
-from globe_kernels.bank import Arrangement, GlobeBank
+import torch
+from torch import nn
+
+from globe_kernels.bank import Arrangement, GlobeBank, Place
 from globe_kernels.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
-from globe_kernels.memory import choose_residents, layer_sizes
+from globe_kernels.memory import choose_residents, layer_sizes, pool_slots
 from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.scratch import Scratch
 from globe_kernels.strategy import DENSE, LayerSizes, Machine, machine_for, predict
 
 _SLOW = 1.5  # times the dense experts: a warning
@@ -26,24 +30,55 @@ def plan_arrangement(
 
     Changes nothing. Raises RequestError when that cannot be had.
     """
-    devices = sorted({str(module.gate_adapter.device) for module in modules})
-    if len(devices) > 1 and strategy == "auto":
-        strategy = "composed"
-    if len(devices) > 1 and strategy != "composed":
+    config, first, devices = bank.config, modules[0], by_device(modules)
+    if "meta" in {device.type for device in devices}:
         raise RequestError(
-            f"The experts are on {' and '.join(devices)} and strategy {strategy!r} shares a bank on one device; use "
-            "strategy 'composed', or load the model on one device."
+            "The codes of some experts are offloaded; load the model with offload_buffers=False, which is the default."
         )
-    config, first = bank.config, modules[0]
-    item_size, machine = first.gate_adapter.element_size(), machine_for(first.gate_adapter.device)
+    item_size, machine = first.gate_adapter.element_size(), machine_for(first.device)
     palettes = {one.layer: {f: one.code(f).index.unique().numel() for f in FAMILIES} for one in modules}
     sizes = layer_sizes(config, first.layer, choices, item_size, palettes)
     choice = choose_residents(
-        config, sizes, machine, memory_budget, strategy, cache_bytes=cache_bytes, palettes=palettes
+        config,
+        sizes,
+        machine,
+        memory_budget,
+        strategy,
+        cache_bytes=cache_bytes,
+        palettes=palettes,
+        devices=len(devices),
     )
+    arrangement = Arrangement(strategy, choice.paths, choice.cache_bytes, choices)
+    if choice.cache_bytes:
+        _slots(bank, arrangement, modules)
     if strategy == "bank_first":
         _warn_of_large_palettes(sizes, machine)
-    return Arrangement(strategy, choice.paths, choice.cache_bytes, choices)
+    return arrangement
+
+
+def by_device(modules: Sequence[GlobeMoEFFN]) -> dict[torch.device, list[GlobeMoEFFN]]:
+    """The modules by the device that their calls run on."""
+    devices: dict[torch.device, list[GlobeMoEFFN]] = {}
+    for module in modules:
+        devices.setdefault(module.device, []).append(module)
+    return devices
+
+
+def _slots(bank: GlobeBank, arrangement: Arrangement, modules: Sequence[GlobeMoEFFN]) -> dict[torch.device, int]:
+    """Of the cache of each device, in proportion to its experts. Raises RequestError when one would have none."""
+    slots = pool_slots(bank.config, arrangement.cache_bytes, modules[0].gate_adapter.element_size())
+    total, devices = sum(_num_experts(modules).values()), by_device(modules)
+    shares = {device: slots * sum(_num_experts(own).values()) // total for device, own in devices.items()}
+    if not all(shares.values()):
+        raise RequestError(
+            f"A cache of {arrangement.cache_bytes} bytes has {slots} slots for layers on {len(devices)} devices; give "
+            "more, at least one slot for each."
+        )
+    return shares
+
+
+def _num_experts(modules: Sequence[GlobeMoEFFN]) -> dict[int, int]:
+    return {module.layer: module.num_experts for module in modules}
 
 
 def _warn_of_large_palettes(sizes: LayerSizes, machine: Machine) -> None:
@@ -66,18 +101,23 @@ def _ratio_to_dense(sizes: LayerSizes, tokens: int, machine: Machine) -> float:
 
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far."""
-    first = modules[0].gate_adapter
-    bank.arrangement, bank.cache = arrangement, None
+    bank.arrangement, bank.places = arrangement, nn.ModuleList()
     if arrangement.paths == ("composed",):
+        place = Place(bank, bank.gate.device)  # composed where the atoms are, and then not needed again
         for module in modules:
-            module.run_from(bank, arrangement.paths, arrangement.choices)
+            module.run_from(place, arrangement.paths, arrangement.choices)
         bank.park()
         return
-    bank.unpark(first.device, first.dtype)
-    if arrangement.cache_bytes:
-        num_experts = {module.layer: module.num_experts for module in modules}
-        rank, width = first.shape[2], modules[0].hidden_dim
-        slots = BasisCache.slots_for(arrangement.cache_bytes, num_experts, rank, width, first.dtype)
-        bank.cache = BasisCache(num_experts, slots, rank, width, first.dtype, first.device)
-    for module in modules:
-        module.run_from(bank, arrangement.paths, arrangement.choices)
+    dtype = modules[0].gate_adapter.dtype
+    bank.unpark(modules[0].device, dtype)
+    slots = _slots(bank, arrangement, modules) if arrangement.cache_bytes else {}
+    for device, own in by_device(modules).items():
+        place = Place(bank, device)
+        bank.places.append(place)
+        if slots:
+            rank, width = own[0].gate_adapter.shape[2], own[0].hidden_dim
+            place.cache = BasisCache(_num_experts(own), slots[device], rank, width, dtype, device)
+        if "scratch" in arrangement.paths:
+            place.scratch = Scratch(own)
+        for module in own:
+            module.run_from(place, arrangement.paths, arrangement.choices)

@@ -18,13 +18,17 @@ _COMMON = {
     "eos_token_id": 0,
 }
 _QWEN = {"num_experts": 8, "moe_intermediate_size": 48, "intermediate_size": 96}
-_DEEPSEEK = {
+_SHARED_EXPERTS = {
     "n_routed_experts": 8,
     "moe_intermediate_size": 48,
     "intermediate_size": 96,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
     "num_hidden_layers": 4,
+    "topk_group": 1,
+}
+_DEEPSEEK = {
+    **_SHARED_EXPERTS,
     "num_key_value_heads": 4,
     "q_lora_rank": 24,
     "kv_lora_rank": 16,
@@ -32,7 +36,6 @@ _DEEPSEEK = {
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     "n_group": 2,
-    "topk_group": 1,
 }
 _OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": {**_QWEN, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "num_hidden_layers": 4},
@@ -41,17 +44,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "intermediate_size": 48},
     "deepseek_v2": {**_DEEPSEEK, "topk_method": "greedy"},
     "deepseek_v3": _DEEPSEEK,
-    "glm4_moe": {
-        "n_routed_experts": 8,
-        "moe_intermediate_size": 48,
-        "intermediate_size": 96,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "num_hidden_layers": 4,
-        "head_dim": 16,
-        "n_group": 1,
-        "topk_group": 1,
-    },
+    "glm4_moe": {**_SHARED_EXPERTS, "head_dim": 16, "n_group": 1},
     "gpt_oss": {
         "num_local_experts": 8,
         "intermediate_size": 48,

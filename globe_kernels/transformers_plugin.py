@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from safetensors import safe_open
+from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -67,6 +68,7 @@ class GlobeHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         bank = getattr(model, BANK_NAME)
+        _bring(bank)
         for path, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.globe.num_atoms, path)
@@ -89,6 +91,19 @@ class GlobeHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _bring(bank: GlobeBank) -> None:
+    """Into host memory what a device map has offloaded: no call of the bank itself would bring it."""
+    hook = getattr(bank, "_hf_hook", None)
+    if hook is None:
+        return
+    from accelerate.hooks import remove_hook_from_module  # it is there: it has put the hook
+
+    offloaded = {name: hook.weights_map[name] for name, atoms in bank.named_parameters() if atoms.is_meta}
+    remove_hook_from_module(bank)
+    for name, atoms in offloaded.items():
+        setattr(bank, name, nn.Parameter(atoms.to("cpu"), requires_grad=False))
 
 
 def _check_exported_files(files: list[str], config: GlobeConfig, modules: Iterable[GlobeMoEFFN]) -> None:

@@ -22,7 +22,7 @@ LAYERS = [
     ("strategy",),
     ("ops", "routing"),
     ("functional", "memory"),
-    ("bank", "cache", "modules"),
+    ("bank", "cache", "modules", "scratch"),
     ("residency",),
     ("replacement",),
     ("transformers_plugin",),

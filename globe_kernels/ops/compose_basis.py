@@ -19,7 +19,8 @@ PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _BLOCK = 2048
-_CPU_VALUES = 2**14  # of each atom at a time: what is gathered in fp32 stays in the cache
+# Of each atom at a time, where the reference runs: in the cache of a CPU, and in the memory of a GPU, in few launches.
+_CPU_VALUES, _GPU_VALUES = 2**14, 2**20
 
 
 @triton.jit
@@ -124,7 +125,7 @@ def compose_basis_ref(
 
 def mix_atoms(value: torch.Tensor, atoms: torch.Tensor, bank: torch.Tensor, phi: str, out: torch.Tensor) -> None:
     """phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V), into `out` (E, V)."""
-    step = _CPU_VALUES if bank.device.type == "cpu" else bank.shape[1]
+    step = _CPU_VALUES if bank.device.type == "cpu" else _GPU_VALUES
     for start in range(0, bank.shape[1], step):
         part = slice(start, start + step)
         out[:, part] = PHI_FUNCTIONS[phi](value @ bank[:, part].index_select(0, atoms).float())

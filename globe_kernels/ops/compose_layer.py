@@ -10,13 +10,16 @@ program owns a slice of all bases, and a slice of an atom serves every expert wh
 16-bit atoms as the sum of two 16-bit values: in bf16 that is 2^-17 of the largest code from the truth, and not 2^-9.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, Self
 
 import torch
 
 from globe_kernels.ops.compose_basis import apply_phi, mix_atoms
 from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 PALETTE_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
 
@@ -59,6 +62,27 @@ class ComposeConfig:
             "num_stages": self.num_stages,
         }
 
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        """The id of an atom is loaded before the atom, so two stages of the pipeline hold one tile of each; the tile of
+        the result passes through the same memory."""
+        stage = self.block_u * (self.block_v * item_size + self.block_e * 4 + 4)
+        pipeline = max(2, self.num_stages // 2 + 1) * stage
+        result = self.block_e * self.block_v
+        yield result / (32 * self.num_warps), max(pipeline, result * item_size)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class ComposeShape:
+    """The sizes that the best configuration depends on."""
+
+    experts: int  # E
+    palette: int  # U
+    values: int  # of one basis, R * D
+
 
 # By experts: (up to this many, configuration). A tile of all experts of most models; those with more visit a slice of
 # the atoms again while it is in the L2 cache.
@@ -69,8 +93,13 @@ CONFIGS = (
 )
 
 
-def choose_compose(num_experts: int) -> ComposeConfig:
-    return next(config for limit, config in CONFIGS if limit is None or num_experts <= limit)
+def default_compose(num_experts: int) -> ComposeConfig:
+    return by_rows(CONFIGS, num_experts)
+
+
+@lru_cache(REMEMBERED)
+def choose_compose(shape: ComposeShape, item_size: int, device: torch.device) -> ComposeConfig:
+    return tuned(default_compose(shape.experts), "compose_layer", shape, 1, item_size, device)
 
 
 @triton.jit
@@ -187,9 +216,8 @@ def compose_bases(
     """(E, 2R, D) in `out_dtype`, gate rows first: `compose_layer` of both families, as ExpertWeights takes them."""
     rank, width = gate_bank.shape[1:]
     out = torch.empty(gate_value.shape[0], 2 * rank, width, dtype=out_dtype, device=gate_bank.device)
-    _compose_into(out[:, :rank], LayerCode(gate_palette, gate_value, gate_scale), gate_bank, phi)
-    _compose_into(out[:, rank:], LayerCode(up_palette, up_value, up_scale), up_bank, phi)
-    return out
+    codes = LayerCode(gate_palette, gate_value, gate_scale), LayerCode(up_palette, up_value, up_scale)
+    return compose_bases_into(out, codes, (gate_bank, up_bank), phi)
 
 
 @compose_bases.register_fake
@@ -198,11 +226,22 @@ def _(gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale, gate
     return gate_bank.new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
 
 
+def compose_bases_into(
+    out: torch.Tensor, codes: tuple[LayerCode, LayerCode], banks: tuple[torch.Tensor, torch.Tensor], phi: str
+) -> torch.Tensor:
+    """`compose_bases` into `out` (E, 2R, D), which it returns; codes and banks of gate and up."""
+    for half, code, bank in zip(out.chunk(2, dim=1), codes, banks, strict=True):
+        _compose_into(half, code, bank, phi)
+    return out
+
+
 def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: str) -> torch.Tensor:
     """`out` (E, R, D), contiguous in an expert, filled."""
     code = LayerCode(*(tensor.contiguous() for tensor in code))
     if use_triton(bank):
-        return launch_compose_layer(code, bank.contiguous(), phi, out, choose_compose(code.value.shape[0]))
+        shape = ComposeShape(out.shape[0], code.palette.numel(), out.shape[1] * out.shape[2])
+        config = choose_compose(shape, bank.element_size(), bank.device)
+        return launch_compose_layer(code, bank.contiguous(), phi, out, config)
     return compose_layer_ref(code, bank, phi, out)
 
 

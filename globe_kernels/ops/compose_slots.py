@@ -30,6 +30,9 @@ class Mixtures(NamedTuple):
     up_index: torch.Tensor  # (E, C) int32
     up_value: torch.Tensor  # (E, C) float32
 
+    def contiguous(self) -> "Mixtures":
+        return Mixtures(*(tensor.contiguous() for tensor in self))
+
 
 @triton.jit(do_not_specialize=["worklist"])
 def _compose_slots_kernel(
@@ -106,8 +109,7 @@ def compose_slots(
     """Write pool (slots, 2R, D) at miss_slot (W,), from Mixtures; places with miss_expert -1 end the worklist."""
     mixtures = Mixtures(gate_bank, up_bank, gate_index, gate_value, up_index, up_value)
     if use_triton(pool):
-        mixtures = Mixtures(*(tensor.contiguous() for tensor in mixtures))
-        launch_compose_slots(miss_expert.contiguous(), miss_slot.contiguous(), pool, mixtures, phi)
+        launch_compose_slots(miss_expert.contiguous(), miss_slot.contiguous(), pool, mixtures.contiguous(), phi)
     else:
         compose_slots_ref(miss_expert, miss_slot, pool, mixtures, phi)
 

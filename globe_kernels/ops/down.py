@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.grouped import accumulate, program_tile
+from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
@@ -133,21 +133,8 @@ def launch_down(
     else:
         rows = torch.zeros(num_tokens, columns, dtype=torch.float32, device=y.device)
         config = atomic_config(config)
-    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
-    _down_kernel[grid](
-        y,
-        *down,
-        rows,
-        top_k_weights,
-        *plan.schedule,
-        columns,
-        depth,
-        plan.num_choices,
-        ATOMIC=not deterministic,
-        EVEN_K=depth % config.block_k == 0,
-        BLOCK_M=plan.block_m,
-        **config.launch(),
-    )
+    grid, schedule, options = grouped_launch(plan, columns, depth, config)
+    _down_kernel[grid](y, *down, rows, top_k_weights, *schedule, plan.num_choices, ATOMIC=not deterministic, **options)
     if not deterministic:
         return rows.to(y.dtype)
     out = y.new_empty(num_tokens, columns)

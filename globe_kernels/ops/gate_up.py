@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
-from globe_kernels.ops.grouped import accumulate, program_tile
+from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
@@ -98,22 +98,18 @@ def launch_gate_up(
     """
     _, columns, depth = adapters.gate.shape
     out = h.new_empty(plan.num_rows, columns)
-    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
+    grid, schedule, options = grouped_launch(plan, columns, depth, config)
     _gate_up_kernel[grid](
         h,
         h[:, -depth:],
         *adapters,
         out,
-        *plan.schedule,
-        columns,
-        depth,
+        *schedule,
         h.stride(0),
         gather or 1,
         GATHER=gather is not None,
         ACTIVATION=activation,
-        EVEN_K=depth % config.block_k == 0,
-        BLOCK_M=plan.block_m,
-        **config.launch(),
+        **options,
     )
     return out
 

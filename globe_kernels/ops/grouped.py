@@ -1,11 +1,24 @@
 # pyright: reportInvalidTypeForm=false
-"""What the GEMMs share: which rows and columns a program owns, and the accumulation over K.
+"""What the GEMMs share: the launch of a grouped one, what a program owns, and the accumulation over K.
 
 A grouped GEMM multiplies the rows of each expert with that expert's matrix. Rows are in the order of a RoutingPlan
 (sorted by expert, tiles of BLOCK_M rows that never span two experts); programs past the last tile exit.
 """
 
+from typing import Any
+
 from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import GemmConfig
+from globe_kernels.routing import RoutingPlan
+
+
+def grouped_launch(
+    plan: RoutingPlan, columns: int, depth: int, config: GemmConfig
+) -> tuple[tuple[int], tuple, dict[str, Any]]:
+    """(grid, arguments from order_ptr to depth, options) of a grouped GEMM over K = `depth`."""
+    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
+    options = {"EVEN_K": depth % config.block_k == 0, "BLOCK_M": plan.block_m, **config.launch()}
+    return grid, (*plan.schedule, columns, depth), options
 
 
 @triton.jit

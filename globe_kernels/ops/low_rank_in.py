@@ -13,7 +13,7 @@ not written, so that several calls fill one result.
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.grouped import accumulate, program_tile
+from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
@@ -74,20 +74,8 @@ def launch_low_rank_in(
     """The kernel on contiguous inputs, in the configuration given, into `out` where there is one."""
     depth, columns = x.shape[1], basis.shape[1]
     out = x.new_empty(plan.num_rows, columns) if out is None else out
-    grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
-    _low_rank_in_kernel[grid](
-        x,
-        basis,
-        slots,
-        out,
-        *plan.schedule,
-        columns,
-        depth,
-        plan.num_choices,
-        EVEN_K=depth % config.block_k == 0,
-        BLOCK_M=plan.block_m,
-        **config.launch(),
-    )
+    grid, schedule, options = grouped_launch(plan, columns, depth, config)
+    _low_rank_in_kernel[grid](x, basis, slots, out, *schedule, plan.num_choices, **options)
     return out
 
 

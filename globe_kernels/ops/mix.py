@@ -8,15 +8,20 @@ palette, R rank; z_f (T, U, R), h (S, 2R) with gate first. Codes are those of La
 (E, U padded) and scale (E,), float32. Accumulates in fp32, and 16-bit z meets codes in full precision.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Self
 
 import torch
 
 from globe_kernels.ops.compose_layer import dot_codes
 from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 # value and scale of gate, value and scale of up
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+_CHOICES = 32  # the most that a token has, in what a launch is said to need
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,24 @@ class MixConfig:
             "num_stages": self.num_stages,
         }
 
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        """For up to 32 choices. Each family has a pipeline of its own, and all stages but the last hold its tiles."""
+        stage = self.block_u * (self.block_r * item_size + _CHOICES * 4)
+        yield _CHOICES * self.block_r / (32 * self.num_warps), (2 * self.num_stages - 1) * stage
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class MixShape:
+    """The sizes that the best configuration depends on."""
+
+    rank: int  # R
+    palette: int  # U, of the family that has more
+    choices: int  # K
+
 
 # By tokens: (up to this many, configuration). With few tokens more programs, with many less reading of codes beside z.
 # A palette is one or two tiles of atoms: several programs on a multiprocessor hide the loads, not pipeline stages.
@@ -45,8 +68,13 @@ CONFIGS = (
 )
 
 
-def choose_mix(num_tokens: int) -> MixConfig:
-    return next(config for limit, config in CONFIGS if limit is None or num_tokens <= limit)
+def default_mix(num_tokens: int) -> MixConfig:
+    return by_rows(CONFIGS, num_tokens)
+
+
+@lru_cache(REMEMBERED)
+def choose_mix(shape: MixShape, num_tokens: int, item_size: int, device: torch.device) -> MixConfig:
+    return tuned(default_mix(num_tokens), "mix", shape, num_tokens, item_size, device)
 
 
 @triton.jit
@@ -174,7 +202,10 @@ def mix(
     if out.numel() > 0:
         z = (z_gate.contiguous(), z_up.contiguous())
         codes = (gate_value.contiguous(), gate_scale.contiguous(), up_value.contiguous(), up_scale.contiguous())
-        launch_mix(z, top_k_index.contiguous(), codes, out, choose_mix(top_k_index.shape[0]))
+        num_tokens, num_choices = top_k_index.shape
+        shape = MixShape(z_gate.shape[2], max(z_gate.shape[1], z_up.shape[1]), num_choices)
+        config = choose_mix(shape, num_tokens, z_gate.element_size(), z_gate.device)
+        launch_mix(z, top_k_index.contiguous(), codes, out, config)
     return out
 
 

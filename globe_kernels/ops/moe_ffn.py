@@ -27,10 +27,9 @@ from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 
-class ExpertWeights(NamedTuple):
-    """Everything that the experts of one layer multiply with, in one dtype on one device."""
+class FromRank(NamedTuple):
+    """Of one layer: what leads from the rank back to the hidden size, in one dtype on one device."""
 
-    basis: torch.Tensor  # (E, 2R, D), gate rows first
     gate_adapter: torch.Tensor  # (E, P, R)
     up_adapter: torch.Tensor  # (E, P, R)
     down_proj: torch.Tensor  # (E, D, P)
@@ -38,13 +37,13 @@ class ExpertWeights(NamedTuple):
     up_bias: torch.Tensor | None = None  # (E, P)
     down_bias: torch.Tensor | None = None  # (E, D)
 
-    def contiguous(self) -> "ExpertWeights":
-        return ExpertWeights(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
+    def contiguous(self) -> "FromRank":
+        return FromRank(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
 
     @property
     def shape(self) -> FfnShape:
-        num_experts, inner, rank = self.gate_adapter.shape
-        return FfnShape(num_experts, self.basis.shape[2], inner, rank)
+        num_experts, width, inner = self.down_proj.shape
+        return FfnShape(num_experts, width, inner, rank=self.gate_adapter.shape[2])
 
     @property
     def adapters(self) -> GatedAdapters:
@@ -53,6 +52,16 @@ class ExpertWeights(NamedTuple):
     @property
     def down(self) -> Down:
         return Down(self.down_proj, self.down_bias)
+
+
+class ExpertWeights(NamedTuple):
+    """Everything that the experts of one layer multiply with, in one dtype on one device."""
+
+    basis: torch.Tensor  # (E, 2R, D), gate rows first
+    from_rank: FromRank
+
+    def contiguous(self) -> "ExpertWeights":
+        return ExpertWeights(self.basis.contiguous(), self.from_rank.contiguous())
 
 
 @torch.library.custom_op("globe::moe_ffn", mutates_args=())
@@ -75,12 +84,12 @@ def moe_ffn(
     top_k_index, top_k_weights (T, K); the weights are those of ExpertWeights, in the dtype of `hidden`. Shapes are
     checked by globe_kernels.functional.
     """
-    w = ExpertWeights(basis, gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias)
+    w = ExpertWeights(basis, FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias))
     if not use_triton(hidden):
         count_call("moe_ffn_ref")
         return moe_ffn_ref(hidden, top_k_index, top_k_weights, w, activation)
     count_call("moe_ffn")
-    config = choose(w.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
+    config = choose(w.from_rank.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
     routing = (top_k_index.contiguous(), top_k_weights.contiguous())
     return launch_moe_ffn(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
 
@@ -104,8 +113,8 @@ def launch_moe_ffn(
         return torch.empty_like(hidden)
     plan = launch_routing_plan(top_k_index, w.basis.shape[0], config.block_m)
     h = launch_low_rank_in(hidden, plan, w.basis, config.low_rank_in)
-    y = launch_gate_up(h, plan, w.adapters, activation, config.gate_up)
-    return launch_down(y, plan, w.down, (top_k_index, top_k_weights), config.down, deterministic)
+    y = launch_gate_up(h, plan, w.from_rank.adapters, activation, config.gate_up)
+    return launch_down(y, plan, w.from_rank.down, (top_k_index, top_k_weights), config.down, deterministic)
 
 
 def moe_ffn_ref(
@@ -114,5 +123,5 @@ def moe_ffn_ref(
     """As `moe_ffn`: the references of the three stages, one pass over the experts that have rows in each."""
     plan = routing_plan_ref(top_k_index, w.basis.shape[0], block_m=16)
     h = low_rank_in_ref(hidden, plan, w.basis)
-    y = gate_up_ref(h, plan, w.adapters, activation)
-    return down_ref(y, plan, w.down, top_k_weights)
+    y = gate_up_ref(h, plan, w.from_rank.adapters, activation)
+    return down_ref(y, plan, w.from_rank.down, top_k_weights)

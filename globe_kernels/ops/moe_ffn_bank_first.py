@@ -23,10 +23,17 @@ from typing import NamedTuple
 import torch
 
 from globe_kernels.ops.counters import count_call
-from globe_kernels.ops.down import Down, down_ref, launch_down
-from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
-from globe_kernels.ops.mix import Codes, MixConfig, choose_mix, launch_mix, mix_ref
-from globe_kernels.ops.palette_in import PaletteInConfig, choose_palette_in, launch_palette_in, palette_in_ref
+from globe_kernels.ops.down import down_ref, launch_down
+from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
+from globe_kernels.ops.mix import Codes, MixConfig, MixShape, choose_mix, launch_mix, mix_ref
+from globe_kernels.ops.moe_ffn import FromRank
+from globe_kernels.ops.palette_in import (
+    PaletteInConfig,
+    PaletteInShape,
+    choose_palette_in,
+    launch_palette_in,
+    palette_in_ref,
+)
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
@@ -49,20 +56,14 @@ class BankFirstWeights(NamedTuple):
     up_palette: torch.Tensor  # (U,) int32, of another U than gate's in general
     up_value: torch.Tensor  # (E, U padded) float32
     up_scale: torch.Tensor  # (E,) float32
-    gate_adapter: torch.Tensor  # (E, P, R)
-    up_adapter: torch.Tensor  # (E, P, R)
-    down_proj: torch.Tensor  # (E, D, P)
-    gate_bias: torch.Tensor | None = None  # (E, P), with up_bias or not at all
-    up_bias: torch.Tensor | None = None  # (E, P)
-    down_bias: torch.Tensor | None = None  # (E, D)
+    from_rank: FromRank
 
     def contiguous(self) -> "BankFirstWeights":
-        return BankFirstWeights(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
+        return BankFirstWeights(*(part.contiguous() for part in self))  # pyright: ignore[reportArgumentType]
 
     @property
     def shape(self) -> FfnShape:
-        num_experts, width, inner = self.down_proj.shape
-        return FfnShape(num_experts, width, inner, self.rank)
+        return self.from_rank.shape
 
     @property
     def rank(self) -> int:
@@ -71,14 +72,6 @@ class BankFirstWeights(NamedTuple):
     @property
     def codes(self) -> Codes:
         return self.gate_value, self.gate_scale, self.up_value, self.up_scale
-
-    @property
-    def adapters(self) -> GatedAdapters:
-        return GatedAdapters(self.gate_adapter, self.up_adapter, self.gate_bias, self.up_bias)
-
-    @property
-    def down(self) -> Down:
-        return Down(self.down_proj, self.down_bias)
 
     def chunk_tokens(self) -> int:
         """As many tokens as the workspace has room for."""
@@ -101,11 +94,12 @@ class BankFirstConfig:
 
 
 def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFirstConfig:
-    item_size, device = w.down_proj.element_size(), w.down_proj.device
-    tokens = min(top_k_index.shape[0], w.chunk_tokens())
+    item_size, device = w.gate_bank.element_size(), w.gate_bank.device
+    (tokens, choices), palette = top_k_index.shape, max(w.gate_palette.numel(), w.up_palette.numel())
+    call = (min(tokens, w.chunk_tokens()), item_size, device)
     return BankFirstConfig(
-        choose_palette_in(tokens, item_size, device),
-        choose_mix(tokens),
+        choose_palette_in(PaletteInShape(w.gate_bank.shape[2], w.rank, palette), *call),
+        choose_mix(MixShape(w.rank, palette, choices), *call),
         choose(w.shape, top_k_index.numel(), item_size, device),
     )
 
@@ -137,22 +131,9 @@ def moe_ffn_bank_first(
     top_k_index, top_k_weights (T, K); the weights are those of BankFirstWeights, all but the codes in the dtype of
     `hidden`. Shapes are checked by globe_kernels.functional.
     """
-    w = BankFirstWeights(
-        gate_bank,
-        up_bank,
-        gate_palette,
-        gate_value,
-        gate_scale,
-        up_palette,
-        up_value,
-        up_scale,
-        gate_adapter,
-        up_adapter,
-        down_proj,
-        gate_bias,
-        up_bias,
-        down_bias,
-    )
+    codes = (gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale)
+    from_rank = FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias)
+    w = BankFirstWeights(gate_bank, up_bank, *codes, from_rank)
     if not use_triton(hidden):
         count_call("moe_ffn_bank_first_ref")
         return moe_ffn_bank_first_ref(hidden, top_k_index, top_k_weights, w, activation)
@@ -186,8 +167,8 @@ def launch_moe_ffn_bank_first(
         own = h.view(num_tokens, choices, 2 * w.rank)[part]
         _launch_mixed(hidden[part], top_k_index[part], w, config, own)
     plan = launch_routing_plan(top_k_index, w.shape.experts, config.ffn.block_m)
-    y = launch_gate_up(h, plan, w.adapters, activation, config.ffn.gate_up, gather=1)
-    return launch_down(y, plan, w.down, (top_k_index, top_k_weights), config.ffn.down, deterministic)
+    y = launch_gate_up(h, plan, w.from_rank.adapters, activation, config.ffn.gate_up, gather=1)
+    return launch_down(y, plan, w.from_rank.down, (top_k_index, top_k_weights), config.ffn.down, deterministic)
 
 
 def _launch_mixed(
@@ -214,5 +195,5 @@ def moe_ffn_bank_first_ref(
         up = palette_in_ref(hidden[part], w.up_palette, w.up_bank)
         rows[part] = mix_ref((gate, up), top_k_index[part], w.codes).view_as(rows[part])
     plan = routing_plan_ref(top_k_index, w.shape.experts, block_m=16)
-    y = gate_up_ref(h, plan, w.adapters, activation, gather=1)
-    return down_ref(y, plan, w.down, top_k_weights)
+    y = gate_up_ref(h, plan, w.from_rank.adapters, activation, gather=1)
+    return down_ref(y, plan, w.from_rank.down, top_k_weights)

@@ -20,49 +20,23 @@ import torch
 from globe_kernels.ops.cache_lookup import CacheState, cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_slots import Mixtures, compose_slots_ref, launch_compose_slots
 from globe_kernels.ops.counters import count_call
-from globe_kernels.ops.down import Down, down_ref, launch_down
-from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
+from globe_kernels.ops.down import down_ref, launch_down
+from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
+from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
-from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
+from globe_kernels.ops.tuning import FfnConfig, choose
 
 
 class CachedWeights(NamedTuple):
     """Everything that the experts of one layer need beside a cache, on one device, in one dtype but for the codes."""
 
-    gate_bank: torch.Tensor  # (M, R, D)
-    up_bank: torch.Tensor  # (M, R, D)
-    gate_index: torch.Tensor  # (E, C) int32
-    gate_value: torch.Tensor  # (E, C) float32
-    up_index: torch.Tensor  # (E, C) int32
-    up_value: torch.Tensor  # (E, C) float32
-    gate_adapter: torch.Tensor  # (E, P, R)
-    up_adapter: torch.Tensor  # (E, P, R)
-    down_proj: torch.Tensor  # (E, D, P)
-    gate_bias: torch.Tensor | None = None  # (E, P), with up_bias or not at all
-    up_bias: torch.Tensor | None = None  # (E, P)
-    down_bias: torch.Tensor | None = None  # (E, D)
+    mixtures: Mixtures
+    from_rank: FromRank
 
     def contiguous(self) -> "CachedWeights":
-        return CachedWeights(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
-
-    @property
-    def shape(self) -> FfnShape:
-        num_experts, inner, rank = self.gate_adapter.shape
-        return FfnShape(num_experts, self.gate_bank.shape[2], inner, rank)
-
-    @property
-    def mixtures(self) -> Mixtures:
-        return Mixtures(*self[:6])  # pyright: ignore[reportArgumentType]
-
-    @property
-    def adapters(self) -> GatedAdapters:
-        return GatedAdapters(self.gate_adapter, self.up_adapter, self.gate_bias, self.up_bias)
-
-    @property
-    def down(self) -> Down:
-        return Down(self.down_proj, self.down_bias)
+        return CachedWeights(self.mixtures.contiguous(), self.from_rank.contiguous())
 
 
 @torch.library.custom_op(
@@ -103,14 +77,13 @@ def moe_ffn_cached(
     the layer are first_expert .. first_expert + E - 1 of the cache. Shapes are checked by globe_kernels.functional.
     """
     state = CacheState(pool, slot_of, owner, referenced, pinned, uses, registers)
-    codes = (gate_index, gate_value, up_index, up_value)
-    biases = (gate_bias, up_bias, down_bias)
-    w = CachedWeights(gate_bank, up_bank, *codes, gate_adapter, up_adapter, down_proj, *biases)
+    mixtures = Mixtures(gate_bank, up_bank, gate_index, gate_value, up_index, up_value)
+    w = CachedWeights(mixtures, FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias))
     if not use_triton(hidden):
         count_call("moe_ffn_cached_ref")
         return moe_ffn_cached_ref(hidden, top_k_index, top_k_weights, w, state, first_expert, phi, activation)
     count_call("moe_ffn_cached")
-    config = choose(w.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
+    config = choose(w.from_rank.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
     case = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), w.contiguous(), state)
     return launch_moe_ffn_cached(*case, first_expert, phi, activation, config, deterministic)
 
@@ -140,15 +113,15 @@ def launch_moe_ffn_cached(
     """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
     if hidden.shape[0] == 0:
         return torch.empty_like(hidden)
-    num_experts = w.shape.experts
+    num_experts = w.from_rank.shape.experts
     plan = launch_routing_plan(top_k_index, num_experts, config.block_m)
     h = hidden.new_empty(plan.num_rows, state.pool.shape[1])
     for number in range(num_passes(plan.num_rows, num_experts, state.pool.shape[0])):
         lookup = launch_cache_lookup(plan.starts, first_expert, number, state.maps)
         launch_compose_slots(lookup.miss_expert, lookup.miss_slot, state.pool, w.mixtures, phi)
         launch_low_rank_in(hidden, plan, state.pool, config.low_rank_in, lookup.slots, h)
-    y = launch_gate_up(h, plan, w.adapters, activation, config.gate_up)
-    return launch_down(y, plan, w.down, (top_k_index, top_k_weights), config.down, deterministic)
+    y = launch_gate_up(h, plan, w.from_rank.adapters, activation, config.gate_up)
+    return launch_down(y, plan, w.from_rank.down, (top_k_index, top_k_weights), config.down, deterministic)
 
 
 def moe_ffn_cached_ref(
@@ -162,12 +135,12 @@ def moe_ffn_cached_ref(
     activation: str,
 ) -> torch.Tensor:
     """As `moe_ffn_cached`: the references of its stages."""
-    num_experts = w.shape.experts
+    num_experts = w.from_rank.shape.experts
     plan = routing_plan_ref(top_k_index, num_experts, block_m=16)
     h = hidden.new_zeros(plan.num_rows, state.pool.shape[1])
     for number in range(num_passes(plan.num_rows, num_experts, state.pool.shape[0])):
         lookup = cache_lookup_ref(plan.starts, first_expert, number, state.maps)
         compose_slots_ref(lookup.miss_expert, lookup.miss_slot, state.pool, w.mixtures, phi)
         low_rank_in_ref(hidden, plan, state.pool, lookup.slots, h)
-    y = gate_up_ref(h, plan, w.adapters, activation)
-    return down_ref(y, plan, w.down, top_k_weights)
+    y = gate_up_ref(h, plan, w.from_rank.adapters, activation)
+    return down_ref(y, plan, w.from_rank.down, top_k_weights)

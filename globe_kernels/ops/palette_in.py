@@ -8,14 +8,16 @@ Shapes: T tokens, U atoms of the palette, M atoms of the bank, R rank, D hidden 
 A plain GEMM of N = U * R columns. An atom is R rows of the one resident bank, found through its id: nothing is copied.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Self
 
 import torch
 
 from globe_kernels.ops.grouped import accumulate, tile_of_program
 from globe_kernels.ops.triton_import import tl, triton, use_triton
-from globe_kernels.ops.tuning import GemmConfig, card_of, fit_gemm
+from globe_kernels.ops.tuning import REMEMBERED, Card, GemmConfig, by_rows, card_of, fit_gemm, tuned
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,22 @@ class PaletteInConfig:
 
     block_m: int
     gemm: GemmConfig
+
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        yield self.gemm.accumulators(self.block_m, 1), self.gemm.shared_bytes(self.block_m, item_size)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        return cls(data["block_m"], GemmConfig(**data["gemm"]))
+
+
+@dataclass(frozen=True)
+class PaletteInShape:
+    """The sizes that the best configuration depends on."""
+
+    hidden: int  # D
+    rank: int  # R
+    palette: int  # U
 
 
 # By tokens: (up to this many, configuration). Up to about 256 tokens the launch is bound by reading the atoms: it takes
@@ -38,10 +56,16 @@ CONFIGS = (
 )
 
 
-@lru_cache
-def choose_palette_in(num_tokens: int, item_size: int, device: torch.device) -> PaletteInConfig:
-    config = next(config for limit, config in CONFIGS if limit is None or num_tokens <= limit)
-    return replace(config, gemm=fit_gemm(config.gemm, config.block_m, item_size, card_of(device)))
+def default_palette_in(num_tokens: int, item_size: int, card: Card) -> PaletteInConfig:
+    """Measured on no card, cut to fit this one."""
+    config = by_rows(CONFIGS, num_tokens)
+    return replace(config, gemm=fit_gemm(config.gemm, config.block_m, item_size, card))
+
+
+@lru_cache(REMEMBERED)
+def choose_palette_in(shape: PaletteInShape, num_tokens: int, item_size: int, device: torch.device) -> PaletteInConfig:
+    default = default_palette_in(num_tokens, item_size, card_of(device))
+    return tuned(default, "palette_in", shape, num_tokens, item_size, device)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -111,7 +135,8 @@ def palette_in(x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor) -> to
         return palette_in_ref(x, palette, bank)
     if x.shape[0] == 0:
         return x.new_empty(0, palette.numel(), bank.shape[1])
-    config = choose_palette_in(x.shape[0], x.element_size(), x.device)
+    shape = PaletteInShape(x.shape[1], bank.shape[1], palette.numel())
+    config = choose_palette_in(shape, x.shape[0], x.element_size(), x.device)
     return launch_palette_in(x.contiguous(), palette.contiguous(), bank.contiguous(), config)
 
 

@@ -1,8 +1,11 @@
 """Launch configurations: which exist, which a card can run, which one a call gets.
 
-Nothing is tuned while a user waits. `benchmarks/tune.py` measures on a card and writes `tables/<device>.json`; a call
-takes the entry nearest to its shape and rows per expert, and without one a default that follows from the rows per
-expert. `supports` decides what a card can run: one predicate for the tuner, the launcher and the tests.
+Nothing is tuned while a user waits. `benchmarks/tune.py` measures on a card and writes `tables/<device>.json`; `tuned`
+gives a call the entry nearest to its shape and rows, and without one the default of its op. `supports` decides what a
+card can run: one predicate for the tuner, the launcher and the tests.
+
+The grouped GEMMs of experts have their configurations here, other ops in their own files: a frozen dataclass of sizes
+(the shape), one of launches (a Launches), and defaults by rows.
 """
 
 import json
@@ -10,10 +13,10 @@ import math
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 
@@ -44,6 +47,26 @@ CARDS = {
 SMALLEST_CARD = Card(64 * 1024)  # what is not listed
 # A tuned entry whose sizes are further than this factor from those of a call says nothing about it.
 _NEAR = 2.0
+# Calls whose choice is remembered: a server meets many numbers of tokens.
+REMEMBERED = 4096
+
+
+class Launches(Protocol):
+    """The configuration of an op, a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        """(fp32 accumulators per thread, bytes of shared memory) of each launch on values of `item_size` bytes."""
+        ...
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """From the "config" of an entry, which is what `asdict` made of one."""
+        ...
+
+
+AnyLaunches = TypeVar("AnyLaunches", bound=Launches)
 
 
 @dataclass(frozen=True)
@@ -90,8 +113,12 @@ class FfnConfig:
         yield "gate_up", self.gate_up, 2
         yield "down", self.down, 1
 
+    def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
+        for _, gemm, count in self.stages():
+            yield gemm.accumulators(self.block_m, count), gemm.shared_bytes(self.block_m, item_size)
+
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> "FfnConfig":
+    def from_dict(cls, data: dict[str, Any]) -> Self:
         return cls(data["block_m"], *(GemmConfig(**data[name]) for name in ("low_rank_in", "gate_up", "down")))
 
 
@@ -103,11 +130,6 @@ class FfnShape:
     hidden: int | None  # D
     intermediate: int | None  # P
     rank: int | None  # R
-
-    def factors_to(self, other: "FfnShape") -> list[float]:
-        """|log2| of the ratio of each size that both have."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return [abs(math.log2(own / theirs)) for own, theirs in pairs if own is not None and theirs is not None]
 
 
 def _default(block_m: int, block_n: int, block_k: int, group_m: int, num_warps: int) -> FfnConfig:
@@ -128,12 +150,11 @@ DEFAULTS = (
 )
 
 
-def supports(config: FfnConfig, item_size: int, card: Card) -> bool:
+def supports(config: Launches, item_size: int, card: Card) -> bool:
     """Whether `card` can run `config` on values of `item_size` bytes, without spilling registers."""
     return all(
-        gemm.shared_bytes(config.block_m, item_size) <= card.shared_bytes
-        and gemm.accumulators(config.block_m, count) <= card.accumulators
-        for _, gemm, count in config.stages()
+        accumulators <= card.accumulators and shared_bytes <= card.shared_bytes
+        for accumulators, shared_bytes in config.needs(item_size)
     )
 
 
@@ -160,9 +181,14 @@ def rows_per_expert(num_rows: int, num_experts: int) -> int:
     return -(-num_rows // num_experts)
 
 
+def by_rows(defaults: tuple[tuple[int | None, AnyLaunches], ...], rows: int) -> AnyLaunches:
+    """Of (up to this many rows, configuration), fewest rows first."""
+    return next(config for limit, config in defaults if limit is None or rows <= limit)
+
+
 def default_config(rows: int, item_size: int, card: Card) -> FfnConfig:
     """The configuration for `rows` rows per expert, measured on no card, cut to fit this one."""
-    return fit_to(next(config for limit, config in DEFAULTS if limit is None or rows <= limit), item_size, card)
+    return fit_to(by_rows(DEFAULTS, rows), item_size, card)
 
 
 def architecture_of(device: torch.device) -> str:
@@ -177,25 +203,44 @@ def card_of(device: torch.device) -> Card:
     return CARDS.get(architecture_of(device), SMALLEST_CARD) if device.type == "cuda" else SMALLEST_CARD
 
 
-@lru_cache
+@lru_cache(REMEMBERED)
 def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device, op: str = "moe_ffn") -> FfnConfig:
     """The configuration for `num_rows` routed rows of a layer on `device`."""
-    rows, card = rows_per_expert(num_rows, shape.experts), card_of(device)
-    if device.type != "cuda":
-        return default_config(rows, item_size, card)
     odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size and size % 16}
-    if odd:
-        _warn_once(f"{odd}: not multiples of 16, so the kernels load weights one value at a time, which is slow.")
-    name = torch.cuda.get_device_name(device)
-    entries = [entry for entry in load_table(name) if entry["op"] == op]
-    entry = nearest(entries, shape, rows, item_size, card)
+    if odd and device.type == "cuda":
+        sentence = f"{odd}: not multiples of 16, so the kernels load weights one value at a time, which is slow."
+        _warn_once(sentence, sentence)
+    rows = rows_per_expert(num_rows, shape.experts)
+    return tuned(default_config(rows, item_size, card_of(device)), op, shape, rows, item_size, device)
+
+
+def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, device: torch.device) -> AnyLaunches:
+    """What the table of `device` holds for a call of `op`, else `default`. For a cached function: it reads a file.
+
+    `shape` is a dataclass of the sizes that matter, with None for one that the call has not; `rows` are rows per
+    expert, tokens, or 1 where a shape says all. The first call on a card that is not as tuned warns.
+    """
+    if device.type != "cuda":
+        return default
+    name, sizes, read = torch.cuda.get_device_name(device), asdict(shape), type(default).from_dict
+    entry = nearest(
+        [
+            entry
+            for entry in load_table(name)
+            if entry["op"] == op
+            and entry["item_size"] == item_size
+            and supports(read(entry["config"]), item_size, card_of(device))
+        ],
+        sizes,
+        rows,
+    )
     if entry is None:
-        _warn_once(_untuned(name, shape, "configurations that suit any card are used"))
-        return default_config(rows, item_size, card)
-    tuned = FfnShape(**entry["shape"])
-    if any(tuned.factors_to(shape)) or _minor(entry["triton"]) != _minor(triton.__version__):
-        _warn_once(_untuned(name, shape, f"those of {tuned} with Triton {entry['triton']} are used"))
-    return FfnConfig.from_dict(entry["config"])
+        _warn_once(name, _untuned(name, op, sizes, "configurations that suit any card are used"))
+        return default
+    if any(_factors(entry, sizes)) or _minor(entry["triton"]) != _minor(triton.__version__):
+        used = f"those with {_said(entry['shape'])} and Triton {entry['triton']} are used"
+        _warn_once(name, _untuned(name, op, sizes, used))
+    return read(entry["config"])
 
 
 def slug(name: str) -> str:
@@ -207,49 +252,55 @@ def slug(name: str) -> str:
 def load_table(device_name: str) -> list[dict[str, Any]]:
     """The tuned entries of a card, none for a card without a table.
 
-    One entry: {"op": str, "shape": FfnShape, "rows_per_expert": int, "item_size": int, "triton": version,
-    "config": FfnConfig}.
+    One entry: {"op": str, "shape": the sizes of that op's shape, "rows": int, "item_size": int, "triton": version,
+    "median_us": float, "default_us": float, "config": that op's Launches}. `rows` are those of `tuned`.
     """
     path = TABLES / f"{slug(device_name)}.json"
     return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
 
 
-def nearest(
-    entries: list[dict[str, Any]], shape: FfnShape, rows: int, item_size: int, card: Card
-) -> dict[str, Any] | None:
-    """The entry to use for a call: of the nearest shape, then of the nearest rows per expert, then of this Triton.
+def nearest(entries: list[dict[str, Any]], sizes: dict[str, int | None], rows: int) -> dict[str, Any] | None:
+    """The entry to use for a call: of the nearest shape, then of the nearest rows, then of this Triton.
 
-    None when no entry has the item size, fits the card, and lies within a factor of two in every size.
+    None when none lies within a factor of two in every size.
     """
 
-    def factors(entry: dict[str, Any]) -> list[float]:
-        return FfnShape(**entry["shape"]).factors_to(shape)
-
     def distance(entry: dict[str, Any]) -> tuple[float, float, bool]:
-        in_rows = abs(math.log2(entry["rows_per_expert"] / rows))
-        return sum(factors(entry)), in_rows, entry["triton"] != triton.__version__
+        return sum(_factors(entry, sizes)), _factor(entry["rows"], max(1, rows)), entry["triton"] != triton.__version__
 
-    usable = [
-        entry
-        for entry in entries
-        if entry["item_size"] == item_size
-        and supports(FfnConfig.from_dict(entry["config"]), item_size, card)
-        and max(factors(entry)) <= math.log2(_NEAR)
-    ]
+    usable = [entry for entry in entries if max(_factors(entry, sizes)) <= math.log2(_NEAR)]
     return min(usable, key=distance, default=None)
+
+
+def _factors(entry: dict[str, Any], sizes: dict[str, int | None]) -> list[float]:
+    """|log2| of the ratio of each size that the call has."""
+    return [_factor(entry["shape"][name], size) for name, size in sizes.items() if size is not None]
+
+
+def _factor(own: int, other: int) -> float:
+    return abs(math.log2(own / other))
 
 
 def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _untuned(device_name: str, shape: FfnShape, used: str) -> str:
+def _untuned(device_name: str, op: str, sizes: dict[str, int | None], used: str) -> str:
     return (
-        f"GloBE has no configurations of {shape} tuned on {device_name} with Triton {triton.__version__}; {used}. "
-        "Results are the same, speed may not be; benchmarks/tune.py measures and writes them."
+        f"GloBE has no configurations of {op} with {_said(sizes)} tuned on {device_name} with Triton "
+        f"{triton.__version__}; {used}. Results are the same, speed may not be; benchmarks/tune.py measures and writes "
+        "them. Other calls on this card may lack theirs as well: this is said once."
     )
 
 
-@lru_cache
-def _warn_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=3)
+def _said(sizes: dict[str, int | None]) -> str:
+    return ", ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+def _warn_once(about: str, sentence: str) -> None:
+    if about not in _WARNED:
+        _WARNED.add(about)
+        warnings.warn(sentence, stacklevel=4)
+
+
+_WARNED: set[str] = set()  # what warnings were about

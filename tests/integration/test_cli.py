@@ -10,7 +10,10 @@ import pytest
 import torch
 
 from globe_fit.demo import shipped_model
+from globe_fit.evaluate import load_model, shared_copy
+from globe_kernels import patch
 from globe_kernels.checkpoint import CONFIG_NAME
+from globe_kernels.replacement import is_patched
 from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK, assert_refused
 
@@ -55,6 +58,29 @@ def test_the_whole_way(globe, with_tokenizer, tmp_path):
     assert all(sizes["peak"][path] > held for path, held in sizes["resident"].items())
     code, stdout, _ = globe("inspect", out)
     assert code == 0 and "dead atoms" in stdout and "error of layer 2" in stdout
+
+
+def test_the_dense_model_is_loaded_once_and_stays_as_it_is(globe, with_tokenizer, fit_tiny, monkeypatch):
+    loaded, expected, windows = [], [], torch.arange(24).view(2, 12)
+
+    def load(*arguments):
+        loaded.append(load_model(*arguments))
+        expected.append(loaded[-1](windows).logits)
+        return loaded[-1]
+
+    monkeypatch.setattr("globe_fit.cli.load_model", load)
+    options = ("--base", with_tokenizer, "--text", with_tokenizer / "text.txt", "--device", "cpu", "--json")
+    code, stdout, _ = globe("eval", fit_tiny()[0], *options)
+    assert code == 0 and json.loads(stdout)["globe"]["kl"] > 1e-7
+    (dense,) = loaded
+    assert not is_patched(dense) and torch.equal(dense(windows).logits, expected[0])
+
+    twin = shared_copy(dense)
+    own = {id(tensor) for tensor in (*dense.parameters(), *dense.buffers())}
+    assert {id(tensor) for tensor in (*twin.parameters(), *twin.buffers())} == own
+    patch(twin, fit_tiny()[0])
+    assert is_patched(twin) and not is_patched(dense)
+    assert dense.config.to_dict().get("quantization_config") is None
 
 
 def test_settings_from_a_file(globe, model_dir, tmp_path):

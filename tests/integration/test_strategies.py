@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
-from globe_kernels import GlobeCheckpoint, RequestError
+from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, scratch
 from globe_kernels.families import ARCHITECTURES
 from globe_kernels.memory import palettes_of, pool_bytes, resident
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.replacement import globe_modules
+from globe_kernels.scratch import Scratch
 from globe_kernels.strategy import PATHS
 from globe_kernels.testing import relative_errors, tiny_model
 from tests.kernels.cases import needs_kernels, same_tiles
@@ -141,7 +142,7 @@ def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
     model, tokens = patched(path, model_type, run), TOKENS[:, :40]
     expected, op = logits(model, tokens), OPS[RUNS[run][0]]
     if run.startswith("cached"):
-        model.globe_bank.cache.clear()
+        model.globe_bank.places[0].cache.clear()
     for module in (moe_ffn, moe_ffn_bank_first, moe_ffn_cached, compose_layer):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     for module in (moe_ffn, moe_ffn_cached):
@@ -149,6 +150,33 @@ def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
     calls = globe_kernels.call_counts().get(op, 0)
     assert (logits(model, tokens) - expected).abs().max() <= 1e-4
     assert globe_kernels.call_counts()[op] == calls + len(globe_modules(model))
+
+
+class Stream:
+    """As torch.cuda.Stream, where everything is done at once."""
+
+    def record_event(self) -> None: ...
+
+    def wait_event(self, event: None) -> None: ...
+
+
+def test_a_layer_is_composed_ahead(fit_tiny, reconstructions, monkeypatch):
+    """As on a GPU, in the order of the host: a forward composes the first layer when it is called, others before."""
+    monkeypatch.setattr(Scratch, "can_run", lambda *_: True)
+    monkeypatch.setattr(scratch, "_side_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    model, done = patched(fit_tiny()[0], run="scratch"), []
+    compose_into, run = GlobeMoEFFN.compose_into, moe_ffn.moe_ffn_ref
+    monkeypatch.setattr(
+        GlobeMoEFFN, "compose_into", lambda module, out: (done.append(module.layer), compose_into(module, out))
+    )
+    monkeypatch.setattr(moe_ffn, "moe_ffn_ref", lambda *args: (done.append("experts"), run(*args))[1])
+    assert (logits(model) - logits(reconstructions("qwen3_moe"))).abs().max() <= 1e-4
+    assert done == [0, "experts", 1, "experts", 2, "experts"]
+    model.double().float()
+    assert (logits(model) - logits(reconstructions("qwen3_moe"))).abs().max() <= 1e-4
 
 
 def test_a_strategy_can_be_changed_at_any_time(fit_tiny, reconstructions):
@@ -243,7 +271,7 @@ def test_a_warm_cache_misses_less(fit_tiny):
     globe_kernels.set_strategy(model, **options("cached, a quarter", path))
     globe_kernels.warm_cache(model, uses)
     assert globe_kernels.cache_stats(model).misses == 0
-    held = (model.globe_bank.cache.owner >= 0).sum()
+    held = (model.globe_bank.places[0].cache.owner >= 0).sum()
     assert held == 6, "a quarter of 24 experts"
     expected = logits(patched(path))
     assert (logits(model) - expected).abs().max() <= 1e-4

@@ -1,8 +1,10 @@
-"""Where kernels run in these tests, the routings that they must survive, and a machine to predict for."""
+"""Where kernels run in these tests, the routings they must survive, the layer they must compute, and a machine."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.triton_import import HAS_TRITON
 from globe_kernels.ops.tuning import FfnConfig, GemmConfig
 from globe_kernels.strategy import Machine
@@ -32,3 +34,27 @@ def same_tiles(block_m: int, block_n: int, block_k: int, group_m: int) -> FfnCon
     """The same tile in every stage."""
     gemm = GemmConfig(block_n, block_k, group_m, num_warps=4, num_stages=2)
     return FfnConfig(block_m, gemm, gemm, gemm)
+
+
+def silu_gated(gate, up):
+    return F.silu(gate) * up
+
+
+def token_by_token(hidden, index, scale, bases, w: FromRank, join=silu_gated) -> torch.Tensor:
+    """Independent of the ops: in fp64, from the bases (E, R, D) of gate and of up by way of dense matrices."""
+    biases = (w.gate_bias, w.up_bias, w.down_bias)
+    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
+    adapters = (w.gate_adapter, w.up_adapter)
+    gate, up = (adapter.double() @ basis.double() for adapter, basis in zip(adapters, bases, strict=True))
+    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
+    for token, x in enumerate(hidden.double()):
+        for choice, expert in enumerate(index[token].tolist()):
+            if 0 <= expert < E:
+                y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
+                out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
+    return out
+
+
+def transposed_in_memory(tensor):
+    """The same values, no longer contiguous where there is more than one dimension."""
+    return tensor if tensor is None or tensor.ndim == 1 else tensor.mT.contiguous().mT

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn_bank_first
+from globe_kernels.ops import mix as op_mix
 from globe_kernels.ops import moe_ffn_bank_first as module
+from globe_kernels.ops import palette_in as op_palette_in
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
-from globe_kernels.ops.mix import MixConfig, choose_mix, launch_mix, mix, mix_ref
+from globe_kernels.ops.mix import MixConfig, MixShape, default_mix, launch_mix, mix, mix_ref
+from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.moe_ffn_bank_first import (
     BankFirstConfig,
     BankFirstWeights,
@@ -22,14 +24,25 @@ from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as moe_ffn_b
 from globe_kernels.ops.palette_in import (
     CONFIGS,
     PaletteInConfig,
-    choose_palette_in,
+    PaletteInShape,
+    default_palette_in,
     launch_palette_in,
     palette_in,
     palette_in_ref,
 )
 from globe_kernels.ops.tuning import CARDS, SMALLEST_CARD, GemmConfig, fit_gemm
 from globe_kernels.testing import assert_close
-from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels, same_tiles
+from tests.kernels.cases import (
+    DEVICE,
+    KERNEL_DTYPES,
+    ROUTINGS,
+    E,
+    needs_kernels,
+    same_tiles,
+    silu_gated,
+    token_by_token,
+    transposed_in_memory,
+)
 
 D, P, R = 20, 12, 7
 GATE_ATOMS, UP_ATOMS, BANK, SUPPORT = 9, 35, 40, 4  # palettes: less than a tile of atoms, and a ragged second tile
@@ -70,7 +83,7 @@ def weights(
     down = draw(E, width, inner, dtype=dtype)
     biases = (draw(E, inner, dtype=dtype), draw(E, inner, seed=1, dtype=dtype), draw(E, width, dtype=dtype))
     codes = (code_of(GATE_ATOMS), code_of(UP_ATOMS, seed=1))
-    return BankFirstWeights(*banks, *codes[0], *codes[1], *adapters, down, *(biases if bias else ()))
+    return BankFirstWeights(*banks, *codes[0], *codes[1], FromRank(*adapters, down, *(biases if bias else ())))
 
 
 def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
@@ -84,25 +97,15 @@ def dense_codes(value: torch.Tensor, scale: torch.Tensor, atoms: int) -> torch.T
     return value[:, :atoms].double() * scale.double()[:, None]
 
 
-def by_token(hidden, index, scale, w: BankFirstWeights, join=lambda gate, up: F.silu(gate) * up) -> torch.Tensor:
-    """Independent of the op: token by token, in fp64, from composed dense matrices."""
-    biases = (w.gate_bias, w.up_bias, w.down_bias)
-    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
-    gate, up = (
-        adapter.double()
-        @ torch.einsum("eu,urd->erd", dense_codes(value, factor, palette.numel()), bank.double()[palette.long()])
-        for adapter, value, factor, palette, bank in (
-            (w.gate_adapter, w.gate_value, w.gate_scale, w.gate_palette, w.gate_bank),
-            (w.up_adapter, w.up_value, w.up_scale, w.up_palette, w.up_bank),
+def by_token(hidden, index, scale, w: BankFirstWeights, join=silu_gated) -> torch.Tensor:
+    bases = (
+        torch.einsum("eu,urd->erd", dense_codes(value, factor, palette.numel()), bank.double()[palette.long()])
+        for value, factor, palette, bank in (
+            (w.gate_value, w.gate_scale, w.gate_palette, w.gate_bank),
+            (w.up_value, w.up_scale, w.up_palette, w.up_bank),
         )
     )
-    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    for token, x in enumerate(hidden.double()):
-        for choice, expert in enumerate(index[token].tolist()):
-            if 0 <= expert < E:
-                y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
-                out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
-    return out
+    return token_by_token(hidden, index, scale, bases, w.from_rank, join)
 
 
 # "op": what torch.ops.globe runs here; on a CPU the reference
@@ -279,7 +282,8 @@ def test_the_kernels_are_deterministic():
 def test_strides_and_index_dtype_do_not_matter():
     (hidden, index, scale), w = inputs(RAGGED), weights()
     expected = moe_ffn_bank_first(hidden, index, scale, w, "silu")
-    strided = BankFirstWeights(*(t if t is None else t.mT.contiguous().mT if t.ndim > 1 else t for t in w))
+    from_rank = FromRank(*map(transposed_in_memory, w.from_rank))
+    strided = BankFirstWeights(*map(transposed_in_memory, w[:-1]), from_rank)
     assert not strided.gate_bank.is_contiguous() and strided.contiguous().gate_bank.is_contiguous()
     case = (hidden.T.contiguous().T, index.int().T.contiguous().T, scale.repeat(1, 2)[:, :2])
     assert_close(moe_ffn_bank_first(*case, strided, "silu"), expected, rms=1e-6, peak=2e-6)
@@ -292,7 +296,7 @@ def op_cases():
     return {
         "palette_in": (palette_in, (case[0], w.gate_palette, w.gate_bank)),
         "mix": (mix, (*z, case[1], *w.codes)),
-        "moe_ffn_bank_first": (moe_ffn_bank_first_op, (*case, "silu", True, *w)),
+        "moe_ffn_bank_first": (moe_ffn_bank_first_op, (*case, "silu", True, *w[:-1], *w.from_rank)),
     }
 
 
@@ -340,12 +344,34 @@ def test_every_card_has_a_tile_for_any_number_of_tokens(card, item_size):
 
 
 def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
-    device = torch.device(DEVICE)
-    assert [choose_palette_in(tokens, 2, device).block_m for tokens in (1, 17, 64, 65, 9999)] == [16, 32, 64, 128, 128]
-    assert choose_mix(1).block_r < choose_mix(4096).block_r
+    tiles = [default_palette_in(tokens, 2, SMALLEST_CARD).block_m for tokens in (1, 17, 64, 65, 9999)]
+    assert tiles == [16, 32, 64, 128, 128]
+    assert default_mix(1).block_r < default_mix(4096).block_r
     w, index = weights(), torch.zeros(2000, 2, dtype=torch.int64, device=DEVICE)
-    assert choose_bank_first(w, index).palette_in == choose_palette_in(2000, 4, device)
+    palette_in, mix = PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, choices=2)
+    monkeypatch.setattr(module, "choose_palette_in", lambda *call: call)
+    monkeypatch.setattr(module, "choose_mix", lambda *call: call)
+    config = choose_bank_first(w, index)
+    assert config.palette_in == (palette_in, 2000, 4, w.gate_bank.device)
+    assert config.mix == (mix, 2000, 4, w.gate_bank.device)
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
     config = choose_bank_first(w, index)
-    assert config.palette_in == choose_palette_in(1, 4, device) and config.mix == choose_mix(1)
+    assert config.palette_in == (palette_in, 1, 4, w.gate_bank.device)
+    assert config.mix == (mix, 1, 4, w.gate_bank.device)
     assert config.ffn.block_m == 128
+
+
+@needs_kernels
+def test_stages_on_their_own_ask_for_their_sizes(monkeypatch):
+    asked = []
+    for op, name, config in ((op_palette_in, "choose_palette_in", SMALL_IN), (op_mix, "choose_mix", SMALL_MIX)):
+        monkeypatch.setattr(op, "use_triton", lambda tensor: True)
+        monkeypatch.setattr(op, name, lambda *call, config=config: asked.append(call) or config)
+    (hidden, index, _), w = inputs(RAGGED), weights()
+    z = (palette_in(hidden, w.gate_palette, w.gate_bank), palette_in(hidden, w.up_palette, w.up_bank))
+    h = mix(*z, index, *w.codes)
+    exact = [palette_in_ref(hidden, w.gate_palette, w.gate_bank), palette_in_ref(hidden, w.up_palette, w.up_bank)]
+    assert_close(h, mix_ref((exact[0], exact[1]), index, w.codes), *LIMITS[torch.float32])
+    call = (len(hidden), 4, hidden.device)
+    shapes = [PaletteInShape(D, R, GATE_ATOMS), PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, index.shape[1])]
+    assert asked == [(shape, *call) for shape in shapes]

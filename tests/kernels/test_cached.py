@@ -9,8 +9,9 @@ from globe_kernels.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.functional import moe_ffn, moe_ffn_cached
 from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.ops.moe_ffn import ExpertWeights
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_cached import (
     CachedWeights,
     launch_moe_ffn_cached,
@@ -40,17 +41,21 @@ def layers(dtype: torch.dtype = torch.float32, bias: bool = False) -> dict[int, 
     banks = draw(M, R, D), draw(M, R, D)
     return {
         layer: CachedWeights(
-            *(*banks, *code(), *code(), draw(E, P, R), draw(E, P, R), draw(E, D, P)),
-            *((draw(E, P), draw(E, P), draw(E, D)) if bias else ()),
+            Mixtures(*banks, *code(), *code()),
+            FromRank(
+                *(draw(E, P, R), draw(E, P, R), draw(E, D, P)),
+                *((draw(E, P), draw(E, P), draw(E, D)) if bias else ()),
+            ),
         )
         for layer in LAYERS
     }
 
 
 def composed(w: CachedWeights, phi: str) -> ExpertWeights:
-    gate = compose_basis_ref(w.gate_index, w.gate_value, w.gate_bank, phi)
-    up = compose_basis_ref(w.up_index, w.up_value, w.up_bank, phi)
-    return ExpertWeights(torch.cat([gate, up], 1), *w[6:])
+    m = w.mixtures
+    gate = compose_basis_ref(m.gate_index, m.gate_value, m.gate_bank, phi)
+    up = compose_basis_ref(m.up_index, m.up_value, m.up_bank, phi)
+    return ExpertWeights(torch.cat([gate, up], 1), w.from_rank)
 
 
 def cache(slots: int, dtype: torch.dtype = torch.float32) -> BasisCache:
@@ -145,10 +150,10 @@ def test_the_reference_composes_only_what_is_missing(monkeypatch):
 
 
 def test_opcheck():
-    cached = cache(2)
+    cached, w = cache(2), layers(bias=True)[8]
     torch.library.opcheck(
         moe_ffn_cached_op,
-        (*inputs(ROUTINGS["one token"]), E, "tanh", "silu", True, *cached.state, *layers(bias=True)[8]),
+        (*inputs(ROUTINGS["one token"]), E, "tanh", "silu", True, *cached.state, *w.mixtures, *w.from_rank),
     )
 
 
@@ -199,7 +204,10 @@ def filled(slots: int = 6) -> tuple[BasisCache, dict[int, CachedWeights]]:
 def test_clear_forgets_bases_and_keeps_statistics():
     cached, weights = filled()
     before = cached.stats()
-    doubled = {layer: w._replace(gate_value=2 * w.gate_value) for layer, w in weights.items()}
+    doubled = {
+        layer: w._replace(mixtures=w.mixtures._replace(gate_value=2 * w.mixtures.gate_value))
+        for layer, w in weights.items()
+    }
     cached.clear()
     case = inputs(torch.tensor([[0, 4]]))
     out = moe_ffn_cached(*case, doubled[8], cached.state, E, "tanh", "silu")
@@ -218,8 +226,9 @@ def test_a_cast_keeps_the_contents():
     dtypes = [tensor.dtype for tensor in cached.state.maps]
     cached.half()
     assert cached.pool.dtype == torch.float16 and [tensor.dtype for tensor in cached.state.maps] == dtypes
-    halves = CachedWeights(*(w if w is None or w.dtype == torch.int32 else w.half() for w in weights[8]))
-    halves = halves._replace(gate_value=weights[8].gate_value, up_value=weights[8].up_value)
+    mixtures, from_rank = weights[8]
+    banks = {"gate_bank": mixtures.gate_bank.half(), "up_bank": mixtures.up_bank.half()}
+    halves = CachedWeights(mixtures._replace(**banks), FromRank(*(w if w is None else w.half() for w in from_rank)))
     case = inputs(torch.tensor([[0, 4]]), torch.float16)
     misses = cached.stats().misses
     out = moe_ffn_cached(*case, halves, cached.state, E, "tanh", "silu")
@@ -272,12 +281,6 @@ def test_refuses_uses_of_another_model():
         cache(3).warm(layers(), {8: torch.ones(6)}, "tanh")
 
 
-def test_slots_within_bytes():
-    sizes = (dict.fromkeys(LAYERS, E), R, D, torch.float32)
-    assert BasisCache.slots_for(cache(4).nbytes, *sizes) == 4
-    assert BasisCache.slots_for(cache(4).nbytes - 1, *sizes) == 3
-    assert BasisCache.slots_for(10**9, *sizes) == 10  # more than one for every expert are of no use
-    smallest = cache(1).nbytes
-    assert BasisCache.slots_for(smallest, *sizes) == 1
-    with pytest.raises(RequestError, match=f"of {smallest - 1} bytes cannot hold one basis.* takes {smallest} bytes"):
-        BasisCache.slots_for(smallest - 1, *sizes)
+def test_refuses_to_hold_nothing():
+    with pytest.raises(RequestError, match="rank 7, hidden size 20 and torch.float32 would have 0 slots"):
+        cache(0)

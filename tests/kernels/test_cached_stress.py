@@ -9,7 +9,8 @@ import torch
 
 from globe_kernels.cache import BasisCache
 from globe_kernels.ops.compose_basis import compose_basis_ref
-from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
+from globe_kernels.ops.compose_slots import Mixtures
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights, moe_ffn_cached_ref
 
 E, D, P, R, M, C, LAYERS, STEPS = 4, 6, 5, 2, 3, 2, 3, 2000
@@ -25,7 +26,8 @@ def weights(seed: int) -> CachedWeights:
     values = draw(E, C), draw(E, C)
     shared = torch.Generator().manual_seed(99)
     banks = [torch.randn(M, R, D, generator=shared) for _ in range(2)]
-    return CachedWeights(*banks, codes[0], values[0], codes[1], values[1], draw(E, P, R), draw(E, P, R), draw(E, D, P))
+    mixtures = Mixtures(*banks, codes[0], values[0], codes[1], values[1])
+    return CachedWeights(mixtures, FromRank(draw(E, P, R), draw(E, P, R), draw(E, D, P)))
 
 
 # step -> (layer, experts that one token chooses)
@@ -59,14 +61,14 @@ def test_the_smallest_cache_is_right_step_after_step(routing: Callable):
         ExpertWeights(
             torch.cat(
                 [
-                    compose_basis_ref(w.gate_index, w.gate_value, w.gate_bank, "tanh"),
-                    compose_basis_ref(w.up_index, w.up_value, w.up_bank, "tanh"),
+                    compose_basis_ref(m.gate_index, m.gate_value, m.gate_bank, "tanh"),
+                    compose_basis_ref(m.up_index, m.up_value, m.up_bank, "tanh"),
                 ],
                 1,
             ),
-            *w[6:],
+            from_rank,
         )
-        for w in layers
+        for m, from_rank in layers
     ]
     expected: dict[tuple[int, ...], torch.Tensor] = {}
     cache = BasisCache(dict.fromkeys(range(LAYERS), E), 1, R, D, torch.float32)

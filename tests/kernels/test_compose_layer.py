@@ -6,10 +6,11 @@ from globe_kernels.ops.compose_layer import (
     CONFIGS,
     PALETTE_PADDING,
     ComposeConfig,
-    choose_compose,
+    ComposeShape,
     compose_bases,
     compose_layer,
     compose_layer_ref,
+    default_compose,
     launch_compose_layer,
     layer_code,
 )
@@ -101,7 +102,7 @@ def test_saturates_without_overflow(run):
 
 
 def test_every_number_of_experts_has_a_configuration():
-    assert [choose_compose(experts).block_e for experts in (1, 16, 17, 64, 65, 512)] == [16, 16, 64, 64, 128, 128]
+    assert [default_compose(experts).block_e for experts in (1, 16, 17, 64, 65, 512)] == [16, 16, 64, 64, 128, 128]
     assert CONFIGS[-1][0] is None
     assert all(PALETTE_PADDING % config.block_u == 0 for _, config in CONFIGS)
 
@@ -117,11 +118,16 @@ def test_opcheck():
 def test_both_families_lie_in_one_tensor(kernel, monkeypatch):
     if kernel:
         monkeypatch.setattr(ops_compose_layer, "use_triton", lambda tensor: True)
-        monkeypatch.setattr(ops_compose_layer, "choose_compose", lambda experts: SMALL)
+        calls = []
+        monkeypatch.setattr(ops_compose_layer, "choose_compose", lambda *call: calls.append(call) or SMALL)
     index, value, bank = random_case("ragged in experts, atoms and values")
     other = (index.flip(0), 3 * value, -bank)
     both = compose_bases(*layer_code(index, value), *layer_code(*other[:2]), bank, other[2], "tanh", torch.float32)
     rank = bank.shape[1]
+    if kernel:
+        palette = len(index.unique())
+        shape = ComposeShape(len(index), palette, rank * bank.shape[2])
+        assert calls == 2 * [(shape, 4, bank.device)]
     assert both.shape == (len(index), 2 * rank, bank.shape[2]) and both.is_contiguous()
     assert_close(both[:, :rank], expected(index, value, bank, "tanh"), rms=1e-6, peak=1e-6)
     assert_close(both[:, rank:], expected(*other, "tanh"), rms=1e-6, peak=1e-6)

@@ -8,11 +8,13 @@ from globe_kernels.cache import BasisCache
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
-from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.compose_layer import compose_bases_into, compose_layer, layer_code
+from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
-from globe_kernels.ops.moe_ffn import ExpertWeights, moe_ffn_ref
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.scratch import Scratch
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -33,9 +35,13 @@ def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def layer(model: str, bias: bool = False) -> ExpertWeights:
     experts, _, hidden, inner, rank = MODELS[model]
-    factors = (draw(experts, 2 * rank, hidden), draw(experts, inner, rank), draw(experts, inner, rank))
+    basis, *adapters = draw(experts, 2 * rank, hidden), draw(experts, inner, rank), draw(experts, inner, rank)
     biases = (draw(experts, inner), draw(experts, inner), draw(experts, hidden)) if bias else ()
-    return ExpertWeights(*factors, draw(experts, hidden, inner), *biases)
+    return ExpertWeights(basis, FromRank(*adapters, draw(experts, hidden, inner), *biases))
+
+
+def in_fp32(weights: FromRank) -> FromRank:
+    return FromRank(*(t if t is None else t.float() for t in weights))
 
 
 def routed(model: str, tokens: int):
@@ -54,9 +60,8 @@ def test_error_at_real_sizes_is_that_of_torch(model, tokens):
     out = moe_ffn(*case, w, activation)
     eager = moe_ffn_ref(*case, w, activation)
     hidden, index, scale = case
-    exact = moe_ffn_ref(
-        hidden.float(), index, scale, ExpertWeights(*(t if t is None else t.float() for t in w)), activation
-    )
+    full = ExpertWeights(w.basis.float(), in_fp32(w.from_rank))
+    exact = moe_ffn_ref(hidden.float(), index, scale, full, activation)
     found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
     assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
     assert_close(out, exact, rms=1.5e-2, peak=3e-2)
@@ -138,9 +143,7 @@ def test_rows_past_int32():
     experts, choices, hidden, inner, rank = 16, 8, 2048, 64, 32
     w = ExpertWeights(
         draw(experts, 2 * rank, hidden),
-        draw(experts, inner, rank),
-        draw(experts, inner, rank),
-        draw(experts, hidden, inner),
+        FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)),
     )
     tokens = 400_000
     x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
@@ -161,7 +164,7 @@ def layer_on_atoms(model: str, rank: int, palette: int) -> BankFirstWeights:
 
     banks = (draw(3 * palette, rank, hidden), draw(3 * palette, rank, hidden))
     adapters = (draw(experts, inner, rank), draw(experts, inner, rank))
-    return BankFirstWeights(*banks, *code(), *code(), *adapters, draw(experts, hidden, inner))
+    return BankFirstWeights(*banks, *code(), *code(), FromRank(*adapters, draw(experts, hidden, inner)))
 
 
 # rank and palette; 3000 tokens are more than one chunk of Qwen3
@@ -176,7 +179,7 @@ def test_error_at_real_sizes_straight_from_the_bank(model, tokens):
     out = moe_ffn_bank_first(*case, w, "silu")
     eager = moe_ffn_bank_first_ref(*case, w, "silu")
     hidden, index, scale = case
-    full = BankFirstWeights(*(t.float() if t is not None and t.is_floating_point() else t for t in w))
+    full = w._replace(gate_bank=w.gate_bank.float(), up_bank=w.up_bank.float(), from_rank=in_fp32(w.from_rank))
     exact = moe_ffn_bank_first_ref(hidden.float(), index, scale, full, "silu")
     found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
     assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
@@ -204,7 +207,6 @@ def test_straight_from_the_bank_nothing_waits_and_memory_is_bounded():
     case = routed("Qwen3-30B-A3B", 20_000)  # z of all of them would take 2 GB
     moe_ffn_bank_first(*case, w, "silu")
     before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     torch.cuda.set_sync_debug_mode("error")
     try:
         moe_ffn_bank_first(*case, w, "silu")
@@ -234,20 +236,20 @@ def cached_model(model: str, slots: int) -> tuple[BasisCache, list[CachedWeights
     for _ in range(2):
         codes = [torch.rand(experts, 24, device="cuda").topk(12).indices.int() for _ in banks]
         values = [torch.randn(experts, 12, device="cuda") for _ in banks]
-        rest = draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)
-        cached.append(CachedWeights(*banks, codes[0], values[0], codes[1], values[1], *rest))
+        rest = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
+        cached.append(CachedWeights(Mixtures(*banks, codes[0], values[0], codes[1], values[1]), rest))
         bases = [
             compose_basis(code, value, bank, "tanh", torch.bfloat16)
             for code, value, bank in zip(codes, values, banks, strict=True)
         ]
-        composed.append(ExpertWeights(torch.cat(bases, 1), *rest))
+        composed.append(ExpertWeights(torch.cat(bases, 1), rest))
     cache = BasisCache({0: experts, 1: experts}, slots, rank, hidden, torch.bfloat16, "cuda")
     return cache, cached, composed
 
 
 def run_cached(cache: BasisCache, layers: list[CachedWeights], case) -> list[torch.Tensor]:
     """Every layer on the same inputs."""
-    experts = layers[0].shape.experts
+    experts = layers[0].from_rank.shape.experts
     return [moe_ffn_cached(*case, w, cache.state, number * experts, "tanh", "silu") for number, w in enumerate(layers)]
 
 
@@ -325,7 +327,6 @@ def test_inductor_writes_the_pool_in_place():
     compiled = torch.compile(lambda *case: run_cached(cache, layers, case), fullgraph=True)
     case = routed("Qwen3-30B-A3B", 1)
     compiled(*case)
-    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results = compiled(*case)
     assert torch.cuda.max_memory_allocated() - before < cache.pool.nbytes / 10
@@ -386,3 +387,73 @@ def test_a_bank_past_int32():
     assert_close(value_gradient, torch.einsum("erd,ecrd->ec", gradient.double(), atoms), rms=2e-6, peak=4e-6)
     last = value[0, 0].double() * gradient[0].double() + value[1, 0].double() * gradient[1].double()
     assert_close(bank_gradient[1535], last, rms=1e-6, peak=2e-6)
+
+
+class ScratchLayer:
+    """A layer of a model whose bases are composed when it is called; experts 0 .. E - 1 of 24 shared atoms."""
+
+    def __init__(self, layer: int, experts: int, banks: tuple[torch.Tensor, torch.Tensor]):
+        (_, rank, hidden), inner = banks[0].shape, 512
+        self.layer, self.banks = layer, banks
+        self.basis_shape = (experts, 2 * rank, hidden)
+        self.codes = tuple(
+            layer_code(
+                torch.rand(experts, 24, device="cuda").topk(12).indices.int(), torch.randn(experts, 12, device="cuda")
+            )
+            for _ in banks
+        )
+        self.kept = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
+
+    def path(self, tokens: int) -> str:
+        return "scratch"
+
+    def compose_into(self, out: torch.Tensor) -> None:
+        compose_bases_into(out, self.codes, self.banks, "identity")
+
+    def composed(self) -> torch.Tensor:
+        out = self.banks[0].new_empty(self.basis_shape)
+        self.compose_into(out)
+        return out
+
+
+def test_composing_a_layer_ahead_changes_nothing():
+    torch.manual_seed(0)
+    banks = (draw(24, 256, 1024), draw(24, 256, 1024))
+    layers = [ScratchLayer(number, experts, banks) for number, experts in enumerate((64, 48, 64, 64, 16, 64))]
+    ahead, (_, index, scale) = Scratch(layers), routed("Qwen3-30B-A3B", 2048)
+
+    def forward(run, hidden: torch.Tensor) -> torch.Tensor:
+        for layer in layers:
+            own = index % layer.basis_shape[0]
+            case = (hidden, own, scale)
+            out = run(
+                layer, hidden, lambda basis, c=case, kept=layer.kept: moe_ffn(*c, ExpertWeights(basis, kept), "silu")
+            )
+            hidden = F.rms_norm(hidden + out, hidden.shape[-1:])
+        return hidden
+
+    inputs = [draw(2048, 1024) * 32 for _ in range(8)]
+    assert ahead.can_run(inputs[0])
+    expected = [forward(lambda layer, _, experts: experts(layer.composed()), hidden) for hidden in inputs]
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(5):
+        # without waiting in between: the host runs ahead of the device
+        found = [forward(ahead.run, hidden) for hidden in inputs]
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not ahead._ahead, "nothing is held between two forwards"
+    assert expected[0].abs().max() > 0
+    del found
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_captured_step_composes_on_its_own_stream():
+    banks = (draw(24, 256, 1024), draw(24, 256, 1024))
+    ahead = Scratch([ScratchLayer(0, 16, banks)])
+    graph, seen = torch.cuda.CUDAGraph(), []
+    x = torch.zeros(4, 1024, device="cuda")
+    with torch.cuda.graph(graph):
+        seen.append(ahead.can_run(x))
+        x += 1
+    assert seen == [False] and ahead.can_run(x)

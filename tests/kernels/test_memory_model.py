@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from globe_kernels import GlobeCheckpoint, patch
 from globe_kernels.bank import GlobeBank
+from globe_kernels.cache import BasisCache
 from globe_kernels.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
@@ -25,7 +26,7 @@ from globe_kernels.memory import (
     workspace,
 )
 from globe_kernels.ops.compose_layer import layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
 from globe_kernels.strategy import DENSE, paths_of
@@ -78,11 +79,8 @@ def test_palette_codes_and_bank_are_what_would_be_built(fit_tiny):
 def test_the_pool_is_what_would_be_built(item_size):
     slots, experts = 5, BASE.total_experts
     dtype = {2: torch.float16, 4: torch.float32}[item_size]
-    slot = torch.empty(slots, 2 * SMALL.rank, BASE.hidden_size, dtype=dtype)
-    of_slot = [torch.empty(slots, dtype=one) for one in (torch.int32, torch.int32, torch.int64)]
-    of_expert = [torch.empty(experts, dtype=one) for one in (torch.int32, torch.int64)]
-    registers = torch.empty(5, dtype=torch.int64)
-    built = sum(tensor.nbytes for tensor in (slot, *of_slot, *of_expert, registers))
+    cache = BasisCache(BASE.num_experts, slots, SMALL.rank, BASE.hidden_size, dtype)
+    built = sum(tensor.nbytes for tensor in cache.state)
     assert pool_bytes(SMALL, slots, item_size) == built
     assert pool_slots(SMALL, built, item_size) == slots == pool_slots(SMALL, built + 1, item_size)
     assert pool_slots(SMALL, built - 1, item_size) == slots - 1
@@ -111,7 +109,8 @@ def test_the_workspace_is_what_a_call_allocates():
     tokens, choices, item = 5, 2, 4
     experts, width, inner = 8, BASE.hidden_size, BASE.intermediate_size
     shapes = ((2 * SMALL.rank, width), (inner, SMALL.rank), (inner, SMALL.rank), (width, inner))
-    weights = ExpertWeights(*(torch.randn(experts, *shape) / 8 for shape in shapes))
+    basis, *others = (torch.randn(experts, *shape) / 8 for shape in shapes)
+    weights = ExpertWeights(basis, FromRank(*others))
     index = torch.arange(tokens * choices).view(tokens, choices) % experts
     x, routing_weights = torch.randn(tokens, width), torch.rand(tokens, choices)
     with _Allocated() as allocated:
@@ -125,7 +124,11 @@ def test_the_workspace_of_a_long_prefill_is_bounded_in_z():
     rows = {tokens: workspace(QWEN, ("composed",), tokens, 8, 2) for tokens in (64, 65536)}
     assert few - rows[64] == 64 * z_of_token
     assert 0 <= WORKSPACE_BYTES - (many - rows[65536]) < z_of_token
-    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2) == few + 128 * 2 * 768 * 2048 * 2
+    bases = 128 * 2 * 768 * 2048 * 2
+    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2) == few + 2 * bases, (
+        "one layer runs, the next is composed"
+    )
+    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2, on_gpu=False) == few + bases
 
 
 def test_expected_palettes():

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from globe_kernels.bank import GlobeBank
+from globe_kernels.bank import GlobeBank, Place
 from globe_kernels.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.testing import assert_close
@@ -34,7 +34,7 @@ def module(bank) -> GlobeMoEFFN:
         code = module.code(family)
         code.index.copy_(torch.randint(CONFIG.num_atoms, code.index.shape))
         torch.nn.init.normal_(code.value)
-    module.run_from(bank, ("composed",), 2)
+    module.run_from(Place(bank, torch.device("cpu")), ("composed",), 2)
     return module
 
 
@@ -42,7 +42,7 @@ INPUTS = (torch.randn(3, 16), torch.tensor([[0, 1], [3, 2], [1, 1]]), torch.rand
 
 
 def test_forward_needs_a_bank():
-    with pytest.raises(RuntimeError, match=r"call run_from\(bank, paths, choices\)"):
+    with pytest.raises(RuntimeError, match=r"call run_from\(place, paths, choices\)"):
         GlobeMoEFFN(CONFIG, 2, "silu", torch.float32)(*INPUTS)
 
 

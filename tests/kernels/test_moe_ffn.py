@@ -6,10 +6,20 @@ import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.ops.moe_ffn import ExpertWeights, launch_moe_ffn
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn import moe_ffn as moe_ffn_op
 from globe_kernels.testing import assert_close
-from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels, same_tiles
+from tests.kernels.cases import (
+    DEVICE,
+    KERNEL_DTYPES,
+    ROUTINGS,
+    E,
+    needs_kernels,
+    same_tiles,
+    silu_gated,
+    token_by_token,
+    transposed_in_memory,
+)
 
 P, D, R = 12, 20, 7
 # at about twice what torch itself errs in the same dtype
@@ -28,8 +38,9 @@ def weights(
     def draw(*shape: int) -> torch.Tensor:
         return (torch.randn(*shape, generator=generator) / shape[-1] ** 0.5).to(DEVICE, dtype)
 
-    factors = (draw(E, 2 * rank, width), draw(E, inner, rank), draw(E, inner, rank), draw(E, width, inner))
-    return ExpertWeights(*factors, *((draw(E, inner), draw(E, inner), draw(E, width)) if bias else ()))
+    basis, *factors = draw(E, 2 * rank, width), draw(E, inner, rank), draw(E, inner, rank), draw(E, width, inner)
+    biases = (draw(E, inner), draw(E, inner), draw(E, width)) if bias else ()
+    return ExpertWeights(basis, FromRank(*factors, *biases))
 
 
 def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
@@ -40,24 +51,8 @@ def inputs(routing: str, dtype: torch.dtype = torch.float32, width: int = D):
     return hidden.to(DEVICE, dtype), index.to(DEVICE), scale.to(DEVICE)
 
 
-def silu_gated(gate, up):
-    return F.silu(gate) * up
-
-
 def by_token(hidden, index, scale, w: ExpertWeights, join=silu_gated) -> torch.Tensor:
-    """Independent of the op: token by token, in fp64, from dense matrices."""
-    biases = (w.gate_bias, w.up_bias, w.down_bias)
-    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
-    rank = w.gate_adapter.shape[2]
-    gate = w.gate_adapter.double() @ w.basis[:, :rank].double()
-    up = w.up_adapter.double() @ w.basis[:, rank:].double()
-    out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
-    for token, x in enumerate(hidden.double()):
-        for choice, expert in enumerate(index[token].tolist()):
-            if 0 <= expert < E:
-                y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
-                out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
-    return out
+    return token_by_token(hidden, index, scale, w.basis.chunk(2, dim=1), w.from_rank, join)
 
 
 @pytest.mark.parametrize("dtype", list(LIMITS), ids=str)
@@ -175,12 +170,13 @@ def test_large_values_stay_finite_in_bf16():
 
 def test_strides_and_index_dtype_do_not_matter():
     hidden, index, scale = inputs("ragged tails, expert 3 empty")
-    expected = moe_ffn(hidden, index, scale, weights(), "silu")
+    expected, w = moe_ffn(hidden, index, scale, weights(), "silu"), weights()
+    from_rank = FromRank(*map(transposed_in_memory, w.from_rank))
     strided = moe_ffn(
         hidden.T.contiguous().T,
         index.int().T.contiguous().T,
         scale.repeat(1, 2)[:, :2],
-        ExpertWeights(*(w if w is None else w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights())),
+        ExpertWeights(transposed_in_memory(w.basis), from_rank),
         "silu",
     )
     assert_close(strided, expected, rms=1e-6, peak=2e-6)
@@ -188,7 +184,8 @@ def test_strides_and_index_dtype_do_not_matter():
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
 def test_opcheck(bias):
-    torch.library.opcheck(moe_ffn_op, (*inputs("one token"), "silu", True, *weights(bias=bias)))
+    w = weights(bias=bias)
+    torch.library.opcheck(moe_ffn_op, (*inputs("one token"), "silu", True, w.basis, *w.from_rank))
 
 
 def test_compiles_into_one_graph():

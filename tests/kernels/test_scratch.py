@@ -1,0 +1,212 @@
+"""Composing one layer ahead on a side stream: whatever order a GPU takes within what its streams and events allow.
+
+A GPU is simulated: work that is launched is put down with what it must wait for, and carried out later, in random
+orders. Composing and reading a buffer take a beginning and an end, between which other streams may go on.
+"""
+
+import copy
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+
+from globe_kernels import scratch
+from globe_kernels.scratch import Scratch
+
+
+@dataclass
+class Work:
+    run: object
+    after: list["Work"]
+
+
+@dataclass(eq=False)
+class Stream:
+    """As torch.cuda.Stream, of a device that only takes notes."""
+
+    gpu: "Gpu"
+    cuda_stream: int = 0
+    last: list[Work] = field(default_factory=list)
+
+    def launch(self, run) -> None:
+        work = Work(run, self.last)
+        self.last = [work]
+        self.gpu.launched.append(work)
+
+    def record_event(self) -> list[Work]:
+        return self.last
+
+    def wait_event(self, event: list[Work]) -> None:
+        if not self.gpu.ignores_events:
+            self.last = [*self.last, *event]
+
+
+class Gpu:
+    def __init__(self):
+        self.launched: list[Work] = []
+        self.log: list[str] = []
+        self.recorded: list[Stream] = []
+        self.ignores_events = False
+        self.main, self.side, self.other = Stream(self), Stream(self), Stream(self)
+        self.current = self.main
+
+    @contextmanager
+    def on(self, stream: Stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def run(self, seed: int) -> None:
+        """All work that was launched, in a random order that the streams and events allow."""
+        order, done = random.Random(seed), set()
+        waiting = list(self.launched)
+        while waiting:
+            work = order.choice([one for one in waiting if all(id(before) in done for before in one.after)])
+            work.run()
+            done.add(id(work))
+            waiting.remove(work)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    simulated = Gpu()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulated.current)
+    monkeypatch.setattr(torch.cuda, "stream", simulated.on)
+    monkeypatch.setattr(scratch, "_side_stream", lambda device: simulated.side)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: simulated.recorded.append(stream))
+    return simulated
+
+
+class Layer:
+    """Bases of one value each; its experts note what they read."""
+
+    def __init__(self, gpu: Gpu, layer: int, experts: int = 2, path: str = "scratch"):
+        self.gpu, self.layer, self.taken = gpu, layer, path
+        self.basis_shape = (experts, 2, 1)
+        self.composed = 0
+
+    def path(self, tokens: int) -> str:
+        return self.taken
+
+    def compose_into(self, out: torch.Tensor) -> None:
+        assert tuple(out.shape) == self.basis_shape
+        self.composed += 1
+        for text, value in (("compose", float("nan")), ("composed", self.layer)):
+            self.gpu.current.launch(self._doing(f"{text} {self.layer}", lambda value=value: out.fill_(value)))
+
+    def _doing(self, text: str, run):
+        return lambda: (run(), self.gpu.log.append(text))
+
+    def experts(self, read: list[tuple[int, float]]):
+        """A function of bases that reads them at two times."""
+
+        def run(basis: torch.Tensor) -> torch.Tensor:
+            for text in (f"experts {self.layer}", f"experts {self.layer} done"):
+                note = self._doing(text, lambda: read.append((self.layer, basis.sum().item() / basis.numel())))
+                self.gpu.current.launch(note)
+            return basis
+
+        return run
+
+
+def forward(ahead: Scratch, layers: list[Layer], read: list[tuple[int, float]]) -> None:
+    for layer in layers:
+        layer.gpu.current.launch(lambda: None)  # attention
+        ahead.run(layer, torch.zeros(3, 1), layer.experts(read))
+
+
+def wrong(read: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(layer, value) for layer, value in read if layer != value]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_layer_reads_its_own_bases(gpu, seed):
+    layers = [Layer(gpu, number, experts=2 + number % 3) for number in range(6)]
+    ahead, read = Scratch(layers), []
+    for _ in range(2):
+        forward(ahead, layers, read)
+    gpu.run(seed)
+    assert len(read) == 2 * 2 * 6 and not wrong(read)
+    assert [layer.composed for layer in layers] == [2] * 6, "each is composed once in a forward"
+    assert not ahead._ahead, "nothing is kept after a forward"
+
+
+def test_the_simulation_would_show_a_race(gpu):
+    gpu.ignores_events = True
+    layers = [Layer(gpu, number) for number in range(6)]
+    forward(Scratch(layers), layers, read := [])
+    gpu.run(seed=0)
+    assert wrong(read)
+
+
+def test_a_layer_is_composed_while_the_one_before_it_runs(gpu):
+    """Some order that is allowed composes layer 1 within the experts of layer 0; none composes into what they read."""
+    layers = [Layer(gpu, number) for number in range(3)]
+    forward(Scratch(layers), layers, [])
+    orders = []
+    for seed in range(40):
+        gpu.log.clear()
+        gpu.run(seed)
+        orders.append(list(gpu.log))
+    assert any(order.index("experts 0") < order.index("compose 1") < order.index("experts 0 done") for order in orders)
+    assert all(order.index("experts 0 done") < order.index("compose 2") for order in orders)
+    assert any(order.index("compose 2") < order.index("experts 1") for order in orders), "beside attention too"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_forward_that_stopped_half_way_spoils_nothing(gpu, seed):
+    layers = [Layer(gpu, number) for number in range(5)]
+    ahead, read = Scratch(layers), []
+    forward(ahead, layers[:3], read)
+    forward(ahead, layers, read)
+    gpu.run(seed)
+    assert not wrong(read) and not ahead._ahead
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_two_streams_may_take_turns(gpu, seed):
+    """What one stream had composed for a layer, the other may take."""
+    layers = [Layer(gpu, number) for number in range(6)]
+    ahead, read, turns = Scratch(layers), [], random.Random(seed)
+    places = {gpu.main: 0, gpu.other: 0}
+    while any(place < len(layers) for place in places.values()):
+        stream = turns.choice([stream for stream, place in places.items() if place < len(layers)])
+        with gpu.on(stream):
+            forward(ahead, [layers[places[stream]]], read)
+        places[stream] += 1
+    gpu.run(seed)
+    assert len(read) == 2 * 2 * 6 and not wrong(read)
+
+
+def test_a_layer_that_takes_another_path_is_not_composed(gpu):
+    layers = [Layer(gpu, 0), Layer(gpu, 1, path="composed"), Layer(gpu, 2)]
+    ahead = Scratch(layers)
+    for layer in (layers[0], layers[2]):
+        ahead.run(layer, torch.zeros(3, 1), layer.experts(read := []))
+    gpu.run(0)
+    assert layers[1].composed == 0 and not wrong(read)
+
+
+def test_memory_that_the_side_stream_may_still_write_is_not_given_away(gpu):
+    """And only that: what a stream waited for can be used again at once, though the host is far ahead."""
+    layers = [Layer(gpu, 0), Layer(gpu, 1)]
+    ahead = Scratch(layers)
+    forward(ahead, layers, [])
+    assert gpu.side not in gpu.recorded
+    forward(ahead, layers[:1], [])
+    assert list(ahead._ahead) == [1] and gpu.side not in gpu.recorded
+    ahead.forget()
+    assert not ahead._ahead and gpu.recorded.count(gpu.side) == 2
+
+
+def test_a_copy_starts_with_nothing_composed(gpu):
+    layers = [Layer(gpu, 0), Layer(gpu, 1)]
+    ahead = Scratch(layers)
+    forward(ahead, layers[:1], [])
+    assert list(ahead._ahead) == [1] and not copy.copy(ahead)._ahead
+
+
+def test_a_cpu_composes_when_a_layer_is_called(gpu):
+    assert not Scratch([Layer(gpu, 0)]).can_run(torch.zeros(3, 1))
