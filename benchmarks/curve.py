@@ -111,7 +111,8 @@ def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
 
 def _step(model: Any, routing: Routing, token: int, cache: BasisCache | None) -> torch.Tensor:
     """The outputs (L, D) of all layers for one token."""
-    _place(model).cache = cache
+    if cache is not None:
+        _place(model).cache = cache
     own = slice(token, token + 1)
     modules = globe_modules(model).values()
     return torch.cat([module(*(part[own] for part in of)) for module, of in zip(modules, routing, strict=True)])
