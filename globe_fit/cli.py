@@ -46,7 +46,7 @@ from globe_kernels.families import FAMILIES
 from globe_kernels.files import replacing_file, require_room
 from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
-from globe_kernels.strategy import machine_named
+from globe_kernels.strategy import machine_named, machines
 
 app = typer.Typer(
     help="GloBE: one global bank of basis matrices for the experts of a Mixture-of-Experts model.",
@@ -91,7 +91,7 @@ def plan_command(
     phi: Annotated[str | None, typer.Option(help="identity, silu or tanh.")] = None,
     scope: Annotated[str | None, typer.Option(help="global, or layer: each layer its own atoms.")] = None,
     base: Annotated[Path | None, typer.Option(help="Of a GloBE checkpoint: the model it was fitted on.")] = None,
-    machine: Annotated[str, typer.Option("--on", help="h100, h200, a100, rtx4090 or cpu.")] = "h100",
+    machine: Annotated[str, typer.Option("--on", help=f"{', '.join(machines())}.")] = "h100",
     memory_budget: Annotated[
         str | None, typer.Option(help="What the experts may hold, such as 20GiB (as much as the dense ones).")
     ] = None,
