@@ -17,6 +17,7 @@ from globe_kernels.families import FAMILIES
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.patching import peak_workspace, resident_bytes
 from globe_kernels.replacement import globe_modules
+from globe_kernels.strategy import DENSE
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"
@@ -89,6 +90,7 @@ def _figures(
             "dense_experts": config.base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
+            "dense_peak": config.base.dense_bytes + peak_workspace(model, (DENSE,)),
             "peak": resident + peak_workspace(model),
         },
         "paths": list(modules[0].paths),

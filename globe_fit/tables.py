@@ -6,6 +6,7 @@ from typing import Any
 
 from globe_fit.console import gigabytes, megabytes, print_table
 from globe_kernels.families import FAMILIES
+from globe_kernels.patching import PEAK_TOKENS
 
 
 def per_rank(ranks: int) -> str:
@@ -224,7 +225,7 @@ def print_demo(figures: dict) -> None:
         ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
         ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
         ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
-        ["gate and up at peak (predicted)", megabytes(sizes["dense_experts"]), megabytes(sizes["peak"]), ""],
+        [f"at peak, T = {PEAK_TOKENS} (predicted)", megabytes(sizes["dense_peak"]), megabytes(sizes["peak"]), ""],
         ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
     ]
     print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)

@@ -121,13 +121,16 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
-def peak_workspace(model: nn.Module) -> int:
-    """Bytes that a call of one layer with PEAK_TOKENS tokens takes beside what is resident, predicted."""
+def peak_workspace(model: nn.Module, paths: tuple[str, ...] | None = None) -> int:
+    """Bytes that a call of one layer with PEAK_TOKENS tokens takes beside what is resident, predicted.
+
+    By its own paths, or by `paths`, such as those of the dense experts.
+    """
     modules = list(globe_modules(model).values())
     adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
     return workspace(
         getattr(model, BANK_NAME).config,
-        modules[0].paths,
+        paths or modules[0].paths,
         PEAK_TOKENS,
         choices_of(model),
         adapter.element_size(),
