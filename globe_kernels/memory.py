@@ -78,6 +78,11 @@ def parse_bytes(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def said(size: int) -> str:
+    """Bytes for a person, in a unit that `parse_bytes` takes."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+
+
 def palettes_of(checkpoint: GlobeCheckpoint) -> Palettes:
     """The distinct atoms that each layer uses, by the stored codes."""
     return {
@@ -281,7 +286,7 @@ def choose_residents(
         needed = held(paths, cache)
         if budget is not None and needed > budget:
             raise RequestError(
-                f"The memory budget is {budget / 2**30:.2f} GiB and {what} holds {needed / 2**30:.2f} GiB of experts; "
+                f"The memory budget is {said(budget)} and {what} holds {said(needed)} of experts; "
                 "give a larger budget, or a checkpoint of a smaller rank or with fewer atoms."
             )
         return Choice(paths, cache)
