@@ -105,7 +105,7 @@ def test_every_op_has_a_reference_and_a_test():
 def test_documented_paths_exist(document):
     names = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|toml|md|txt))`", document.read_text(encoding="utf-8"))
     written_by_programs = ("out/", "benchmarks/results")
-    assert len(names) > 2
+    assert names
     for name in names:
         if not name.startswith(written_by_programs):
             assert (ROOT / name).exists(), f"{document.name} names {name}"

@@ -281,9 +281,7 @@ def test_a_warm_cache_misses_less(fit_tiny):
 def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, tmp_path):
     path, _ = fit_tiny()
     model = patched(path)
-    with pytest.raises(
-        RequestError, match="memory budget is 0.10 MiB and the smallest way to run this checkpoint holds 0.3. MiB of"
-    ):
+    with pytest.raises(RequestError, match="memory budget is 0.10 MiB and the smallest way to run this checkpoint"):
         globe_kernels.patch(tiny_model("qwen3_moe"), path, memory_budget="100kB")
     with pytest.raises(RequestError, match="'plenty' is no size in bytes"):
         globe_kernels.set_strategy(model, "cached", cache_bytes="plenty")
