@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 
 _BLOCK = 512  # slots that the hand passes at once: more than a step misses, once the marks are spread
 
@@ -172,6 +172,7 @@ def _sizes(starts: torch.Tensor, owner: torch.Tensor) -> tuple[int, int, int]:
 @torch.library.custom_op(
     "globe::cache_lookup", mutates_args=("slot_of", "owner", "referenced", "pinned", "uses", "registers")
 )
+@on_its_device
 def cache_lookup(
     starts: torch.Tensor,
     first_expert: int,

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 
 PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda mixture: mixture,
@@ -94,6 +94,7 @@ def launch_compose_basis(
 
 
 @torch.library.custom_op("globe::compose_basis", mutates_args=())
+@on_its_device
 def compose_basis(
     code_index: torch.Tensor, code_value: torch.Tensor, bank: torch.Tensor, phi: str, out_dtype: torch.dtype
 ) -> torch.Tensor:

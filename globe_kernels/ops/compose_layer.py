@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from globe_kernels.ops.compose_basis import apply_phi, mix_atoms
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 PALETTE_PADDING = 32  # the kernel loads rows of codes whole, 16 bytes at a time: every BLOCK_U divides this
@@ -182,6 +182,7 @@ def launch_compose_layer(
 
 
 @torch.library.custom_op("globe::compose_layer", mutates_args=())
+@on_its_device
 def compose_layer(
     palette: torch.Tensor,
     value: torch.Tensor,
@@ -201,6 +202,7 @@ def _(palette, value, scale, bank, phi, out_dtype):
 
 
 @torch.library.custom_op("globe::compose_bases", mutates_args=())
+@on_its_device
 def compose_bases(
     gate_palette: torch.Tensor,
     gate_value: torch.Tensor,
@@ -226,6 +228,7 @@ def _(gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale, gate
     return gate_bank.new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
 
 
+@on_its_device
 def compose_bases_into(
     out: torch.Tensor, codes: tuple[LayerCode, LayerCode], banks: tuple[torch.Tensor, torch.Tensor], phi: str
 ) -> torch.Tensor:

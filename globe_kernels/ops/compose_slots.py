@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from globe_kernels.ops.compose_basis import compose_basis_ref, compose_values
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 
 _BLOCK = 2048
 # About what the largest cards run at once; the length of the worklist is known on the device alone, and one launch for
@@ -94,6 +94,7 @@ def launch_compose_slots(
 
 
 @torch.library.custom_op("globe::compose_slots", mutates_args=("pool",))
+@on_its_device
 def compose_slots(
     miss_expert: torch.Tensor,
     miss_slot: torch.Tensor,

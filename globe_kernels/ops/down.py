@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
@@ -145,6 +145,7 @@ def launch_down(
 
 
 @torch.library.custom_op("globe::down", mutates_args=())
+@on_its_device
 def down(
     y: torch.Tensor,
     order: torch.Tensor,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
@@ -115,6 +115,7 @@ def launch_gate_up(
 
 
 @torch.library.custom_op("globe::gate_up", mutates_args=())
+@on_its_device
 def gate_up(
     h: torch.Tensor,
     order: torch.Tensor,

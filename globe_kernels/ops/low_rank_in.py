@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
 from globe_kernels.routing import RoutingPlan
 
@@ -80,6 +80,7 @@ def launch_low_rank_in(
 
 
 @torch.library.custom_op("globe::low_rank_in", mutates_args=())
+@on_its_device
 def low_rank_in(
     x: torch.Tensor,
     order: torch.Tensor,

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from globe_kernels.ops.compose_layer import dot_codes
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 # value and scale of gate, value and scale of up
@@ -185,6 +185,7 @@ def launch_mix(
 
 
 @torch.library.custom_op("globe::mix", mutates_args=())
+@on_its_device
 def mix(
     z_gate: torch.Tensor,
     z_up: torch.Tensor,

@@ -18,7 +18,7 @@ from functools import partial
 import torch
 
 from globe_kernels.ops.compose_basis import launch_compose_basis
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 
 # (d mixture, d bank or None): adds to d bank where there is one, returns d value
 Backward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -70,6 +70,7 @@ def _mixture_backward_kernel(
         tl.store(bank_gradient_ptr + own, tl.load(bank_gradient_ptr + own, mask=mask, other=0.0) + total, mask=mask)
 
 
+@on_its_device
 def launch_mixture_backward(
     index: torch.Tensor,
     value: torch.Tensor,
@@ -101,6 +102,7 @@ def launch_mixture_backward(
     return sums.sum(0).view_as(value)
 
 
+@on_its_device
 def mixture(index: torch.Tensor, value: torch.Tensor, bank: torch.Tensor) -> tuple[torch.Tensor, Backward]:
     """(E, R, D), and what its gradient makes of those of `value` and `bank`. On a GPU all are contiguous float32."""
     if not use_triton(bank):

@@ -23,7 +23,7 @@ from globe_kernels.ops.down import Down, down_ref, launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import use_triton
+from globe_kernels.ops.triton_import import on_its_device, use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 
@@ -65,6 +65,7 @@ class ExpertWeights(NamedTuple):
 
 
 @torch.library.custom_op("globe::moe_ffn", mutates_args=())
+@on_its_device
 def moe_ffn(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,

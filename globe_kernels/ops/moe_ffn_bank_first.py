@@ -35,7 +35,7 @@ from globe_kernels.ops.palette_in import (
     palette_in_ref,
 )
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import use_triton
+from globe_kernels.ops.triton_import import on_its_device, use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 WORKSPACE_BYTES = 256 * 2**20  # z of both families, for the tokens of one chunk
@@ -105,6 +105,7 @@ def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFir
 
 
 @torch.library.custom_op("globe::moe_ffn_bank_first", mutates_args=())
+@on_its_device
 def moe_ffn_bank_first(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,

@@ -25,7 +25,7 @@ from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import use_triton
+from globe_kernels.ops.triton_import import on_its_device, use_triton
 from globe_kernels.ops.tuning import FfnConfig, choose
 
 
@@ -43,6 +43,7 @@ class CachedWeights(NamedTuple):
     "globe::moe_ffn_cached",
     mutates_args=("pool", "slot_of", "owner", "referenced", "pinned", "uses", "registers"),
 )
+@on_its_device
 def moe_ffn_cached(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from globe_kernels.ops.grouped import accumulate, tile_of_program
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import REMEMBERED, Card, GemmConfig, by_rows, card_of, fit_gemm, tuned
 
 
@@ -129,6 +129,7 @@ def launch_palette_in(
 
 
 @torch.library.custom_op("globe::palette_in", mutates_args=())
+@on_its_device
 def palette_in(x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
     """(T, U, R) in the dtype of `x`, from x (T, D), palette (U,) int32 and bank (M, R, D)."""
     if not use_triton(x):

@@ -11,7 +11,7 @@ What varies from call to call is never specialised: a new number of rows must no
 
 import torch
 
-from globe_kernels.ops.triton_import import tl, triton, use_triton
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.routing import RoutingPlan, max_tiles
 
 _BLOCK = 128  # rows that one program ranks by comparing all pairs
@@ -218,6 +218,7 @@ def warps(e_pad: int) -> int:
 
 
 @torch.library.custom_op("globe::routing_plan", mutates_args=())
+@on_its_device
 def routing_plan(
     top_k_index: torch.Tensor, num_experts: int, block_m: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

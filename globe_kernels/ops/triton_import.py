@@ -1,10 +1,13 @@
-"""Triton, or a stand-in that lets the files with kernels be imported where there is none."""
+"""Triton, or a stand-in that lets the files with kernels be imported where there is none, and where kernels run."""
 
 import warnings
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable)
 
 
 class _Missing:
@@ -56,3 +59,20 @@ def use_triton(tensor: torch.Tensor) -> bool:
             "to run the torch reference."
         )
     return True
+
+
+def on_its_device(function: _Function) -> _Function:
+    """`function` with the device of its first argument, a tensor, as the current one.
+
+    Triton launches on the current device. In a model that is spread over several GPUs that is not the tensors', and a
+    kernel that is launched on another one fails, or reads what it can reach of it.
+    """
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if not args[0].is_cuda:
+            return function(*args, **kwargs)
+        with torch.cuda.device(args[0].device):
+            return function(*args, **kwargs)
+
+    return guarded  # pyright: ignore[reportReturnType]
