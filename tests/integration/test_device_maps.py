@@ -111,3 +111,11 @@ def test_a_cast_reaches_every_copy(spread):
     model.bfloat16()
     assert {tensor.dtype for tensor in model.globe_bank.buffers()} == {torch.bfloat16}
     assert_close(logits(model), expected, rms=5e-2, peak=1e-1)
+
+
+def test_codes_that_are_offloaded_are_refused(spread, monkeypatch):
+    model, _ = spread
+    monkeypatch.setattr(GlobeMoEFFN, "device", property(lambda module: torch.device("meta")))
+    with pytest.raises(RequestError, match="The codes of some experts are offloaded; load the model with offload_buf"):
+        globe_kernels.set_strategy(model, "bank_first")
+    assert model.globe_bank.arrangement.paths == ("scratch",)
