@@ -26,6 +26,7 @@ _LEGEND = (
     "error is the relative rms error of GloBE, checked before anything is timed."
 )
 _MARKERS = "osD^vP*X"
+_WAYS = {"globe": "composed", "globe_bank_first": "bank_first"}  # providers that have lines of their own
 
 Line = tuple[dict, dict[str, str]]  # a row that says of which run the line is, and its cells by column
 
@@ -72,15 +73,17 @@ def _percent_of_copy(row: dict) -> str:
 
 
 def _ffn_lines(rows: list[dict]) -> list[Line]:
-    """One line per number of tokens: GloBE against what was timed in the same run."""
+    """One line per number of tokens and way to run GloBE, against what was timed in the same run."""
     lines = []
-    for globe in sorted((row for row in rows if row["provider"] == "globe"), key=lambda row: row["shape"]["tokens"]):
+    own_rows = [row for row in rows if row["provider"] in _WAYS]
+    for globe in sorted(own_rows, key=lambda row: (row["shape"]["tokens"], row["provider"])):
         same = [row for row in rows if row["shape"] == globe["shape"] and _run(row) == _run(globe)]
         dense = {row["provider"]: row["median_us"] for row in same if not row["provider"].startswith("globe")}
         best = min(dense, key=dense.__getitem__, default="")
         own, twin = globe["median_us"], dense.get("dense_twin")
         cells = {
             "tokens": str(globe["shape"]["tokens"]),
+            "by": _WAYS[globe["provider"]],
             "best other, us": f"{best} {dense[best]:.1f}" if best else "-",
             "twin, us": f"{twin:.1f}" if twin else "-",
             "GloBE, us": f"{own:.1f}",
@@ -157,7 +160,7 @@ _CELLS = {"fit": _fit_cells, "model_prefill": _model_cells, "model_decode": _mod
 
 
 def _lines(rows: list[dict]) -> list[Line]:
-    """One line per number of tokens where GloBE stands against others, else one per row, few tokens first."""
+    """Lines of GloBE where it stands against others, else one per row, few tokens first."""
     compared = _ffn_lines(rows) if _is_ffn(rows[0]) else []
     cells = _CELLS.get(rows[0]["op"], _other_cells)
     return compared or [(row, cells(row)) for row in sorted(rows, key=lambda row: row["shape"].get("tokens", 0))]
