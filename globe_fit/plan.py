@@ -23,6 +23,7 @@ from globe_kernels.memory import (
     AUTO,
     Choice,
     Palettes,
+    atoms_on_cards,
     choose_residents,
     expected_palettes,
     layer_sizes,
@@ -129,16 +130,19 @@ class Planner:
         ((usual, _),) = kinds.most_common(1)
         dense = self._strategy(config, Choice((DENSE,), 0), kinds, known)
         cards = ceil((self._outside() + dense["peak"]) / self._memory())
+        atoms = atoms_on_cards(config, known, cards)
         strategies = {DENSE: dense}
         for name in (*paths_of(config.phi), AUTO):
             budget = self._budget if name in (AUTO, "cached") else None
             wanted = self._cache_bytes if name in (AUTO, "cached") else None
             try:
-                choice = choose_residents(config, usual, self.machine, budget, name, cache_bytes=wanted, palettes=known)
+                choice = choose_residents(
+                    config, usual, self.machine, budget, name, cache_bytes=wanted, palettes=known, bank_atoms=atoms
+                )
             except RequestError as error:
                 strategies[name] = {"refused": str(error)}
                 continue
-            strategies[name] = self._strategy(config, choice, kinds, known)
+            strategies[name] = self._strategy(config, choice, kinds, known, atoms)
         limit = self._budget or dense["resident"]
         for figures in strategies.values():
             if "refused" not in figures:
@@ -174,9 +178,18 @@ class Planner:
         tokens = max(0, int(room / (self.model.kv_values * self.machine.item_size)))
         return {"kv_tokens": tokens, "batch": tokens // CONTEXT}
 
-    def _strategy(self, config: GlobeConfig, choice: Choice, kinds: Counter, palettes: Palettes) -> dict:
+    def _strategy(
+        self, config: GlobeConfig, choice: Choice, kinds: Counter, palettes: Palettes, bank_atoms: int | None = None
+    ) -> dict:
         item, layers = self.machine.item_size, kinds.total()
-        held = resident(config, choice.paths, item_size=item, cache_bytes=choice.cache_bytes, palettes=palettes)
+        held = resident(
+            config,
+            choice.paths,
+            item_size=item,
+            cache_bytes=choice.cache_bytes,
+            palettes=palettes,
+            bank_atoms=bank_atoms,
+        )
         pool = choice.pool(config, item)
         ((usual, _),) = kinds.most_common(1)
         policy = Policy(switch_points(choice.paths, usual, self.machine, pool))

@@ -1,5 +1,6 @@
 """The one owner of the bank in a live model, and what the layers on one device share."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,9 @@ class GlobeBank(nn.Module):
     """The atoms of both families, (M, R, D) each, registered once at the root of a model as `globe_bank`.
 
     Every layer composes from this bank and none holds a copy, so `state_dict` has each atom once.
-    A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis no
-    longer needs it there, and saving still finds it. `places` are the devices whose layers run from atoms.
+    A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis, or
+    whose devices hold atoms of their own, no longer needs it there, and saving still finds it. `places` are the devices
+    whose layers run from atoms.
     """
 
     gate: nn.Parameter
@@ -64,28 +66,39 @@ class GlobeBank(nn.Module):
 
     def _apply(self, fn, recurse=True):
         # nn.Module.to, .cuda, .half and the like all end here
-        return self if self.parked else super()._apply(fn, recurse)
+        if not self.parked:
+            return super()._apply(fn, recurse)
+        self.places._apply(fn)
+        return self
 
 
 class Place(nn.Module):
     """What the layers on one device run from beside their own weights.
 
-    The atoms: those of the bank where it is on this device, else a copy, which `state_dict` leaves out. `cache` is the
+    The atoms: the whole bank, or copies of those that these layers use, which `state_dict` leaves out. `cache` is the
     pool of composed bases of layers that have one, `scratch` what composes those that are composed when called.
     """
 
     cache: BasisCache | None
 
-    def __init__(self, bank: GlobeBank, device: torch.device):
+    def __init__(
+        self,
+        bank: GlobeBank,
+        used: Mapping[str, torch.Tensor] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        """`used`: by family ids, ascending, of the atoms to copy to `device` in `dtype`; without, those of the bank."""
         super().__init__()
         self._bank = (bank,)  # a tuple: a module would be registered, and saved, once more
+        self._used = used
         self.cache: BasisCache | None = None
         self.scratch: Scratch | None = None
         for family in FAMILIES:
-            atoms = bank.atoms(family)
-            self.register_buffer(
-                f"{family}_copy", None if atoms.device == device else atoms.detach().to(device), persistent=False
-            )
+            copied = None
+            if used is not None:
+                copied = bank.atoms(family).detach()[used[family]].to(device, dtype)
+            self.register_buffer(f"{family}_copy", copied, persistent=False)
 
     @property
     def config(self) -> GlobeConfig:
@@ -98,6 +111,16 @@ class Place(nn.Module):
     @property
     def up(self) -> torch.Tensor:
         return self.atoms("up")
+
+    @property
+    def holds_copies(self) -> bool:
+        return self._used is not None
+
+    def places_of(self, family: str, ids: torch.Tensor) -> torch.Tensor:
+        """Where among the atoms of this place those of these ids stand."""
+        if self._used is None:
+            return ids
+        return torch.searchsorted(self._used[family].to(ids), ids).to(ids.dtype)
 
     def atoms(self, family: str) -> torch.Tensor:
         copied = getattr(self, f"{family}_copy")

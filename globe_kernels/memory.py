@@ -35,7 +35,8 @@ from globe_kernels.strategy import (
 )
 
 AUTO = "auto"
-_CODE_BYTES = 4 + 4  # int32 index, float32 value
+_INDEX_BYTES = 4  # int32
+_CODE_BYTES = _INDEX_BYTES + 4  # float32 value
 _SLOT_MAP_BYTES = 4 + 4 + 8  # owner, referenced, pinned
 _EXPERT_MAP_BYTES = 4 + 8  # slot_of, uses
 _REGISTER_BYTES = 5 * 8
@@ -108,6 +109,16 @@ def expected_palettes(config: GlobeConfig) -> Palettes:
     return palettes
 
 
+def atoms_on_cards(config: GlobeConfig, palettes: Palettes, cards: int) -> int | None:
+    """At most how many atoms `cards` devices hold that have equal shares of the layers; None for one, with the bank."""
+    if cards == 1:
+        return None
+    layers = sorted(palettes)
+    shares = [layers[len(layers) * card // cards : len(layers) * (card + 1) // cards] for card in range(cards)]
+    used = (sum(ceil(palettes[layer][family]) for layer in own) for own in shares for family in FAMILIES)
+    return sum(min(config.num_atoms, count) for count in used)
+
+
 def layer_sizes(
     config: GlobeConfig, layer: int, choices: int, item_size: int, palettes: Palettes | None = None
 ) -> LayerSizes:
@@ -133,11 +144,12 @@ def resident(
     item_size: int,
     cache_bytes: int = 0,
     palettes: Palettes | None = None,
-    devices: int = 1,
+    bank_atoms: int | None = None,
 ) -> Residents:
     """What stays in memory to take any of `paths`, with weights of `item_size` bytes a value.
 
-    Of layers on several devices all of them together: each holds the bank.
+    Of layers on several devices that of all: each holds copies of the atoms that its layers use, of both families
+    `bank_atoms` in all, and the bank stays in host memory.
     """
     base = config.base
     experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
@@ -146,7 +158,7 @@ def resident(
     if paths == (DENSE,):
         return Residents(down, dense=2 * experts * inner * width * item_size)
     atom = config.rank * width
-    bank = len(FAMILIES) * config.num_atoms * atom
+    whole = len(FAMILIES) * config.num_atoms
     needs_bank = not {"bank_first", "cached", "scratch"}.isdisjoint(paths)
     palette_codes = 0
     if "bank_first" in paths or "scratch" in paths:
@@ -155,15 +167,16 @@ def resident(
                 padded = -(-used // PALETTE_PADDING) * PALETTE_PADDING
                 palette_codes += 4 * used + base.num_experts[layer] * 4 * (padded + 1)
     slots = pool_slots(config, cache_bytes, item_size)
+    local_index = _INDEX_BYTES if bank_atoms is not None and "cached" in paths else 0
     return Residents(
         down,
         adapters=2 * experts * inner * config.rank * item_size,
-        codes=2 * experts * config.support * _CODE_BYTES,
+        codes=2 * experts * config.support * (_CODE_BYTES + local_index),
         bases=experts * 2 * atom * item_size if "composed" in paths else 0,
-        bank=devices * bank * item_size if needs_bank else 0,
+        bank=(whole if bank_atoms is None else bank_atoms) * atom * item_size if needs_bank else 0,
         palette_codes=palette_codes,
         pool=pool_bytes(config, slots, item_size) if "cached" in paths else 0,
-        host=0 if needs_bank else bank * config.torch_dtype.itemsize,
+        host=0 if needs_bank and bank_atoms is None else whole * atom * config.torch_dtype.itemsize,
     )
 
 
@@ -246,7 +259,7 @@ def choose_residents(
     *,
     cache_bytes: int | None = None,
     palettes: Palettes | None = None,
-    devices: int = 1,
+    bank_atoms: int | None = None,
 ) -> Choice:
     """What to hold within `budget` bytes on all devices, for a model whose layers are mostly of `sizes`.
 
@@ -272,7 +285,9 @@ def choose_residents(
         )
 
     def held(paths: tuple[str, ...], cache: int = 0) -> int:
-        return resident(config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes, devices=devices).total
+        return resident(
+            config, paths, item_size=item_size, cache_bytes=cache, palettes=palettes, bank_atoms=bank_atoms
+        ).total
 
     def cache_beside(others: int) -> int:
         """Bytes of the cache, in whole slots, beside what holds `others`."""

@@ -26,7 +26,8 @@ class GlobeMoEFFN(nn.Module):
     float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
 
     `run_from` says by which paths (globe_kernels.strategy) calls may run, and makes what these hold beside that, which
-    `state_dict` leaves out: `basis` (E, 2R, D), gate rows first, and of each family a LayerCode.
+    `state_dict` leaves out: `basis` (E, 2R, D), gate rows first, and of each family a LayerCode and, where a device
+    holds copies of atoms, `local_index` (E, C) int32 among them.
     """
 
     gate_adapter: nn.Parameter
@@ -36,6 +37,11 @@ class GlobeMoEFFN(nn.Module):
     up_bias: nn.Parameter | None
     down_bias: nn.Parameter | None
     gate_code_index: torch.Tensor
+    gate_code_value: torch.Tensor
+    up_code_index: torch.Tensor
+    up_code_value: torch.Tensor
+    gate_local_index: torch.Tensor | None
+    up_local_index: torch.Tensor | None
     basis: torch.Tensor | None
     palettes: dict[str, int]  # U by family, distinct atoms
 
@@ -75,6 +81,7 @@ class GlobeMoEFFN(nn.Module):
         for family in FAMILIES:
             for part in LayerCode._fields:
                 self.register_buffer(f"{family}_{part}", None, persistent=False)
+            self.register_buffer(f"{family}_local_index", None, persistent=False)
 
     def code(self, family: str) -> Code:
         return Code(getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value"))
@@ -102,11 +109,14 @@ class GlobeMoEFFN(nn.Module):
         `choices`: experts per token, on which the times of the paths depend.
         """
         self._shared, self.paths, self._choices = (place,), paths, choices
-        codes = {family: layer_code(*self._code_for(place, family)) for family in FAMILIES}
+        own = {family: self._code_for(place, family) for family in FAMILIES}
+        codes = {family: layer_code(code.index, code.value) for family, code in own.items()}
         self.basis = self._compose(codes) if "composed" in paths else None
         for family, code in codes.items():
             for part, tensor in code._asdict().items():
                 setattr(self, f"{family}_{part}", tensor if _BY_PALETTE & set(paths) else None)
+            local = "cached" in paths and place.holds_copies
+            setattr(self, f"{family}_local_index", own[family].index if local else None)
         self.palettes = {family: code.palette.numel() for family, code in codes.items()}
         self._choose_paths()
 
@@ -129,9 +139,10 @@ class GlobeMoEFFN(nn.Module):
         cache = self.place.cache
         return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
 
-    def _code_for(self, place: Place, family: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _code_for(self, place: Place, family: str) -> Code:
+        """Over the atoms of `place`, on its device."""
         device, code = place.atoms(family).device, self.code(family)
-        return code.index.to(device), code.value.to(device)
+        return Code(place.places_of(family, code.index.to(device)), code.value.to(device))
 
     def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
         """(E, 2R, D)"""
@@ -157,8 +168,10 @@ class GlobeMoEFFN(nn.Module):
 
     def cached_weights(self) -> CachedWeights:
         """What the path `cached` takes beside the pool."""
-        place, gate, up = self.place, self.code("gate"), self.code("up")
-        mixtures = Mixtures(place.gate, place.up, gate.index, gate.value, up.index, up.value)
+        place, local = self.place, (self.gate_local_index, self.up_local_index)
+        gate, up = local if place.holds_copies else (self.gate_code_index, self.up_code_index)
+        assert gate is not None and up is not None
+        mixtures = Mixtures(place.gate, place.up, gate, self.gate_code_value, up, self.up_code_value)
         return CachedWeights(mixtures, self._from_rank)
 
     def sizes(self) -> LayerSizes:

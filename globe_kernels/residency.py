@@ -46,7 +46,7 @@ def plan_arrangement(
         strategy,
         cache_bytes=cache_bytes,
         palettes=palettes,
-        devices=len(devices),
+        bank_atoms=_copies(devices),
     )
     arrangement = Arrangement(strategy, choice.paths, choice.cache_bytes, choices)
     if choice.cache_bytes:
@@ -62,6 +62,18 @@ def by_device(modules: Sequence[GlobeMoEFFN]) -> dict[torch.device, list[GlobeMo
     for module in modules:
         devices.setdefault(module.device, []).append(module)
     return devices
+
+
+def _used(modules: Sequence[GlobeMoEFFN]) -> dict[str, torch.Tensor]:
+    """By family the ids of the atoms that these layers use, ascending."""
+    return {family: torch.cat([m.code(family).index.flatten().cpu() for m in modules]).unique() for family in FAMILIES}
+
+
+def _copies(devices: dict[torch.device, list[GlobeMoEFFN]]) -> int | None:
+    """Atoms of both families on all devices; None for one, which has the bank."""
+    if len(devices) == 1:
+        return None
+    return sum(len(ids) for own in devices.values() for ids in _used(own).values())
 
 
 def _slots(bank: GlobeBank, arrangement: Arrangement, modules: Sequence[GlobeMoEFFN]) -> dict[torch.device, int]:
@@ -103,16 +115,21 @@ def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrang
     """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far."""
     bank.arrangement, bank.places = arrangement, nn.ModuleList()
     if arrangement.paths == ("composed",):
-        place = Place(bank, bank.gate.device)  # composed where the atoms are, and then not needed again
+        place = Place(bank)  # composed where the atoms are, and then not needed again
         for module in modules:
             module.run_from(place, arrangement.paths, arrangement.choices)
         bank.park()
         return
-    dtype = modules[0].gate_adapter.dtype
-    bank.unpark(modules[0].device, dtype)
+    devices, dtype = by_device(modules), modules[0].gate_adapter.dtype
+    if len(devices) == 1:
+        bank.unpark(modules[0].device, dtype)
+    else:
+        bank.park()
     slots = _slots(bank, arrangement, modules) if arrangement.cache_bytes else {}
-    for device, own in by_device(modules).items():
-        place = Place(bank, device)
+    for device, own in devices.items():
+        place = Place(bank)
+        if len(devices) > 1:
+            place = Place(bank, _used(own), device, dtype)
         bank.places.append(place)
         if slots:
             rank, width = own[0].gate_adapter.shape[2], own[0].hidden_dim

@@ -14,6 +14,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES
 from globe_kernels.memory import (
     Choice,
+    atoms_on_cards,
     choose_residents,
     expected_palettes,
     layer_sizes,
@@ -116,6 +117,18 @@ def test_the_workspace_is_what_a_call_allocates():
     with _Allocated() as allocated:
         launch_moe_ffn(x, index, routing_weights, weights, "silu", default_config(2, item, SMALLEST_CARD))
     assert allocated.bytes == workspace(SMALL, ("composed",), tokens, choices, item)
+
+
+def test_cards_hold_the_atoms_of_their_layers():
+    palettes = {layer: {"gate": 30.0, "up": 20.5} for layer in range(10)}
+    config = replace(QWEN, num_atoms=100)
+    assert atoms_on_cards(config, palettes, 1) is None
+    # three, three and four layers: 90, 90 and all 100 atoms of gate; 63, 63 and 84 of up
+    assert atoms_on_cards(config, palettes, 3) == 90 + 90 + 100 + 63 + 63 + 84
+    one = resident(QWEN, ("cached",), item_size=2)
+    three = resident(QWEN, ("cached",), item_size=2, bank_atoms=3 * QWEN.num_atoms)
+    assert three.bank * 2 == one.bank * 3 and three.codes * 2 == one.codes * 3
+    assert (one.host, three.host) == (0, one.bank)
 
 
 def test_the_workspace_of_a_long_prefill_is_bounded_in_z():

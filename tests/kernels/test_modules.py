@@ -34,7 +34,7 @@ def module(bank) -> GlobeMoEFFN:
         code = module.code(family)
         code.index.copy_(torch.randint(CONFIG.num_atoms, code.index.shape))
         torch.nn.init.normal_(code.value)
-    module.run_from(Place(bank, torch.device("cpu")), ("composed",), 2)
+    module.run_from(Place(bank), ("composed",), 2)
     return module
 
 
