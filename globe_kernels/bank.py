@@ -80,6 +80,8 @@ class Place(nn.Module):
     """
 
     cache: BasisCache | None
+    gate_copy: torch.Tensor | None
+    up_copy: torch.Tensor | None
 
     def __init__(
         self,
@@ -99,6 +101,10 @@ class Place(nn.Module):
             if used is not None:
                 copied = bank.atoms(family).detach()[used[family]].to(device, dtype)
             self.register_buffer(f"{family}_copy", copied, persistent=False)
+
+    def release(self) -> None:
+        """Let go of copies, when every basis is composed."""
+        self._used, self.gate_copy, self.up_copy = None, None, None
 
     @property
     def config(self) -> GlobeConfig:

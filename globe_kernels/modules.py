@@ -140,15 +140,14 @@ class GlobeMoEFFN(nn.Module):
         return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
 
     def _code_for(self, place: Place, family: str) -> Code:
-        """Over the atoms of `place`, on its device."""
-        device, code = place.atoms(family).device, self.code(family)
-        return Code(place.places_of(family, code.index.to(device)), code.value.to(device))
+        """Over the atoms of `place`."""
+        code = self.code(family)
+        return Code(place.places_of(family, code.index), code.value)
 
     def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
         """(E, 2R, D)"""
         place, dtype = self.place, self.gate_adapter.dtype
-        both = compose_bases(*codes["gate"], *codes["up"], place.gate, place.up, self.phi, dtype)
-        return both.to(self.device)
+        return compose_bases(*codes["gate"], *codes["up"], place.gate, place.up, self.phi, dtype)
 
     @property
     def basis_shape(self) -> tuple[int, int, int]:

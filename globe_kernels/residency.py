@@ -113,28 +113,31 @@ def _ratio_to_dense(sizes: LayerSizes, tokens: int, machine: Machine) -> float:
 
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far."""
+    paths, devices = arrangement.paths, by_device(modules)
     bank.arrangement, bank.places = arrangement, nn.ModuleList()
-    if arrangement.paths == ("composed",):
-        place = Place(bank)  # composed where the atoms are, and then not needed again
-        for module in modules:
-            module.run_from(place, arrangement.paths, arrangement.choices)
+    if paths == ("composed",):
+        for device, own in devices.items():
+            is_there = bank.gate.device == device
+            # in the dtype of the bank: a basis is rounded once
+            place = Place(bank) if is_there else Place(bank, _used(own), device, bank.gate.dtype)
+            for module in own:
+                module.run_from(place, paths, arrangement.choices)
+            place.release()
         bank.park()
         return
-    devices, dtype = by_device(modules), modules[0].gate_adapter.dtype
+    dtype = modules[0].gate_adapter.dtype
     if len(devices) == 1:
         bank.unpark(modules[0].device, dtype)
     else:
         bank.park()
     slots = _slots(bank, arrangement, modules) if arrangement.cache_bytes else {}
     for device, own in devices.items():
-        place = Place(bank)
-        if len(devices) > 1:
-            place = Place(bank, _used(own), device, dtype)
+        place = Place(bank) if len(devices) == 1 else Place(bank, _used(own), device, dtype)
         bank.places.append(place)
         if slots:
             rank, width = own[0].gate_adapter.shape[2], own[0].hidden_dim
             place.cache = BasisCache(_num_experts(own), slots[device], rank, width, dtype, device)
-        if "scratch" in arrangement.paths:
+        if "scratch" in paths:
             place.scratch = Scratch(own)
         for module in own:
-            module.run_from(place, arrangement.paths, arrangement.choices)
+            module.run_from(place, paths, arrangement.choices)
