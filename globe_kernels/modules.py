@@ -5,6 +5,7 @@ from torch import nn
 
 from globe_kernels.bank import Place
 from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.errors import RequestError
 from globe_kernels.families import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
@@ -196,6 +197,12 @@ class GlobeMoEFFN(nn.Module):
         """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
         place, routed = self.place, (hidden_states, top_k_index, top_k_weights)
         path = self.path(hidden_states.shape[0])
+        if path != "composed" and place.gate.device != hidden_states.device:
+            # a kernel would read whatever the address means on its device
+            raise RequestError(
+                f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {place.gate.device}; after "
+                "layers were moved one by one, call globe_kernels.set_strategy(model, ...) again."
+            )
         if path == "bank_first":
             gate, up = self.layer_code("gate"), self.layer_code("up")
             weights = BankFirstWeights(place.gate, place.up, *gate, *up, self._from_rank)

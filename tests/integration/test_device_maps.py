@@ -132,3 +132,14 @@ def test_codes_that_are_offloaded_are_refused(spread, monkeypatch):
     with pytest.raises(RequestError, match="The codes of some experts are offloaded; load the model with offload_buf"):
         globe_kernels.set_strategy(model, "bank_first")
     assert model.globe_bank.arrangement.paths == ("scratch",)
+
+
+@pytest.mark.parametrize("strategy", ["bank_first", "scratch", "cached"])
+def test_layers_that_were_moved_without_their_atoms_are_refused(strategy, checkpoint):
+    model = tiny_model("qwen3_moe")
+    globe_kernels.patch(model, checkpoint.path, strategy=strategy)
+    model.globe_bank.to("meta")
+    with pytest.raises(
+        RequestError, match=r"Layer 0 runs on cpu and its atoms are on meta; .* call globe_kernels.set_st"
+    ):
+        logits(model)
