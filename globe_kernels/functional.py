@@ -21,8 +21,8 @@ def moe_ffn(
 ) -> torch.Tensor:
     """The routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
 
-    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, where ids outside 0..E-1
-    contribute nothing (those beyond int32 are cut to it first); top_k_weights (T, K) of any float dtype. Any strides.
+    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, within int32, where ids
+    outside 0..E-1 contribute nothing; top_k_weights (T, K) of any float dtype. Any strides.
     Returns (T, D). Without `deterministic` a GPU sums the choices of a token in any order. Raises ValueError when
     shapes or dtypes do not fit.
     """

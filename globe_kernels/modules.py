@@ -95,13 +95,23 @@ class GlobeMoEFFN(nn.Module):
     def place(self) -> Place:
         """What the layers on this device share."""
         if not self._shared:
-            raise RuntimeError("GlobeMoEFFN has no bank yet; call run_from(place, paths, choices) after loading it.")
+            raise RuntimeError(
+                "GlobeMoEFFN is not arranged; call globe_kernels.set_strategy(model, ...), or without a model "
+                "run_from(place, paths, choices)."
+            )
         return self._shared[0]
 
     @property
     def device(self) -> torch.device:
         """Where calls run: of weights that are offloaded, and come when they are called, not where these are."""
         return self.gate_code_index.device
+
+    def forget(self) -> None:
+        """Run from nothing, until `run_from` is called again."""
+        self._shared, self.paths, self._policy = (), (), None
+        parts = (*LayerCode._fields, "local_index")
+        for name in ("basis", *(f"{family}_{part}" for family in FAMILIES for part in parts)):
+            setattr(self, name, None)
 
     @torch.no_grad()
     def run_from(self, place: Place, paths: tuple[str, ...], choices: int) -> None:

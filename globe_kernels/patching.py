@@ -106,9 +106,10 @@ def unpatch(model: nn.Module) -> None:
             "The dense experts were not kept; patch with keep_dense=True to be able to undo it, or load the dense "
             "model again."
         )
-    anchor = next(model.parameters())
     for target in dense:
-        model.set_submodule(target.path, target.experts.to(anchor.device, anchor.dtype))
+        own = model.get_submodule(target.path)
+        assert isinstance(own, GlobeMoEFFN)
+        model.set_submodule(target.path, target.experts.to(own.device, own.down_proj.dtype))
     remove_bank(model)
     delattr(model, _DENSE_NAME)
     _set_quantizer(model, None)

@@ -35,6 +35,8 @@ def plan_arrangement(
         raise RequestError(
             "The codes of some experts are offloaded; load the model with offload_buffers=False, which is the default."
         )
+    if bank.gate.is_meta:
+        raise RequestError("The bank is offloaded; load the model with globe_bank on a device of its device_map.")
     item_size, machine = first.gate_adapter.element_size(), machine_for(first.device)
     palettes = {one.layer: {f: one.code(f).index.unique().numel() for f in FAMILIES} for one in modules}
     sizes = layer_sizes(config, first.layer, choices, item_size, palettes)
@@ -112,9 +114,29 @@ def _ratio_to_dense(sizes: LayerSizes, tokens: int, machine: Machine) -> float:
 
 
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
-    """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far."""
+    """Hold what `arrangement` needs, and nothing else; also on a model that runs otherwise so far.
+
+    What was held before is let go first: two pools may not fit. So where memory runs out under way the model holds
+    nothing and says so, and can be arranged again.
+    """
+    for place in bank.places:
+        assert isinstance(place, Place)
+        place.release()
+    bank.places = nn.ModuleList()
+    for module in modules:
+        module.forget()
+    bank.arrangement = arrangement
+    try:
+        _hold(bank, modules, arrangement)
+    except BaseException:
+        bank.places = nn.ModuleList()
+        for module in modules:
+            module.forget()
+        raise
+
+
+def _hold(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     paths, devices = arrangement.paths, by_device(modules)
-    bank.arrangement, bank.places = arrangement, nn.ModuleList()
     if paths == ("composed",):
         for device, own in devices.items():
             is_there = bank.gate.device == device

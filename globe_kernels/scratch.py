@@ -89,9 +89,11 @@ class Scratch:
         if following is not None and following.path(hidden_states.shape[0]) == "scratch":
             read = stream.record_event()
             side.wait_event(free)
+            found = _Ahead((other, own), None, read, side)  # first: composing may fail with half of it launched
             with torch.cuda.stream(side):
                 following.compose_into(other[: following.basis_shape[0]])
-            self._ahead[following.layer] = _Ahead((other, own), side.record_event(), read, side)
+            found.whole = side.record_event()
+            self._ahead[following.layer] = found
         return out
 
     def forget(self) -> None:

@@ -143,3 +143,13 @@ def test_layers_that_were_moved_without_their_atoms_are_refused(strategy, checkp
         RequestError, match=r"Layer 0 runs on cpu and its atoms are on meta; .* call globe_kernels.set_st"
     ):
         logits(model)
+
+
+def test_dense_experts_come_back_to_where_their_layer_runs(fit_tiny):
+    model = tiny_model("qwen3_moe")
+    expected = logits(model)
+    globe_kernels.patch(model, fit_tiny()[0], keep_dense=True)
+    model.model.embed_tokens.to("meta")  # as offloading leaves it
+    globe_kernels.unpatch(model)
+    model.model.embed_tokens = tiny_model("qwen3_moe").model.embed_tokens
+    assert torch.equal(logits(model), expected)

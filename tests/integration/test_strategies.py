@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+import weakref
 from contextlib import contextmanager, nullcontext
 
 import pytest
@@ -298,6 +299,30 @@ def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, 
         globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path, strategy="bank_first")
     report = globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path)
     assert set(report.paths) <= {"cached", "scratch"}
+
+
+def test_memory_that_runs_out_under_way_leaves_a_model_that_says_so(fit_tiny, reconstructions, monkeypatch):
+    """The old pool is gone before the new one is allocated, so that two need not fit."""
+    path, _ = fit_tiny()
+    model = patched(path, run="cached, all bases")
+    pool, compose, done = weakref.ref(model.globe_bank.caches[0].pool), GlobeMoEFFN._compose, []
+
+    def fails(module, codes):
+        done.append(pool())
+        if module.layer == 1:
+            raise MemoryError
+        return compose(module, codes)
+
+    monkeypatch.setattr(GlobeMoEFFN, "_compose", fails)
+    with pytest.raises(MemoryError):
+        globe_kernels.set_strategy(model, "composed")
+    assert done == [None, None]
+    with pytest.raises(RuntimeError, match=r"is not arranged; call globe_kernels.set_strategy\(model"):
+        logits(model)
+    assert all(module.basis is None for module in globe_modules(model).values())
+    monkeypatch.undo()
+    globe_kernels.set_strategy(model, "composed")
+    assert (logits(model) - logits(reconstructions("qwen3_moe"))).abs().max() <= 1e-4
 
 
 def test_without_a_palette_bank_first_says_what_it_costs(fit_tiny, monkeypatch):

@@ -42,7 +42,7 @@ INPUTS = (torch.randn(3, 16), torch.tensor([[0, 1], [3, 2], [1, 1]]), torch.rand
 
 
 def test_forward_needs_a_bank():
-    with pytest.raises(RuntimeError, match=r"call run_from\(place, paths, choices\)"):
+    with pytest.raises(RuntimeError, match=r"run_from\(place, paths, choices\)"):
         GlobeMoEFFN(CONFIG, 2, "silu", torch.float32)(*INPUTS)
 
 

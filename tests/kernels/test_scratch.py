@@ -8,6 +8,7 @@ import copy
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_memory_that_the_side_stream_may_still_write_is_not_given_away(gpu):
     layers = [Layer(gpu, 0), Layer(gpu, 1)]
     ahead = Scratch(layers)
     forward(ahead, layers, [])
-    assert gpu.side not in gpu.recorded
+    assert gpu.recorded == [gpu.main] * 2, "both buffers, by the stream that took them"
     forward(ahead, layers[:1], [])
     assert list(ahead._ahead) == [1] and gpu.side not in gpu.recorded
     ahead.forget()
@@ -206,6 +207,22 @@ def test_a_copy_starts_with_nothing_composed(gpu):
     ahead = Scratch(layers)
     forward(ahead, layers[:1], [])
     assert list(ahead._ahead) == [1] and not copy.copy(ahead)._ahead
+
+
+def test_what_fails_half_way_is_not_given_away_either(gpu):
+    layers = [Layer(gpu, 0), Layer(gpu, 1)]
+    layers[1].compose_into = lambda out: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        forward(Scratch(layers), layers[:1], [])
+    assert gpu.recorded == [gpu.side] * 2
+
+
+def test_nothing_is_composed_ahead_where_a_compiler_or_a_graph_looks(gpu, monkeypatch):
+    ahead, on_card = Scratch([Layer(gpu, 0)]), SimpleNamespace(is_cuda=True)
+    for capturing, compiling in ((False, False), (True, False), (False, True)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
+        assert ahead.can_run(on_card) == (not capturing and not compiling)
 
 
 def test_a_cpu_composes_when_a_layer_is_called(gpu):
