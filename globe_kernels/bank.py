@@ -103,9 +103,8 @@ class Place(nn.Module):
             self.register_buffer(f"{family}_copy", copied, persistent=False)
 
     def release(self) -> None:
-        """Let go of what is held on the device: when every basis is composed, or another arrangement comes."""
+        """Let go of copies, when every basis is composed."""
         self._used, self.gate_copy, self.up_copy = None, None, None
-        self.cache, self.scratch = None, None
 
     @property
     def config(self) -> GlobeConfig:

@@ -119,20 +119,19 @@ def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrang
     What was held before is let go first: two pools may not fit. So where memory runs out under way the model holds
     nothing and says so, and can be arranged again.
     """
-    for place in bank.places:
-        assert isinstance(place, Place)
-        place.release()
-    bank.places = nn.ModuleList()
-    for module in modules:
-        module.forget()
+    _let_go(bank, modules)
     bank.arrangement = arrangement
     try:
         _hold(bank, modules, arrangement)
     except BaseException:
-        bank.places = nn.ModuleList()
-        for module in modules:
-            module.forget()
+        _let_go(bank, modules)
         raise
+
+
+def _let_go(bank: GlobeBank, modules: Sequence[GlobeMoEFFN]) -> None:
+    bank.places = nn.ModuleList()
+    for module in modules:
+        module.forget()
 
 
 def _hold(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
