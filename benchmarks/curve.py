@@ -16,8 +16,8 @@ from subjects import Subject, Variant, build, cache_of
 from globe_kernels import cache_stats, warm_cache
 from globe_kernels.bank import Place
 from globe_kernels.cache import BasisCache
-from globe_kernels.checkpoint import BANK_NAME
-from globe_kernels.families import architecture_of
+from globe_kernels.format.checkpoint import BANK_NAME
+from globe_kernels.format.architectures import architecture_of
 from globe_kernels.replacement import globe_modules
 from globe_kernels.testing import relative_errors
 

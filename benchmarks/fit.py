@@ -46,7 +46,7 @@ from globe_fit.mobe import Clock, MobeConfig, fit_mobe
 from globe_fit.objective import FamilyWeights, share
 from globe_fit.source import ExpertLayer
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 
 # Rounds for about the seconds of the default solver.
 _ALTERNATING = FitConfig(solver="alternating", alternating=AlternatingConfig(steps=150))

@@ -18,8 +18,8 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.demo import shipped_model
 from globe_fit.evaluate import load_model, token_windows
 from globe_fit.factors import LayerFactors, reconstruct
-from globe_kernels.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.format.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
+from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.memory import Palettes, palettes_of, pool_bytes, resident
 from globe_kernels.replacement import is_patched, remove_bank
 from globe_kernels.strategy import DENSE, paths_of

@@ -13,8 +13,8 @@ from shapes import MODELS, LayerShape
 
 from globe_fit import ExpertSource
 from globe_fit.source import ExpertLayer
-from globe_kernels.checkpoint import BaseModel
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.architectures import FAMILIES
 
 # {name: its layers and their shape}
 SIZES = {"qwen3-30b": (48, MODELS["qwen3-30b-a3b"])}

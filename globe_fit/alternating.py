@@ -44,7 +44,7 @@ from globe_fit.objective import Block, FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_fit.warm_start import allowed_atoms
-from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
 
 _PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again
 

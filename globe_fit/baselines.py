@@ -3,7 +3,7 @@
 import torch
 
 from globe_fit.objective import FamilyWeights, share
-from globe_kernels.checkpoint import BaseModel
+from globe_kernels.format.checkpoint import BaseModel
 
 
 def equal_byte_rank(base: BaseModel, num_bytes: float) -> int:

@@ -39,8 +39,8 @@ from globe_fit.self_text import sample_windows
 from globe_fit.snapshots import Snapshots
 from globe_fit.source import ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import require_room, sha256
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import require_room, sha256
 
 SELF = "self"  # in the place of a text file: what the model itself writes
 

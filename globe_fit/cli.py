@@ -40,10 +40,10 @@ from globe_fit.tables import (
     print_sweep,
     print_sweep_estimate,
 )
-from globe_kernels.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
+from globe_kernels.format.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import replacing_file, require_room
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
 from globe_kernels.strategy import machine_named, machines

@@ -4,7 +4,7 @@ import torch
 
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.state import BankState
-from globe_kernels.checkpoint import BaseModel, Code, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, Code, GlobeConfig
 
 
 def largest_support(weight: torch.Tensor, support: int) -> torch.Tensor:

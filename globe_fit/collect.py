@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from globe_fit.source import ExpertSource
-from globe_kernels.families import FAMILIES, Architecture
+from globe_kernels.format.architectures import FAMILIES, Architecture
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.replacement import activation_of
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from globe_kernels.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
+from globe_kernels.format.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 
 # Share of the byte budget that the adapters get when neither rank nor atoms are given, measured best on two models at

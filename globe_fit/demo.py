@@ -11,9 +11,9 @@ from globe_fit.evaluate import Quality, continue_text, evaluate, load_model, tok
 from globe_fit.export import export_globe, save_fit
 from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import CONFIG_NAME, GlobeCheckpoint
+from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.patching import peak_workspace, resident_bytes
 from globe_kernels.replacement import globe_modules

@@ -19,7 +19,7 @@ from globe_fit.baselines import truncated_svd
 from globe_fit.factors import FamilyFactors, reconstruct
 from globe_fit.objective import FamilyWeights, share
 from globe_fit.state import BankState
-from globe_kernels.checkpoint import BaseModel, Code
+from globe_kernels.format.checkpoint import BaseModel, Code
 
 SMALL_CODE = 0.01
 SAMPLED_EXPERTS = 3

@@ -13,8 +13,8 @@ from globe_fit.source import ExpertSource
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import backward_block
 from globe_fit.warm_start import allowed_atoms
-from globe_kernels.checkpoint import GlobeConfig
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.architectures import FAMILIES
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines
 # What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe_fit.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 
 WINDOW = 256
 _BATCH = 16

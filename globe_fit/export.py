@@ -10,7 +10,7 @@ import torch
 
 from globe_fit.factors import FitResult, reconstruct
 from globe_fit.source import INDEX_NAME, ExpertSource, read_config
-from globe_kernels.checkpoint import (
+from globe_kernels.format.checkpoint import (
     CONFIG_NAME,
     METRICS_NAME,
     QUANT_METHOD,
@@ -24,8 +24,8 @@ from globe_kernels.checkpoint import (
     writing_checkpoint,
 )
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES, ExpertKey
-from globe_kernels.files import ShardWriter, holds_only_staging, require_room, staged_directory
+from globe_kernels.format.architectures import FAMILIES, ExpertKey
+from globe_kernels.format.files import ShardWriter, holds_only_staging, require_room, staged_directory
 
 # Weights in any format are not copied into an export, nor is what describes the files of the base.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from globe_kernels.checkpoint import Code, GlobeConfig, LayerFactors
+from globe_kernels.format.checkpoint import Code, GlobeConfig, LayerFactors
 from globe_kernels.ops.compose_basis import compose_basis_ref
 
 

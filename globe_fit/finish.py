@@ -10,7 +10,7 @@ from globe_fit.factors import FamilyFactors
 from globe_fit.metrics import check_names
 from globe_fit.objective import FamilyWeights, share
 from globe_fit.state import BankState
-from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref
 
 

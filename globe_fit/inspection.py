@@ -4,8 +4,8 @@ import torch
 
 from globe_fit.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.factors import reconstruct
-from globe_kernels.checkpoint import Code, GlobeCheckpoint, LayerFactors
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, LayerFactors
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.memory import palettes_of, resident, workspace
 from globe_kernels.strategy import paths_of
 

@@ -31,9 +31,9 @@ from globe_fit.adapters import refit_adapters, solve_adapters
 from globe_fit.objective import FamilyWeights, share
 from globe_fit.source import ExpertLayer
 from globe_fit.warm_start import group_of_experts, grouped_svd
-from globe_kernels.checkpoint import PHIS, GlobeConfig
+from globe_kernels.format.checkpoint import PHIS, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 Clock = Callable[[], float]

@@ -15,10 +15,10 @@ from globe_fit.loggers import read_stream
 from globe_fit.metrics import METRICS
 from globe_fit.snapshots import stream_path
 from globe_fit.source import ExpertSource
-from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
+from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import replacing_file, require_room
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:

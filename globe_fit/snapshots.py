@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from globe_fit.distributed import ALONE, Ranks
-from globe_kernels.checkpoint import METRICS_NAME
+from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import replacing_file
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import replacing_file
 
 _DIRECTORY = ".snapshot"
 _ABSENT = object()

@@ -28,9 +28,9 @@ from globe_fit.source import ExpertSource
 from globe_fit.state import BankState, Solver
 from globe_fit.varpro import VarPro
 from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
-from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:

@@ -26,10 +26,10 @@ from globe_fit.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.source import ExpertSource
 from globe_kernels import cache_stats, set_strategy
-from globe_kernels.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import replacing_file, require_room
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.memory import parse_bytes
 from globe_kernels.patching import patch
 

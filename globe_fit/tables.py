@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from globe_fit.console import gigabytes, megabytes, print_table
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.patching import PEAK_TOKENS
 
 

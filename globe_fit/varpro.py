@@ -21,7 +21,7 @@ from globe_fit.config import VarProConfig
 from globe_fit.objective import Block, FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.warm_start import allowed_atoms
-from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 

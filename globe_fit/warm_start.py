@@ -10,7 +10,7 @@ import torch
 from globe_fit.baselines import truncated_svd
 from globe_fit.objective import FamilyWeights
 from globe_fit.state import BankState
-from globe_kernels.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
 _CODE_NOISE = 0.02
 

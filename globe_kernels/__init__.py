@@ -2,7 +2,7 @@
 
 import importlib.util
 
-from globe_kernels.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.control import cache_stats, explain, set_strategy, warm_cache
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.modules import GlobeMoEFFN

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from globe_kernels.cache import BasisCache
-from globe_kernels.checkpoint import GlobeConfig
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.scratch import Scratch
 
 

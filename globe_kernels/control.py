@@ -8,7 +8,7 @@ from torch import nn
 
 from globe_kernels.bank import Arrangement, GlobeBank
 from globe_kernels.cache import BasisCache, CacheStats, sum_stats
-from globe_kernels.checkpoint import BANK_NAME
+from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.errors import RequestError
 from globe_kernels.memory import parse_bytes
 from globe_kernels.modules import GlobeMoEFFN

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 
 from globe_kernels.bank import Place
-from globe_kernels.checkpoint import Code, GlobeConfig
+from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.memory import layer_sizes
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from globe_kernels.bank import GlobeBank
-from globe_kernels.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.memory import parse_bytes, workspace
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref

@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from globe_kernels.bank import GlobeBank
-from globe_kernels.checkpoint import BANK_NAME, GlobeConfig
+from globe_kernels.format.checkpoint import BANK_NAME, GlobeConfig
 from globe_kernels.errors import RequestError
-from globe_kernels.families import architecture_of
+from globe_kernels.format.architectures import architecture_of
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
 from globe_kernels.residency import arrange

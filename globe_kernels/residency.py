@@ -9,7 +9,7 @@ from torch import nn
 from globe_kernels.bank import Arrangement, GlobeBank, Place
 from globe_kernels.cache import BasisCache
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.memory import choose_residents, layer_sizes, pool_slots
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.scratch import Scratch

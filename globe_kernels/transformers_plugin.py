@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.bank import GlobeBank
-from globe_kernels.checkpoint import (
+from globe_kernels.format.checkpoint import (
     BANK_NAME,
     QUANT_METHOD,
     GlobeConfig,
@@ -24,7 +24,7 @@ from globe_kernels.checkpoint import (
     exported_key,
 )
 from globe_kernels.errors import GlobeError
-from globe_kernels.families import FAMILIES, architecture_of
+from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.replacement import activation_of, choices_of, globe_modules, install_bank, plan_replacement
 from globe_kernels.residency import arrange, plan_arrangement

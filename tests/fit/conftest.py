@@ -5,7 +5,7 @@ import torch
 
 from globe_fit.objective import FamilyWeights
 from globe_fit.source import ExpertLayer
-from globe_kernels.checkpoint import BaseModel
+from globe_kernels.format.checkpoint import BaseModel
 
 
 @dataclass

@@ -14,7 +14,7 @@ from globe_fit.solver import open_snapshots
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_fit.warm_start import allowed_atoms, grouped_svd, initial_codes, separate_svd
-from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.testing import assert_close
 from tests.fit.conftest import MemorySource
 

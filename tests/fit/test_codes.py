@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from globe_fit.codes import largest_support, layer_palettes, pack_codes
-from globe_kernels.checkpoint import BaseModel
+from globe_kernels.format.checkpoint import BaseModel
 
 
 def test_keeps_the_atoms_that_contribute_most():

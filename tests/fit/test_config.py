@@ -14,7 +14,7 @@ from globe_fit.config import (
     resolve_device,
     resolve_sizes,
 )
-from globe_kernels.checkpoint import BaseModel
+from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.errors import RequestError
 
 ROOT = Path(__file__).resolve().parent.parent.parent

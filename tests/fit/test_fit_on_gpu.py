@@ -12,7 +12,7 @@ from globe_fit.objective import FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_kernels.errors import GlobeError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import assert_close, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

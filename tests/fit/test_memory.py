@@ -20,7 +20,7 @@ from globe_fit.demo import shipped_model
 from globe_fit.diagnostics import SAMPLED_EXPERTS
 from globe_fit.estimate import estimate
 from globe_fit.offload import plan_run
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT
 

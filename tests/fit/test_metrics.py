@@ -25,7 +25,7 @@ from globe_fit.diagnostics import (
 )
 from globe_fit.metrics import METRICS
 from globe_fit.state import BankState
-from globe_kernels.checkpoint import BaseModel
+from globe_kernels.format.checkpoint import BaseModel
 from tests.conftest import TINY_FIT
 
 BASE = BaseModel("by hand", "qwen3_moe", 2, 2, {0: 2, 3: 2})

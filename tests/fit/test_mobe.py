@@ -15,7 +15,7 @@ from globe_fit.config import resolve_sizes
 from globe_fit.mobe import MobeConfig, fit_mobe
 from globe_fit.objective import FamilyWeights
 from globe_fit.warm_start import group_of_experts, grouped_svd
-from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 from tests.conftest import TINY_FIT

@@ -9,7 +9,7 @@ from globe_fit.calibration import calibrate
 from globe_fit.demo import shipped_model
 from globe_fit.offload import plan_run
 from globe_fit.snapshots import Snapshots
-from globe_kernels import files
+from globe_kernels.format import files
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.testing import assert_close
 

@@ -10,7 +10,7 @@ from globe_fit.metrics import METRICS, check_names
 from globe_fit.solver import _Run
 from globe_fit.state import BankState
 from globe_fit.varpro import VarPro
-from globe_kernels.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError
 from tests.conftest import TINY_FIT
 

@@ -8,7 +8,7 @@ from globe_fit.objective import FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import VarPro, eliminated_error
 from globe_fit.warm_start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
-from globe_kernels.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops import mixture
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import needs_kernels

@@ -2,7 +2,7 @@ import torch
 
 from globe_fit.objective import FamilyWeights
 from globe_fit.warm_start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
-from globe_kernels.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.testing import assert_close
 
 UNEVEN = BaseModel("uneven", "qwen3_moe", 12, 5, {0: 6, 3: 4})

@@ -129,7 +129,7 @@ def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sent
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.files.save_file"])
+@pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.format.files.save_file"])
 def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch, step):
     before = contents(out)
 

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.memory import palettes_of, pool_bytes, resident
 from globe_kernels.patching import resident_bytes
 from globe_kernels.replacement import globe_modules

@@ -8,8 +8,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import globe_kernels
 from globe_fit import ExpertSource, export_dense, export_globe
-from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError, files
-from globe_kernels.families import ARCHITECTURES
+from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError
+from globe_kernels.format import files
+from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.testing import assert_close, tiny_model
 from tests.integration.test_patching import TOKENS, logits
 

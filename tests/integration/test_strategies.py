@@ -13,7 +13,7 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, scratch
-from globe_kernels.families import ARCHITECTURES
+from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.memory import palettes_of, pool_bytes, resident
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.replacement import globe_modules

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from globe_fit.sweep import PLOT_NAME, ROWS_NAME
-from globe_kernels.checkpoint import CONFIG_NAME
+from globe_kernels.format.checkpoint import CONFIG_NAME
 from globe_kernels.errors import GlobeError
 from tests.integration.conftest import assert_refused
 

@@ -71,7 +71,7 @@ def test_patch_replaces_the_covered_layers_and_leaves_the_other_alone(uneven):
     model_type, _, out, _ = uneven
     expected, model = uneven_model(model_type), uneven_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.model.layers[NARROW].state_dict().items()}
-    checkpoint, architecture = GlobeCheckpoint(out), globe_kernels.families.ARCHITECTURES[model_type]
+    checkpoint, architecture = GlobeCheckpoint(out), globe_kernels.format.architectures.ARCHITECTURES[model_type]
     for layer in (0, FEW):
         fused = expected.model.layers[layer].mlp.experts.gate_up_proj.data
         for family in ("gate", "up"):

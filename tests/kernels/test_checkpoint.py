@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from globe_kernels import files
-from globe_kernels.checkpoint import (
+from globe_kernels.format import files
+from globe_kernels.format.checkpoint import (
     CONFIG_NAME,
     BaseModel,
     Code,

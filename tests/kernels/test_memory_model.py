@@ -9,9 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from globe_kernels import GlobeCheckpoint, patch
 from globe_kernels.bank import GlobeBank
 from globe_kernels.cache import BasisCache
-from globe_kernels.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
-from globe_kernels.families import FAMILIES
+from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.memory import (
     Choice,
     atoms_on_cards,

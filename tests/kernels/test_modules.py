@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from globe_kernels.bank import GlobeBank, Place
-from globe_kernels.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.testing import assert_close
 

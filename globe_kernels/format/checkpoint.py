@@ -30,8 +30,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.families import FAMILIES
-from globe_kernels.files import ShardWriter, read_json, sha256, staged_directory
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.files import ShardWriter, read_json, sha256, staged_directory
 
 FORMAT_VERSION = 1
 CONFIG_NAME = "globe_config.json"
