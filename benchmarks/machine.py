@@ -44,7 +44,7 @@ from globe_kernels.ops.compose_layer import compose_bases
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.ops.tuning import slug
-from globe_kernels.strategy import MACHINES, Machine, References, machine_for, machines
+from globe_kernels.strategies.cost import MACHINES, Machine, References, machine_for, machines
 
 _FEW, _MANY = 16, 64  # experts, or atoms
 _CHOICES = 4

@@ -48,9 +48,9 @@ from globe_kernels.cache import BasisCache
 from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.architectures import architecture_of
-from globe_kernels.memory import layer_sizes
+from globe_kernels.strategies.budget import layer_sizes
 from globe_kernels.replacement import globe_modules, is_patched
-from globe_kernels.strategy import DENSE, machine_for, predict
+from globe_kernels.strategies.cost import DENSE, machine_for, predict
 from globe_kernels.testing import relative_errors
 
 CONTEXT = 32  # tokens in the static cache before a step
@@ -294,7 +294,7 @@ def check_bytes(subject: Subject, chosen: list[Variant], dtype: torch.dtype) -> 
         if not abs(measured - planned) <= _BYTES_GATE * planned:
             raise SystemExit(
                 f"model: THE EXPERTS OF {variant.name} HOLD {measured} BYTES AND {planned} WERE PLANNED, more than "
-                f"{_BYTES_GATE:.0%} apart; correct globe_kernels/memory.py. Nothing was timed."
+                f"{_BYTES_GATE:.0%} apart; correct globe_kernels/strategies/budget.py. Nothing was timed."
             )
         found[variant.name] = {"resident_bytes": measured, "planned_bytes": planned}
     return found

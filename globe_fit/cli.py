@@ -44,9 +44,9 @@ from globe_kernels.format.checkpoint import CONFIG_NAME, DTYPES, BaseModel, Glob
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.memory import parse_bytes
+from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.patching import patch
-from globe_kernels.strategy import machine_named, machines
+from globe_kernels.strategies.cost import machine_named, machines
 
 app = typer.Typer(
     help="GloBE: one global bank of basis matrices for the experts of a Mixture-of-Experts model.",

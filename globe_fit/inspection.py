@@ -6,8 +6,8 @@ from globe_fit.diagnostics import dense_codes, effective_rank, sparsity, spectru
 from globe_fit.factors import reconstruct
 from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.memory import palettes_of, resident, workspace
-from globe_kernels.strategy import paths_of
+from globe_kernels.strategies.budget import palettes_of, resident, workspace
+from globe_kernels.strategies.cost import paths_of
 
 _PEAK_ROWS = 4096  # routed rows, tokens times choices: a checkpoint does not know how many experts a token takes
 _SAMPLED_LAYERS = 4

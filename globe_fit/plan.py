@@ -1,6 +1,6 @@
 """What a model would take and how fast its experts would be as GloBE, from config.json alone: no weight is read.
 
-Bytes are those of globe_kernels.memory, times those of the cost model in globe_kernels.strategy: predictions, not
+Bytes are those of globe_kernels.strategies.budget, times those of the cost model in globe_kernels.strategies.cost: predictions, not
 measurements. Routing is taken for uniform, and unless a checkpoint says better, codes for random.
 """
 
@@ -19,7 +19,7 @@ from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpo
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.files import read_json
-from globe_kernels.memory import (
+from globe_kernels.strategies.budget import (
     AUTO,
     Choice,
     Palettes,
@@ -32,7 +32,7 @@ from globe_kernels.memory import (
     why_not_composed,
     workspace,
 )
-from globe_kernels.strategy import DENSE, Machine, Policy, break_even_rank, paths_of, predict, switch_points
+from globe_kernels.strategies.cost import DENSE, Machine, Policy, break_even_rank, paths_of, predict, switch_points
 
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
 CURVE_TOKENS = tuple(2**power for power in range(15))  # in the plot

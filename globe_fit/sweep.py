@@ -30,7 +30,7 @@ from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NA
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.memory import parse_bytes
+from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.patching import patch
 
 ROWS_NAME = "sweep.jsonl"

@@ -14,7 +14,7 @@ from globe_kernels.scratch import Scratch
 
 @dataclass(frozen=True)
 class Arrangement:
-    """By which paths (globe_kernels.strategy) the experts of a model may run."""
+    """By which paths (globe_kernels.strategies.cost) the experts of a model may run."""
 
     strategy: str  # as it was asked for
     paths: tuple[str, ...]

@@ -66,7 +66,7 @@ class BasisCache(nn.Module):
     ):
         """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}.
 
-        `globe_kernels.memory.pool_slots` says how many fit into a number of bytes. Raises RequestError for none.
+        `globe_kernels.strategies.budget.pool_slots` says how many fit into a number of bytes. Raises RequestError for none.
         """
         super().__init__()
         if slots < 1:

@@ -10,11 +10,11 @@ from globe_kernels.bank import Arrangement, GlobeBank
 from globe_kernels.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.errors import RequestError
-from globe_kernels.memory import parse_bytes
+from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.replacement import choices_of, globe_modules, is_patched
 from globe_kernels.residency import arrange, plan_arrangement
-from globe_kernels.strategy import DENSE, paths_of, predict
+from globe_kernels.strategies.cost import DENSE, paths_of, predict
 
 
 def set_strategy(

@@ -8,13 +8,13 @@ from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.memory import layer_sizes
+from globe_kernels.strategies.budget import layer_sizes
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
-from globe_kernels.strategy import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
+from globe_kernels.strategies.cost import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
 
@@ -26,7 +26,7 @@ class GlobeMoEFFN(nn.Module):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
     float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
 
-    `run_from` says by which paths (globe_kernels.strategy) calls may run, and makes what these hold beside that, which
+    `run_from` says by which paths (globe_kernels.strategies.cost) calls may run, and makes what these hold beside that, which
     `state_dict` leaves out: `basis` (E, 2R, D), gate rows first, and of each family a LayerCode and, where a device
     holds copies of atoms, `local_index` (E, C) int32 among them.
     """

@@ -12,7 +12,7 @@ from globe_kernels.bank import GlobeBank
 from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
-from globe_kernels.memory import parse_bytes, workspace
+from globe_kernels.strategies.budget import parse_bytes, workspace
 from globe_kernels.modules import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.replacement import (
@@ -35,7 +35,7 @@ _DENSE_NAME = "_globe_dense_experts"
 class PatchReport:
     """What `patch` did.
 
-    `replaced` and `skipped` are module paths, `paths` those of globe_kernels.strategy by which calls may run. Bytes
+    `replaced` and `skipped` are module paths, `paths` those of globe_kernels.strategies.cost by which calls may run. Bytes
     count the experts of the replaced layers (gate, up, down and biases): the dense ones before; after, what is resident
     on the device of the model, bank, bases and cache included; at the peak, that and what a call with PEAK_TOKENS
     tokens takes beside, predicted. On disk: of the checkpoint, which has no down.
@@ -62,7 +62,7 @@ def patch(
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
     Without `path`, the checkpoint in the directory that the model was loaded from. `strategy` is one of
-    globe_kernels.strategy, "auto" for the fastest path at every number of tokens among those whose tensors fit into
+    globe_kernels.strategies.cost, "auto" for the fastest path at every number of tokens among those whose tensors fit into
     `memory_budget` (bytes, or "20GiB"; of all experts, down included). `cache_bytes` is the size of the pool of
     composed bases of "cached" and "auto". `keep_dense` keeps the dense experts for `unpatch`.
 

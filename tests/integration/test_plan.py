@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from globe_fit.plan import TOKENS, read_model
-from globe_kernels import GlobeCheckpoint, strategy
-from globe_kernels.memory import palettes_of, resident
+from globe_kernels import GlobeCheckpoint
+from globe_kernels.strategies import cost as strategy
+from globe_kernels.strategies.budget import palettes_of, resident
 from tests.integration.conftest import assert_refused
 from tests.kernels.cases import H100
 

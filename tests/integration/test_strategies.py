@@ -14,11 +14,11 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, scratch
 from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.memory import palettes_of, pool_bytes, resident
+from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.replacement import globe_modules
 from globe_kernels.scratch import Scratch
-from globe_kernels.strategy import PATHS
+from globe_kernels.strategies.cost import PATHS
 from globe_kernels.testing import relative_errors, tiny_model
 from tests.kernels.cases import needs_kernels, same_tiles
 

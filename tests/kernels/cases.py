@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.triton_import import HAS_TRITON
 from globe_kernels.ops.tuning import FfnConfig, GemmConfig
-from globe_kernels.strategy import Machine
+from globe_kernels.strategies.cost import Machine
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

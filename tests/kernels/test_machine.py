@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from globe_kernels import strategy
-from globe_kernels.strategy import DENSE, LayerSizes, Machine, machine_for, machine_named, predict
+from globe_kernels.strategies import cost as strategy
+from globe_kernels.strategies.cost import DENSE, LayerSizes, Machine, machine_for, machine_named, predict
 from tests.kernels.cases import DEVICE
 from tests.kernels.test_benchmarks import BENCHMARKS, run
 

@@ -12,7 +12,7 @@ from globe_kernels.cache import BasisCache
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.memory import (
+from globe_kernels.strategies.budget import (
     Choice,
     atoms_on_cards,
     choose_residents,
@@ -30,7 +30,7 @@ from globe_kernels.ops.compose_layer import layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
-from globe_kernels.strategy import DENSE, paths_of
+from globe_kernels.strategies.cost import DENSE, paths_of
 from globe_kernels.testing import tiny_model
 from tests.kernels.cases import H100
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from globe_kernels.errors import RequestError
-from globe_kernels.strategy import (
+from globe_kernels.strategies.cost import (
     DENSE,
     PATHS,
     LayerSizes,

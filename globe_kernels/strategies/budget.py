@@ -1,4 +1,4 @@
-"""What a checkpoint takes in memory, by the ways to run it (globe_kernels.strategy), and which of them a budget holds.
+"""What a checkpoint takes in memory, by the ways to run it (globe_kernels.strategies.cost), and which of them a budget holds.
 
 Bytes of all layers, on the device; L layers, E experts, n experts of all layers, P intermediate size, D hidden size,
 R rank, M atoms, C support, U palette:
@@ -23,7 +23,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.ops.compose_layer import PALETTE_PADDING
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
-from globe_kernels.strategy import (
+from globe_kernels.strategies.cost import (
     DENSE,
     PATHS,
     LayerSizes,
