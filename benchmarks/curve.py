@@ -14,11 +14,11 @@ from measure import summarise
 from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
-from globe_kernels.bank import Place
-from globe_kernels.cache import BasisCache
+from globe_kernels.model.bank import Place
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.format.architectures import architecture_of
-from globe_kernels.replacement import globe_modules
+from globe_kernels.model.targets import globe_modules
 from globe_kernels.testing import relative_errors
 
 SHARES = (2.0, 5.0, 10.0, 25.0, 50.0, 100.0)

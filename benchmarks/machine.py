@@ -38,7 +38,7 @@ from providers import (
 )
 from shapes import LayerShape
 
-from globe_kernels.cache import BasisCache
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.functional import moe_ffn_cached
 from globe_kernels.ops.compose_layer import compose_bases
 from globe_kernels.ops.compose_slots import Mixtures

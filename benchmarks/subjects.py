@@ -21,7 +21,7 @@ from globe_fit.factors import LayerFactors, reconstruct
 from globe_kernels.format.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.strategies.budget import Palettes, palettes_of, pool_bytes, resident
-from globe_kernels.replacement import is_patched, remove_bank
+from globe_kernels.model.targets import is_patched, remove_bank
 from globe_kernels.strategies.cost import DENSE, paths_of
 
 SHIPPED = "tiny_moe"

@@ -11,7 +11,7 @@ import torch
 from globe_fit.source import ExpertSource
 from globe_kernels.format.architectures import FAMILIES, Architecture
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
-from globe_kernels.replacement import activation_of
+from globe_kernels.model.targets import activation_of
 
 _CHUNK = 4096  # tokens that are looked at together, which bounds the memory
 

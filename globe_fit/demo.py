@@ -15,8 +15,8 @@ from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.patching import peak_workspace, resident_bytes
-from globe_kernels.replacement import globe_modules
+from globe_kernels.model.patching import peak_workspace, resident_bytes
+from globe_kernels.model.targets import globe_modules
 from globe_kernels.strategies.cost import DENSE
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))

@@ -31,7 +31,7 @@ from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.strategies.budget import parse_bytes
-from globe_kernels.patching import patch
+from globe_kernels.model.patching import patch
 
 ROWS_NAME = "sweep.jsonl"
 PLOT_NAME = "sweep.png"

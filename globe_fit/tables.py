@@ -6,7 +6,7 @@ from typing import Any
 
 from globe_fit.console import gigabytes, megabytes, print_table
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.patching import PEAK_TOKENS
+from globe_kernels.model.patching import PEAK_TOKENS
 
 
 def per_rank(ranks: int) -> str:

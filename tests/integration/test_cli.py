@@ -13,7 +13,7 @@ from globe_fit.demo import shipped_model
 from globe_fit.evaluate import load_model, shared_copy
 from globe_kernels import patch
 from globe_kernels.format.checkpoint import CONFIG_NAME
-from globe_kernels.replacement import is_patched
+from globe_kernels.model.targets import is_patched
 from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK, assert_refused
 

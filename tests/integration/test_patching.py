@@ -10,7 +10,7 @@ import globe_kernels
 from globe_fit import ExpertSource, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.replacement import is_patched
+from globe_kernels.model.targets import is_patched
 from globe_kernels.testing import assert_close, tiny_model
 from tests.conftest import TINY_FIT
 

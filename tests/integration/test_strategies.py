@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
-from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError, scratch
+from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
+from globe_kernels.model import scratch
 from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.replacement import globe_modules
-from globe_kernels.scratch import Scratch
+from globe_kernels.model.targets import globe_modules
+from globe_kernels.model.scratch import Scratch
 from globe_kernels.strategies.cost import PATHS
 from globe_kernels.testing import relative_errors, tiny_model
 from tests.kernels.cases import needs_kernels, same_tiles
@@ -197,7 +198,7 @@ def test_a_strategy_can_be_changed_at_any_time(fit_tiny, reconstructions):
         )
         # on a CPU the bank that is parked in host memory is on the device of the model; it was cast to fp32 once
         parked = sum(atoms.nbytes for atoms in model.globe_bank.parameters()) if run == "composed" else 0
-        assert globe_kernels.patching.resident_bytes(model) == planned.total + parked
+        assert globe_kernels.model.patching.resident_bytes(model) == planned.total + parked
 
 
 def test_auto_takes_the_path_that_explain_names(fit_tiny):
@@ -326,6 +327,6 @@ def test_memory_that_runs_out_under_way_leaves_a_model_that_says_so(fit_tiny, re
 
 
 def test_without_a_palette_bank_first_says_what_it_costs(fit_tiny, monkeypatch):
-    monkeypatch.setattr(globe_kernels.residency, "_SLOW", 0.0)
+    monkeypatch.setattr(globe_kernels.model.arrange, "_SLOW", 0.0)
     with pytest.warns(UserWarning, match=r"uses \d+ atoms per family, and bank_first multiplies every token with all"):
         globe_kernels.patch(tiny_model("qwen3_moe"), fit_tiny()[0], strategy="bank_first")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from globe_kernels.cache import BasisCache
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.cache import BasisCache
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
@@ -14,7 +14,7 @@ from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
-from globe_kernels.scratch import Scratch
+from globe_kernels.model.scratch import Scratch
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -7,8 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from globe_kernels import GlobeCheckpoint, patch
-from globe_kernels.bank import GlobeBank
-from globe_kernels.cache import BasisCache
+from globe_kernels.model.bank import GlobeBank
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from globe_kernels.bank import GlobeBank, Place
+from globe_kernels.model.bank import GlobeBank, Place
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
-from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.testing import assert_close
 
 CONFIG = GlobeConfig(

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from globe_kernels import scratch
-from globe_kernels.scratch import Scratch
+from globe_kernels.model import scratch
+from globe_kernels.model.scratch import Scratch
 
 
 @dataclass

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from globe_kernels.bank import Place
+from globe_kernels.model.bank import Place
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of

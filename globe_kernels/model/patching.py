@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from globe_kernels.bank import GlobeBank
+from globe_kernels.model.bank import GlobeBank
 from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.strategies.budget import parse_bytes, workspace
-from globe_kernels.modules import GlobeMoEFFN
+from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.ops.compose_basis import compose_basis_ref
-from globe_kernels.replacement import (
+from globe_kernels.model.targets import (
     Target,
     activation_of,
     choices_of,
@@ -25,7 +25,7 @@ from globe_kernels.replacement import (
     plan_replacement,
     remove_bank,
 )
-from globe_kernels.residency import arrange, by_device, plan_arrangement
+from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
@@ -239,6 +239,6 @@ def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> tor
 def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
     """Let `save_pretrained` write, or no longer write, a directory that `from_pretrained` loads as GloBE."""
     if importlib.util.find_spec("transformers") is not None:
-        from globe_kernels import transformers_plugin  # optional, and slow to import
+        from globe_kernels.model import quantizer as transformers_plugin  # optional, and slow to import
 
         transformers_plugin.set_quantizer(model, config)
