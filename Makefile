@@ -53,7 +53,7 @@ gpu:
 	$(PYTHON) benchmarks/report.py
 
 # there too: the fastest configurations of this card, into globe_kernels/ops/tables, and the constants by which `auto`
-# decides on it, into globe_kernels/machines.json
+# decides on it, into globe_kernels/strategies/machines.json
 tune: export PYTHONPATH = $(CURDIR)
 tune:
 	$(PYTHON) benchmarks/tune.py

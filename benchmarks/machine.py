@@ -1,6 +1,6 @@
 """The constants of this machine, by which `auto` and `explain` decide: measured, and written where they are listed.
 
-    python benchmarks/machine.py             prints them beside those of globe_kernels/machines.json
+    python benchmarks/machine.py             prints them beside those of globe_kernels/strategies/machines.json
     python benchmarks/machine.py --write     puts them there, in the place of the entry that this machine falls under
 
 On a GPU: a copy and a product in bf16, and the time of one more small kernel in a CUDA graph (`launch_us`; what it
@@ -223,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--write", action="store_true", help="put the entry into globe_kernels/machines.json")
+    parser.add_argument("--write", action="store_true", help="put the entry into globe_kernels/strategies/machines.json")
     parser.add_argument("--json", action="store_true", help="{name: entry} on stdout, nothing else")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
