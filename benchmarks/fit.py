@@ -43,8 +43,8 @@ from globe_fit.estimate import estimate
 from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
 from globe_fit.factors import reconstruct
 from globe_fit.mobe import Clock, MobeConfig, fit_mobe
-from globe_fit.objective import FamilyWeights, share
-from globe_fit.source import ExpertLayer
+from globe_fit.data.stream import FamilyWeights, share
+from globe_fit.data.source import ExpertLayer
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 

@@ -12,7 +12,7 @@ import torch
 from shapes import MODELS, LayerShape
 
 from globe_fit import ExpertSource
-from globe_fit.source import ExpertLayer
+from globe_fit.data.source import ExpertLayer
 from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.format.architectures import FAMILIES
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from globe_fit.export import export_dense, export_globe, save_fit
     from globe_fit.factors import FitResult
     from globe_fit.solver import fit
-    from globe_fit.source import ExpertSource
+    from globe_fit.data.source import ExpertSource
 
 __all__ = [
     "ExpertSource",

@@ -40,7 +40,7 @@ from globe_fit.dictionary import (
     normalise_atoms,
     project,
 )
-from globe_fit.objective import Block, FamilyWeights
+from globe_fit.data.stream import Block, FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_fit.warm_start import allowed_atoms

@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_fit.objective import FamilyWeights, share
+from globe_fit.data.stream import FamilyWeights, share
 from globe_kernels.format.checkpoint import BaseModel
 
 

@@ -33,11 +33,11 @@ import torch
 
 from globe_fit.collect import OnBatch, Sums, collect
 from globe_fit.evaluate import WINDOW, load_model, token_windows
-from globe_fit.objective import Metric
+from globe_fit.data.stream import Metric
 from globe_fit.offload import plan_run
 from globe_fit.self_text import sample_windows
 from globe_fit.snapshots import Snapshots
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import require_room, sha256

@@ -26,7 +26,7 @@ from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report
 from globe_fit.snapshots import discard_snapshots
 from globe_fit.solver import open_snapshots, require_one_rank
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_fit.sweep import ROWS_NAME, Sweep, plan, read_cache_bytes, read_lists, write_rows
 from globe_fit.tables import (
     left_dense_note,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.format.architectures import FAMILIES, Architecture
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.model.targets import activation_of

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from globe_fit.adapters import factorise, solve_adapters
-from globe_fit.objective import Block
+from globe_fit.data.stream import Block
 from globe_fit.state import BankState
 
 RIDGE = 1e-6  # of the mean diagonal of each Gram matrix

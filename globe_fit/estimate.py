@@ -8,8 +8,8 @@ import torch
 from globe_fit.codes import candidate_atoms, largest_support
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.distributed import ALONE, Ranks
-from globe_fit.objective import FamilyWeights, Statistics, block_experts
-from globe_fit.source import ExpertSource
+from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
+from globe_fit.data.source import ExpertSource
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import backward_block
 from globe_fit.warm_start import allowed_atoms

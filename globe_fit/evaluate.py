@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from globe_fit.source import ExpertLayer, ExpertSource
+from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 

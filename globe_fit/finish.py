@@ -8,7 +8,7 @@ from globe_fit.codes import pack_codes
 from globe_fit.diagnostics import measure, palette_sizes, spot_checks
 from globe_fit.factors import FamilyFactors
 from globe_fit.metrics import check_names
-from globe_fit.objective import FamilyWeights, share
+from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.state import BankState
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from globe_fit.evaluate import WINDOW
 from globe_fit.self_text import AT_ONCE
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import RequestError
 
 _IN_MEMORY_WINDOWS = 8  # more would hardly be faster

@@ -9,7 +9,7 @@ from globe_fit.distributed import ALONE, Ranks
 from globe_fit.factors import FitResult
 from globe_fit.snapshots import Snapshots
 from globe_fit.solver import OnStep, fit
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.format.architectures import FAMILIES
 
 if TYPE_CHECKING:

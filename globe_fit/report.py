@@ -14,7 +14,7 @@ from globe_fit.inspection import stored_codes
 from globe_fit.loggers import read_stream
 from globe_fit.metrics import METRICS
 from globe_fit.snapshots import stream_path
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES

@@ -22,9 +22,9 @@ from globe_fit.estimate import estimate
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.finish import finish
 from globe_fit.metrics import check_names
-from globe_fit.objective import FamilyWeights, share
+from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.snapshots import Snapshots
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_fit.state import BankState, Solver
 from globe_fit.varpro import VarPro
 from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
@@ -57,7 +57,7 @@ def fit(
     calibration: "Calibration | None" = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
-    """Fit one bank per family to all experts of `source`; the objective is in globe_fit.objective.
+    """Fit one bank per family to all experts of `source`; the objective is in globe_fit.data.stream.
 
     `start` replaces the grouped-SVD start of a family; its codes stand, whatever `coding.initial` is. `on_step` is
     called after every step with a record of globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on

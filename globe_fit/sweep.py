@@ -24,7 +24,7 @@ from globe_fit.loggers import Loggers, read_stream
 from globe_fit.progress import Stage, fit_with_progress
 from globe_fit.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.solver import open_snapshots
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError

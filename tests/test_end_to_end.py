@@ -7,7 +7,7 @@ import pytest
 
 from globe_fit.__main__ import main
 from globe_fit.demo import shipped_model
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from globe_fit.codes import largest_support
 from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
 from globe_fit.demo import shipped_model
 from globe_fit.metrics import METRICS
-from globe_fit.objective import FamilyWeights
+from globe_fit.data.stream import FamilyWeights
 from globe_fit.solver import open_snapshots
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error

@@ -15,7 +15,7 @@ from globe_fit.dictionary import (
     normalise_atoms,
     project,
 )
-from globe_fit.objective import Block
+from globe_fit.data.stream import Block
 from globe_fit.state import BankState
 from globe_kernels.testing import assert_close
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, estimate, fit
 from globe_fit.distributed import Ranks
-from globe_fit.objective import FamilyWeights
+from globe_fit.data.stream import FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import eliminated_error
 from globe_kernels.errors import GlobeError

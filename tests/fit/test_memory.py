@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, objective
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
+
+from globe_fit.data import stream as objective
 from globe_fit.calibration import Calibration
 from globe_fit.collect import Sums
 from globe_fit.config import AlternatingConfig, CodingConfig, resolve_sizes

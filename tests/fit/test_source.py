@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from globe_fit.source import ExpertSource
+from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.testing import tiny_model

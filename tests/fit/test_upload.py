@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globe_fit import ExpertSource, FitConfig, estimate, objective
+from globe_fit import ExpertSource, FitConfig, estimate
+
+from globe_fit.data import stream as objective
 from globe_fit.config import resolve_sizes
 from globe_fit.distributed import Ranks
-from globe_fit.objective import FamilyWeights
+from globe_fit.data.stream import FamilyWeights
 from globe_kernels.testing import tiny_model
 
 

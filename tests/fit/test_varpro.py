@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from globe_fit.config import VarProConfig
-from globe_fit.objective import FamilyWeights
+from globe_fit.data.stream import FamilyWeights
 from globe_fit.state import BankState, code_index
 from globe_fit.varpro import VarPro, eliminated_error
 from globe_fit.warm_start import allowed_atoms, group_of_experts, grouped_svd, initial_codes

@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from globe_fit.distributed import ALONE, Ranks
-from globe_fit.source import ExpertLayer, ExpertSource
-from globe_fit.upload import Upload
+from globe_fit.data.source import ExpertLayer, ExpertSource
+from globe_fit.data.upload import Upload
 
 
 @dataclass(frozen=True)

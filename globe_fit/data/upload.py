@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_fit.source import ExpertLayer, ExpertSource
+from globe_fit.data.source import ExpertLayer, ExpertSource
 
 
 class Upload:
