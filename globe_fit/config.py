@@ -21,7 +21,7 @@ _WEIGHT_BYTES = 2  # bf16
 
 @dataclass(frozen=True)
 class VarProConfig:
-    """Settings of the variable-projection solver (globe_fit.varpro)."""
+    """Settings of the variable-projection solver (globe_fit.solvers.varpro)."""
 
     steps: int = 1500
     lr: float = 1.0  # of the bank, in units of its RMS
@@ -84,7 +84,7 @@ class EntmaxConfig:
 
 @dataclass(frozen=True)
 class AlternatingConfig:
-    """Settings of the alternating solver (globe_fit.alternating)."""
+    """Settings of the alternating solver (globe_fit.solvers.alternating)."""
 
     steps: int = 50  # rounds
     dictionary: str = "exact"  # conjugate gradients; "atoms": atom by atom; "mod": method of optimal directions

@@ -18,7 +18,7 @@ from torch.nn import functional
 from globe_fit.baselines import truncated_svd
 from globe_fit.factors import FamilyFactors, reconstruct
 from globe_fit.data.stream import FamilyWeights, share
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel, Code
 
 SMALL_CODE = 0.01

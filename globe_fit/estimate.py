@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.codes import candidate_atoms, largest_support
+from globe_fit.solvers.support import candidate_atoms, largest_support
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
 from globe_fit.data.source import ExpertSource
-from globe_fit.state import BankState, code_index
-from globe_fit.varpro import backward_block
-from globe_fit.warm_start import allowed_atoms
+from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.varpro import backward_block
+from globe_fit.solvers.start import allowed_atoms
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.architectures import FAMILIES
 

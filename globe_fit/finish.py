@@ -4,12 +4,12 @@ import torch
 
 from globe_fit.adapters import refit_adapters
 from globe_fit.baselines import equal_byte_rank, svd_errors
-from globe_fit.codes import pack_codes
+from globe_fit.solvers.support import pack_codes
 from globe_fit.diagnostics import measure, palette_sizes, spot_checks
 from globe_fit.factors import FamilyFactors
 from globe_fit.metrics import check_names
 from globe_fit.data.stream import FamilyWeights, share
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref
 

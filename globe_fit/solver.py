@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 from globe_fit.adapters import regularised_solves
-from globe_fit.alternating import Alternating
+from globe_fit.solvers.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.diagnostics import dense_codes, measure, run_time, support_overlap
 from globe_fit.distributed import ALONE, Ranks
@@ -25,9 +25,9 @@ from globe_fit.metrics import check_names
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.snapshots import Snapshots
 from globe_fit.data.source import ExpertSource
-from globe_fit.state import BankState, Solver
-from globe_fit.varpro import VarPro
-from globe_fit.warm_start import grouped_svd, initial_codes, separate_svd
+from globe_fit.solvers.base import BankState, Solver
+from globe_fit.solvers.varpro import VarPro
+from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.codes import largest_support, layer_palettes, pack_codes
+from globe_fit.solvers.support import largest_support, layer_palettes, pack_codes
 from globe_kernels.format.checkpoint import BaseModel
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.coding import (
+from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
     masked_least_squares,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from globe_fit.adapters import solve_adapters
-from globe_fit.dictionary import (
+from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
     _independent,
@@ -16,7 +16,7 @@ from globe_fit.dictionary import (
     project,
 )
 from globe_fit.data.stream import Block
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 from globe_kernels.testing import assert_close
 
 EXPERTS, INNER, RANK, WIDTH, ATOMS = 8, 5, 4, 10, 6

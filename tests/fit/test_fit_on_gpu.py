@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from globe_fit import ExpertSource, FitConfig, VarProConfig, estimate, fit
 from globe_fit.distributed import Ranks
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.state import BankState, code_index
-from globe_fit.varpro import eliminated_error
+from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import assert_close, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, finish, fit, save_fit, solver
-from globe_fit.codes import pack_codes
+from globe_fit.solvers.support import pack_codes
 from globe_fit.diagnostics import (
     SAMPLED_EXPERTS,
     atom_gram,
@@ -24,7 +24,7 @@ from globe_fit.diagnostics import (
     support_overlap,
 )
 from globe_fit.metrics import METRICS
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel
 from tests.conftest import TINY_FIT
 

@@ -8,8 +8,8 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
 from globe_fit.metrics import METRICS, check_names
 from globe_fit.solver import _Run
-from globe_fit.state import BankState
-from globe_fit.varpro import VarPro
+from globe_fit.solvers.base import BankState
+from globe_fit.solvers.varpro import VarPro
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError
 from tests.conftest import TINY_FIT

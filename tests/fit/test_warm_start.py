@@ -1,7 +1,7 @@
 import torch
 
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.warm_start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
+from globe_fit.solvers.start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.testing import assert_close
 

@@ -9,7 +9,7 @@ import torch
 
 from globe_fit.baselines import truncated_svd
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
 _CODE_NOISE = 0.02

@@ -15,7 +15,7 @@ import torch
 
 from globe_fit.adapters import factorise, solve_adapters
 from globe_fit.data.stream import Block
-from globe_fit.state import BankState
+from globe_fit.solvers.base import BankState
 
 RIDGE = 1e-6  # of the mean diagonal of each Gram matrix
 _AT_ONCE = 8  # atoms

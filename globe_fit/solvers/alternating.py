@@ -19,8 +19,8 @@ import torch
 
 from globe_fit.adapters import SingularBasisError, solve_spd
 from globe_fit.baselines import truncated_svd
-from globe_fit.codes import fix_support
-from globe_fit.coding import (
+from globe_fit.solvers.support import fix_support
+from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
     masked_least_squares,
@@ -31,7 +31,7 @@ from globe_fit.coding import (
     support_index,
 )
 from globe_fit.config import AlternatingConfig
-from globe_fit.dictionary import (
+from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
     Projected,
@@ -41,9 +41,9 @@ from globe_fit.dictionary import (
     project,
 )
 from globe_fit.data.stream import Block, FamilyWeights
-from globe_fit.state import BankState, code_index
-from globe_fit.varpro import eliminated_error
-from globe_fit.warm_start import allowed_atoms
+from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.varpro import eliminated_error
+from globe_fit.solvers.start import allowed_atoms
 from globe_kernels.format.checkpoint import GlobeConfig
 
 _PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again
