@@ -36,7 +36,7 @@ from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.baselines import stored_svd
-from globe_fit.calibration import SELF, Calibration, calibrate, require_text
+from globe_fit.calibration.metric import SELF, Calibration, calibrate, require_text
 from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
 from globe_fit.demo import shipped_model
 from globe_fit.estimate import estimate

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from globe_fit.calibration import SELF, calibrate, identity, require_text
+from globe_fit.calibration.metric import SELF, calibrate, identity, require_text
 from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
 from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
@@ -19,7 +19,7 @@ from globe_fit.evaluate import evaluate, load_model, shared_copy, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
-from globe_fit.offload import plan_run
+from globe_fit.calibration.offload import plan_run
 from globe_fit.plan import plan_all
 from globe_fit.plots import plan_figure, save_png
 from globe_fit.progress import fit_with_progress

@@ -13,7 +13,7 @@ from globe_fit.data.source import ExpertSource
 from globe_kernels.format.architectures import FAMILIES
 
 if TYPE_CHECKING:
-    from globe_fit.calibration import Calibration
+    from globe_fit.calibration.metric import Calibration
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from globe_fit.calibration import Calibration  # imports transformers, which takes seconds
+    from globe_fit.calibration.metric import Calibration  # imports transformers, which takes seconds
 
 _LOG_EVERY = 10
 _DEAR_TIMES = 4  # about how often a fit measures what takes as long as a step, beside its start and its end

@@ -8,7 +8,7 @@ A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights no
 one scale per family; errors that are reported are always those of the stored factors on the raw weights.
 
 A calibrated fit measures the rows of an error in the metric of their layer, each with a weight of its own
-(globe_fit.calibration): every matrix of D columns is multiplied by L_l, and row k of expert i by sqrt(d_ik), before it
+(globe_fit.calibration.metric): every matrix of D columns is multiplied by L_l, and row k of expert i by sqrt(d_ik), before it
 enters the norm. The best A_i for a basis is the same with and without the weights of the rows: least squares of each.
 
 Of several ranks (globe_fit.distributed) each sees its own columns of every W_i.

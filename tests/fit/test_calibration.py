@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from globe_fit import ExpertSource, FitConfig, VarProConfig, calibration, fit
-from globe_fit.calibration import Calibration, calibrate, identity, metric_root, row_weights
-from globe_fit.collect import Sums
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
+
+from globe_fit.calibration import metric as calibration
+from globe_fit.calibration.metric import Calibration, calibrate, identity, metric_root, row_weights
+from globe_fit.calibration.moments import Sums
 from globe_fit.demo import shipped_model
 from globe_fit.evaluate import load_model, token_windows
 from globe_fit.factors import reconstruct

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource
-from globe_fit import collect as collecting
-from globe_fit.collect import _add_sensitivities, collect
+from globe_fit.calibration import moments as collecting
+from globe_fit.calibration.moments import _add_sensitivities, collect
 from globe_fit.evaluate import load_model
 from globe_kernels.format.architectures import ARCHITECTURES, FAMILIES
 from globe_kernels.testing import assert_close

@@ -15,13 +15,13 @@ import torch
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
 
 from globe_fit.data import stream as objective
-from globe_fit.calibration import Calibration
-from globe_fit.collect import Sums
+from globe_fit.calibration.metric import Calibration
+from globe_fit.calibration.moments import Sums
 from globe_fit.config import AlternatingConfig, CodingConfig, resolve_sizes
 from globe_fit.demo import shipped_model
 from globe_fit.diagnostics import SAMPLED_EXPERTS
 from globe_fit.estimate import estimate
-from globe_fit.offload import plan_run
+from globe_fit.calibration.offload import plan_run
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT
@@ -191,7 +191,7 @@ def test_an_offloaded_run_stays_below_the_size_of_the_model(tmp_path, fused):
     plan = plan_run(ExpertSource(tmp_path / "model"), "cpu", limit)
     assert plan.offload and plan.windows > 1
     grown = grown_by(
-        "from globe_fit import ExpertSource; from globe_fit.calibration import calibrate",
+        "from globe_fit import ExpertSource; from globe_fit.calibration.metric import calibrate",
         f"calibrate(ExpertSource({str(tmp_path / 'warm-up')!r}), {str(text)!r}, memory_limit=60e6)",
         f"calibrate(ExpertSource({str(tmp_path / 'model')!r}), {str(text)!r}, memory_limit={limit})",
     )

@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from globe_fit import ExpertSource, offload
-from globe_fit.calibration import calibrate
+from globe_fit import ExpertSource
+
+from globe_fit.calibration import offload
+from globe_fit.calibration.metric import calibrate
 from globe_fit.demo import shipped_model
-from globe_fit.offload import plan_run
+from globe_fit.calibration.offload import plan_run
 from globe_fit.snapshots import Snapshots
 from globe_kernels.format import files
 from globe_kernels.errors import GlobeError, RequestError

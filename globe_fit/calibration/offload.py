@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig
 
 from globe_fit.evaluate import WINDOW
-from globe_fit.self_text import AT_ONCE
+from globe_fit.calibration.self_text import AT_ONCE
 from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import RequestError
 

@@ -1,4 +1,4 @@
-"""What a calibrated fit collects while the dense model runs over a text; the formulas are in globe_fit.calibration."""
+"""What a calibrated fit collects while the dense model runs over a text; the formulas are in globe_fit.calibration.metric."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

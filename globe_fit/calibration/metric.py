@@ -19,7 +19,7 @@ Both parts are relative to their layer, so that layers weigh as they do without 
 finite length says nothing of some directions, and hardly reaches some experts. All experts of a layer share C_l, which
 is never averaged over layers.
 
-Without a text at hand the model writes one itself (globe_fit.self_text), which takes no data at all.
+Without a text at hand the model writes one itself (globe_fit.calibration.self_text), which takes no data at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -31,11 +31,11 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from globe_fit.collect import OnBatch, Sums, collect
+from globe_fit.calibration.moments import OnBatch, Sums, collect
 from globe_fit.evaluate import WINDOW, load_model, token_windows
 from globe_fit.data.stream import Metric
-from globe_fit.offload import plan_run
-from globe_fit.self_text import sample_windows
+from globe_fit.calibration.offload import plan_run
+from globe_fit.calibration.self_text import sample_windows
 from globe_fit.snapshots import Snapshots
 from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
