@@ -35,12 +35,12 @@ from report import table
 from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
-from globe_fit.baselines import stored_svd
+from globe_fit.measure.baselines import stored_svd
 from globe_fit.calibration.metric import SELF, Calibration, calibrate, require_text
 from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
 from globe_fit.demo import shipped_model
 from globe_fit.estimate import estimate
-from globe_fit.evaluate import evaluate, load_model, token_windows, with_experts
+from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
 from globe_fit.factors import reconstruct
 from globe_fit.mobe import Clock, MobeConfig, fit_mobe
 from globe_fit.data.stream import FamilyWeights, share

@@ -15,9 +15,9 @@ from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
 from globe_fit.distributed import join
 from globe_fit.estimate import estimate, estimate_seconds
-from globe_fit.evaluate import evaluate, load_model, shared_copy, token_windows
+from globe_fit.measure.evaluate import evaluate, load_model, shared_copy, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
-from globe_fit.inspection import inspect_checkpoint
+from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.loggers import Loggers
 from globe_fit.calibration.offload import plan_run
 from globe_fit.plan import plan_all

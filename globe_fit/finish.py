@@ -3,9 +3,9 @@
 import torch
 
 from globe_fit.adapters import refit_adapters
-from globe_fit.baselines import equal_byte_rank, svd_errors
+from globe_fit.measure.baselines import equal_byte_rank, svd_errors
 from globe_fit.solvers.support import pack_codes
-from globe_fit.diagnostics import measure, palette_sizes, spot_checks
+from globe_fit.measure.diagnostics import measure, palette_sizes, spot_checks
 from globe_fit.factors import FamilyFactors
 from globe_fit.metrics import check_names
 from globe_fit.data.stream import FamilyWeights, share

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from globe_fit import plots
 from globe_fit.console import megabytes
-from globe_fit.diagnostics import compare, palette_sizes, sampled_places, sparsity
+from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
 from globe_fit.export import require_same_model
 from globe_fit.factors import reconstruct
-from globe_fit.inspection import stored_codes
+from globe_fit.measure.inspection import stored_codes
 from globe_fit.loggers import read_stream
 from globe_fit.metrics import METRICS
 from globe_fit.snapshots import stream_path

@@ -16,7 +16,7 @@ import torch
 from globe_fit.adapters import regularised_solves
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
-from globe_fit.diagnostics import dense_codes, measure, run_time, support_overlap
+from globe_fit.measure.diagnostics import dense_codes, measure, run_time, support_overlap
 from globe_fit.distributed import ALONE, Ranks
 from globe_fit.estimate import estimate
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus

@@ -18,7 +18,7 @@ from torch import nn
 from globe_fit import plots
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.estimate import estimate_seconds
-from globe_fit.evaluate import evaluate, load_model, read_token_by_token, shared_copy
+from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
 from globe_fit.export import save_fit
 from globe_fit.loggers import Loggers, read_stream
 from globe_fit.progress import Stage, fit_with_progress
@@ -173,7 +173,7 @@ class Sweep:
         return [self._row(point) for point in self.points]
 
     def measure(self, rows: list[dict], windows: torch.Tensor, cache_bytes: Sequence[int], stage: Stage) -> list[dict]:
-        """The rows with the quality of their points on `windows` (globe_fit.evaluate.token_windows).
+        """The rows with the quality of their points on `windows` (globe_fit.measure.evaluate.token_windows).
 
         Of each point also one row for every S_cache of `cache_bytes`: what a cache of that size does while the point
         reads a window token by token.

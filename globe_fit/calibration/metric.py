@@ -32,7 +32,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from globe_fit.calibration.moments import OnBatch, Sums, collect
-from globe_fit.evaluate import WINDOW, load_model, token_windows
+from globe_fit.measure.evaluate import WINDOW, load_model, token_windows
 from globe_fit.data.stream import Metric
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows

@@ -14,7 +14,7 @@ from re import search
 import torch
 from transformers import AutoConfig
 
-from globe_fit.evaluate import WINDOW
+from globe_fit.measure.evaluate import WINDOW
 from globe_fit.calibration.self_text import AT_ONCE
 from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import RequestError

@@ -7,7 +7,7 @@ import torch
 
 from globe_fit import ExpertSource, finish, fit, save_fit, solver
 from globe_fit.solvers.support import pack_codes
-from globe_fit.diagnostics import (
+from globe_fit.measure.diagnostics import (
     SAMPLED_EXPERTS,
     atom_gram,
     coherence,
@@ -70,7 +70,7 @@ def test_atoms_by_hand(monkeypatch):
     assert BankState(bank, torch.zeros(1, len(bank)), "identity").atom_norms().tolist() == [5, 2, 3]
     gram = torch.tensor([[25.0, 0, 9], [0, 4, 0], [9, 0, 9]], dtype=torch.float64)
     assert torch.equal(atom_gram(bank), gram)
-    monkeypatch.setattr("globe_fit.diagnostics._CHUNK_BYTES", 12)  # one column at a time
+    monkeypatch.setattr("globe_fit.measure.diagnostics._CHUNK_BYTES", 12)  # one column at a time
     assert torch.equal(atom_gram(bank), gram)
     found = coherence(gram)
     assert found["coherence_max"] == pytest.approx(9 / 15) and found["coherence_mean"] == pytest.approx(9 / 45)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from globe_fit.baselines import truncated_svd
+from globe_fit.measure.baselines import truncated_svd
 from globe_fit.factors import FamilyFactors, reconstruct
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.solvers.base import BankState
