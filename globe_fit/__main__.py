@@ -13,7 +13,7 @@ def main() -> None:
         # the imports take seconds, and Ctrl-C during them must not print a traceback either
         from transformers.utils import logging
 
-        from globe_fit import distributed
+        from globe_fit.run import distributed
     except KeyboardInterrupt:
         print("globe: interrupted.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
@@ -30,7 +30,7 @@ def main() -> None:
 def _run() -> tuple[int, str]:
     try:
         from globe_fit.cli import app
-        from globe_fit.distributed import leave, ranks_in_all
+        from globe_fit.run.distributed import leave, ranks_in_all
         from globe_kernels.errors import GlobeError, RequestError
     except KeyboardInterrupt:
         return _INTERRUPTED, "interrupted."

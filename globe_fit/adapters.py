@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.ops.counters import call_counts, count_call
 
 _LARGER_RIDGE = (1.0, 1e2, 1e4)

@@ -7,7 +7,7 @@ import torch
 
 from globe_fit.solvers.support import candidate_atoms, largest_support
 from globe_fit.config import FitConfig, resolve_device
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
 from globe_fit.data.source import ExpertSource
 from globe_fit.solvers.base import BankState, code_index

@@ -11,9 +11,9 @@ from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places
 from globe_fit.export import require_same_model
 from globe_fit.factors import reconstruct
 from globe_fit.measure.inspection import stored_codes
-from globe_fit.loggers import read_stream
-from globe_fit.metrics import METRICS
-from globe_fit.snapshots import stream_path
+from globe_fit.run.loggers import read_stream
+from globe_fit.run.metrics import METRICS
+from globe_fit.run.snapshots import stream_path
 from globe_fit.data.source import ExpertSource
 from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.errors import RequestError

@@ -17,13 +17,13 @@ from globe_fit.adapters import regularised_solves
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.measure.diagnostics import dense_codes, measure, run_time, support_overlap
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.estimate import estimate
 from globe_fit.factors import FamilyFactors, FitResult, FitStatus
 from globe_fit.finish import finish
-from globe_fit.metrics import check_names
+from globe_fit.run.metrics import check_names
 from globe_fit.data.stream import FamilyWeights, share
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_fit.data.source import ExpertSource
 from globe_fit.solvers.base import BankState, Solver
 from globe_fit.solvers.varpro import VarPro
@@ -60,10 +60,10 @@ def fit(
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.data.stream.
 
     `start` replaces the grouped-SVD start of a family; its codes stand, whatever `coding.initial` is. `on_step` is
-    called after every step with a record of globe_fit.metrics. With `snapshots` (from `open_snapshots`) the fit goes on
+    called after every step with a record of globe_fit.run.metrics. With `snapshots` (from `open_snapshots`) the fit goes on
     where an interrupted one was, with the same result as if it had not been interrupted, bitwise on a CPU. With
     `calibration` the error is measured on what the experts compute for the inputs of its text. Deterministic: one seed
-    gives one result on one machine. With `ranks` (from globe_fit.distributed) this process is one of several that fit
+    gives one result on one machine. With `ranks` (from globe_fit.run.distributed) this process is one of several that fit
     together, each with some columns of the weights and of the bank; the result is the first rank's. Memory: six times
     the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), on a GPU five, the
     factors, and one block of experts, or all those of a family, as they are stored, where a GPU has room for them.

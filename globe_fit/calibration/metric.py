@@ -36,7 +36,7 @@ from globe_fit.measure.evaluate import WINDOW, load_model, token_windows
 from globe_fit.data.stream import Metric
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES

@@ -11,7 +11,7 @@ A calibrated fit measures the rows of an error in the metric of their layer, eac
 (globe_fit.calibration.metric): every matrix of D columns is multiplied by L_l, and row k of expert i by sqrt(d_ik), before it
 enters the norm. The best A_i for a basis is the same with and without the weights of the rows: least squares of each.
 
-Of several ranks (globe_fit.distributed) each sees its own columns of every W_i.
+Of several ranks (globe_fit.run.distributed) each sees its own columns of every W_i.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.data.upload import Upload
 

@@ -1,6 +1,6 @@
 """What a state of a fit is like: sparsity, atoms, conditioning, sampled experts, run time. Nothing here changes it.
 
-Names and units are those of globe_fit.metrics. With n experts, M atoms B_j (R, D) and codes alpha (n, M):
+Names and units are those of globe_fit.run.metrics. With n experts, M atoms B_j (R, D) and codes alpha (n, M):
 
     support C_i = |{j: alpha_ij != 0}|, use U_j = |{i: alpha_ij != 0}|
     entropy of i = -sum_j p_ij log p_ij / log C_i, with p_ij = |alpha_ij| / sum_k |alpha_ik|; 0 for a single atom

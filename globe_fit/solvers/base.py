@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 from globe_kernels.ops.mixture import mixture
 

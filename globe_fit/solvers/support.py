@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_fit.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel, Code, GlobeConfig
 

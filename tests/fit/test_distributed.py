@@ -14,9 +14,9 @@ from torch import distributed
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.__main__ import _run
 from globe_fit.config import resolve_sizes
-from globe_fit.distributed import Ranks, join, say
+from globe_fit.run.distributed import Ranks, join, say
 from globe_fit.estimate import estimate
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_fit.solver import open_snapshots, require_one_rank
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close
@@ -27,7 +27,7 @@ CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_st
 COMMAND = """
 import os, signal, sys, time
 from pathlib import Path
-from globe_fit import snapshots
+from globe_fit.run import snapshots
 from globe_fit.__main__ import main
 
 write, saves, kill_at = snapshots.save_file, 0, int(os.environ["KILL_AT"])

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, estimate, fit
-from globe_fit.distributed import Ranks
+from globe_fit.run.distributed import Ranks
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.varpro import eliminated_error

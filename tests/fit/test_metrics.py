@@ -23,7 +23,7 @@ from globe_fit.measure.diagnostics import (
     spectrum,
     support_overlap,
 )
-from globe_fit.metrics import METRICS
+from globe_fit.run.metrics import METRICS
 from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel
 from tests.conftest import TINY_FIT

@@ -10,7 +10,7 @@ from globe_fit.calibration import offload
 from globe_fit.calibration.metric import calibrate
 from globe_fit.demo import shipped_model
 from globe_fit.calibration.offload import plan_run
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_kernels.format import files
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.testing import assert_close

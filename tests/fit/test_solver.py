@@ -6,7 +6,7 @@ import torch
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.factors import reconstruct
-from globe_fit.metrics import METRICS, check_names
+from globe_fit.run.metrics import METRICS, check_names
 from globe_fit.solver import _Run
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.varpro import VarPro

@@ -9,7 +9,7 @@ from globe_fit import ExpertSource, FitConfig, estimate
 
 from globe_fit.data import stream as objective
 from globe_fit.config import resolve_sizes
-from globe_fit.distributed import Ranks
+from globe_fit.run.distributed import Ranks
 from globe_fit.data.stream import FamilyWeights
 from globe_kernels.testing import tiny_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from tests.integration.conftest import QUICK, assert_refused
 
 EXPERT = "model.layers.1.mlp.experts.3.{}_proj.weight"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from globe_fit.metrics import METRICS
+from globe_fit.run.metrics import METRICS
 from globe_fit.report import write_report
 
 _VOID = {"meta", "br", "link", "img"}

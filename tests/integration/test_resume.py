@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, fit
-from globe_fit.snapshots import Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_fit.solver import open_snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from tests.conftest import TINY_FIT
@@ -20,7 +20,8 @@ from tests.conftest import TINY_FIT
 # Kills itself at the given event, if there is one: an event is a step, or a snapshot that is half written.
 SCRIPT = """
 import os, signal, sys
-from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit, snapshots
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
+from globe_fit.run import snapshots
 from globe_fit.solver import open_snapshots
 
 model, out, kill_at, half_written = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "half"
@@ -143,7 +144,7 @@ def test_a_full_disk_keeps_the_snapshot_before(save_tiny, tmp_path, monkeypatch)
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("globe_fit.snapshots.save_file", full)
+    monkeypatch.setattr("globe_fit.run.snapshots.save_file", full)
     with pytest.raises(GlobeError, match="full"):
         fit(source, TINY_FIT, snapshots=open_snapshots(tmp_path, source, TINY_FIT, 0))
     assert [path.name for path in (tmp_path / ".snapshot").iterdir()] == ["gate-1-0.safetensors"]
@@ -152,7 +153,7 @@ def test_a_full_disk_keeps_the_snapshot_before(save_tiny, tmp_path, monkeypatch)
 
 def test_snapshots_come_in_time(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("globe_fit.snapshots.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("globe_fit.run.snapshots.time.monotonic", lambda: now[0])
     snapshots = Snapshots(tmp_path, {}, minutes=2)
     now[0] += 119
     assert not snapshots.due()

@@ -124,7 +124,8 @@ def test_what_cannot_be_had_is_found_before_the_first_fit(globe, model_dir, tmp_
 # Kills itself at the given step of all steps of the sweep.
 KILLED = """
 import os, signal, sys
-from globe_fit import __main__, loggers
+from globe_fit import __main__
+from globe_fit.run import loggers
 steps, write = 0, loggers.Loggers.__call__
 def count(self, record):
     global steps

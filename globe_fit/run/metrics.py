@@ -86,5 +86,5 @@ def check_names(record: dict) -> dict:
     """The record itself. Raises KeyError for a name that the table does not have."""
     for name in record:
         if name not in METRICS:
-            raise KeyError(f"metric {name!r} is not in globe_fit.metrics.METRICS")
+            raise KeyError(f"metric {name!r} is not in globe_fit.run.metrics.METRICS")
     return record

@@ -1,0 +1,1 @@
+"""A running fit: ranks, snapshots, metrics and where they go."""
