@@ -14,13 +14,13 @@ from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve
 from globe_fit.console import megabytes, progress
 from globe_fit.demo import run_demo
 from globe_fit.run.distributed import join
-from globe_fit.estimate import estimate, estimate_seconds
+from globe_fit.plan.fitting import estimate, estimate_seconds
 from globe_fit.measure.evaluate import evaluate, load_model, shared_copy, token_windows
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.run.loggers import Loggers
 from globe_fit.calibration.offload import plan_run
-from globe_fit.plan import plan_all
+from globe_fit.plan.serving import plan_all
 from globe_fit.plots import plan_figure, save_png
 from globe_fit.progress import fit_with_progress
 from globe_fit.report import write_report

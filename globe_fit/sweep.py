@@ -17,7 +17,7 @@ from torch import nn
 
 from globe_fit import plots
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
-from globe_fit.estimate import estimate_seconds
+from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
 from globe_fit.export import save_fit
 from globe_fit.run.loggers import Loggers, read_stream

@@ -15,7 +15,7 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.__main__ import _run
 from globe_fit.config import resolve_sizes
 from globe_fit.run.distributed import Ranks, join, say
-from globe_fit.estimate import estimate
+from globe_fit.plan.fitting import estimate
 from globe_fit.run.snapshots import Snapshots
 from globe_fit.solver import open_snapshots, require_one_rank
 from globe_kernels.errors import RequestError

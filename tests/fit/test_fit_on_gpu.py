@@ -6,7 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from globe_fit import ExpertSource, FitConfig, VarProConfig, estimate, fit
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
+
+from globe_fit.plan import fitting as estimate
 from globe_fit.run.distributed import Ranks
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.solvers.base import BankState, code_index

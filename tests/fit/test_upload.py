@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from globe_fit import ExpertSource, FitConfig, estimate
+from globe_fit import ExpertSource, FitConfig
+
+from globe_fit.plan import fitting as estimate
 
 from globe_fit.data import stream as objective
 from globe_fit.config import resolve_sizes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from globe_fit.plan import TOKENS, read_model
+from globe_fit.plan.serving import TOKENS, read_model
 from globe_kernels import GlobeCheckpoint
 from globe_kernels.strategies import cost as strategy
 from globe_kernels.strategies.budget import palettes_of, resident
