@@ -38,7 +38,7 @@ from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.measure.baselines import stored_svd
 from globe_fit.calibration.metric import SELF, Calibration, calibrate, require_text
 from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.plan.fitting import estimate
 from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
 from globe_fit.factors import reconstruct

@@ -29,7 +29,7 @@ def main() -> None:
 
 def _run() -> tuple[int, str]:
     try:
-        from globe_fit.cli import app
+        from globe_fit.cli.app import app
         from globe_fit.run.distributed import leave, ranks_in_all
         from globe_kernels.errors import GlobeError, RequestError
     except KeyboardInterrupt:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from globe_fit.__main__ import main
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.data.source import ExpertSource
 
 

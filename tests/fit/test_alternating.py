@@ -7,7 +7,7 @@ from globe_fit import ExpertSource, fit
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.support import largest_support
 from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.run.metrics import METRICS
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.solver import open_snapshots

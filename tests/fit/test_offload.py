@@ -8,7 +8,7 @@ from globe_fit import ExpertSource
 
 from globe_fit.calibration import offload
 from globe_fit.calibration.metric import calibrate
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.calibration.offload import plan_run
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.format import files

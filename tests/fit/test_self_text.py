@@ -9,7 +9,7 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
 
 from globe_fit.calibration import metric as calibration
 from globe_fit.calibration.metric import SELF, calibrate
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
 from globe_fit.factors import reconstruct
 from globe_fit.calibration.offload import plan_run

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe_fit.demo import shipped_model
+from globe_fit.cli.demo import shipped_model
 from globe_fit.measure.evaluate import load_model, shared_copy
 from globe_kernels import patch
 from globe_kernels.format.checkpoint import CONFIG_NAME
@@ -68,7 +68,7 @@ def test_the_dense_model_is_loaded_once_and_stays_as_it_is(globe, with_tokenizer
         expected.append(loaded[-1](windows).logits)
         return loaded[-1]
 
-    monkeypatch.setattr("globe_fit.cli.load_model", load)
+    monkeypatch.setattr("globe_fit.cli.app.load_model", load)
     options = ("--base", with_tokenizer, "--text", with_tokenizer / "text.txt", "--device", "cpu", "--json")
     code, stdout, _ = globe("eval", fit_tiny()[0], *options)
     assert code == 0 and json.loads(stdout)["globe"]["kl"] > 1e-7
@@ -219,7 +219,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("globe_fit.progress.fit", interrupt)
+    monkeypatch.setattr("globe_fit.cli.progress.fit", interrupt)
     code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
     assert code == 130 and stderr == "globe: interrupted.\n"
     assert not (tmp_path / "out").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from globe_fit.sweep import PLOT_NAME, ROWS_NAME
+from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
 from globe_kernels.format.checkpoint import CONFIG_NAME
 from globe_kernels.errors import GlobeError
 from tests.integration.conftest import assert_refused
@@ -174,7 +174,7 @@ def test_killed_it_goes_on_with_the_same_table(globe, model_dir, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeypatch):
-    from globe_fit import progress
+    from globe_fit.cli import progress
 
     fit, begun = progress.fit, []
 
@@ -186,7 +186,7 @@ def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeyp
 
     command = ("sweep", model_dir, "-o", tmp_path / "out", "--rank", "16,48", "--atoms", "8", "--support", "4", *QUICK)
     with monkeypatch.context() as patched:
-        patched.setattr("globe_fit.progress.fit", interrupted)
+        patched.setattr("globe_fit.cli.progress.fit", interrupted)
         code, stdout, stderr = globe(*command)
     assert (code, stdout) == (130, "") and stderr.endswith("globe: interrupted.\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["r16-m8-s4"]
@@ -206,7 +206,7 @@ def test_a_model_that_cannot_be_evaluated_costs_no_rows(globe, with_tokenizer, t
     def broken(*_):
         raise GlobeError("no such model")
 
-    monkeypatch.setattr("globe_fit.sweep.load_model", broken)
+    monkeypatch.setattr("globe_fit.cli.sweep.load_model", broken)
     out, text = tmp_path / "out", ("--text", with_tokenizer / "text.txt")
     result = globe("sweep", with_tokenizer, "-o", out, "--ratio", "0.8", "--support", "4", *QUICK, *text)
     assert result[0] == 1 and result[2].endswith("globe: no such model\n")

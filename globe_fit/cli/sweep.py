@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from globe_fit import plots
+from globe_fit.cli import plots
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
 from globe_fit.export import save_fit
 from globe_fit.run.loggers import Loggers, read_stream
-from globe_fit.progress import Stage, fit_with_progress
+from globe_fit.cli.progress import Stage, fit_with_progress
 from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.solver import open_snapshots
 from globe_fit.data.source import ExpertSource

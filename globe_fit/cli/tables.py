@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from globe_fit.console import gigabytes, megabytes, print_table
+from globe_fit.cli.console import gigabytes, megabytes, print_table
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from globe_fit.progress import Stage
+from globe_fit.cli.progress import Stage
 
 _PLAIN_LINES = 10  # progress lines per stage where there is no terminal
 _WIDEST = 240

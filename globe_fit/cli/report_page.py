@@ -5,8 +5,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from globe_fit import plots
-from globe_fit.console import megabytes
+from globe_fit.cli import plots
+from globe_fit.cli.console import megabytes
 from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
 from globe_fit.export import require_same_model
 from globe_fit.factors import reconstruct
