@@ -41,7 +41,7 @@ from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
 from globe_fit.cli.demo import shipped_model
 from globe_fit.plan.fitting import estimate
 from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
-from globe_fit.factors import reconstruct
+from globe_fit.result import reconstruct
 from globe_fit.mobe import Clock, MobeConfig, fit_mobe
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.data.source import ExpertLayer

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from globe_fit.config import FitConfig, VarProConfig
     from globe_fit.export import export_dense, export_globe, save_fit
-    from globe_fit.factors import FitResult
-    from globe_fit.solver import fit
+    from globe_fit.result import FitResult
+    from globe_fit.fitting import fit
     from globe_fit.data.source import ExpertSource
 
 __all__ = [

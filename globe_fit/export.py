@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.factors import FitResult, reconstruct
+from globe_fit.result import FitResult, reconstruct
 from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
 from globe_kernels.format.checkpoint import (
     CONFIG_NAME,

@@ -9,7 +9,7 @@ on all three at once. After "MoBE: Mixture-of-Basis-Experts for Compressing MoE-
 from the paper's description, so what it leaves open is our choice and in its favour:
 
 * One mean and one scale normalise a family. At the end both are folded into the adapters, by least squares on the raw
-  weights and the stored atoms as `globe_fit.solver` does it: exactly the scale, and of the mean what lies in the row
+  weights and the stored atoms as `globe_fit.fitting` does it: exactly the scale, and of the mean what lies in the row
   space of the basis.
 * What is returned is the best state on the way, not the last.
 * A layer gets atoms in proportion to its experts, all layers together as many as the GloBE bank of `sizes`: with the
@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.adapters import refit_adapters, solve_adapters
+from globe_fit.linalg import refit_adapters, solve_adapters
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.data.source import ExpertLayer
 from globe_fit.solvers.start import group_of_experts, grouped_svd

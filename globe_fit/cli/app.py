@@ -25,7 +25,7 @@ from globe_fit.cli.plots import plan_figure, save_png
 from globe_fit.cli.progress import fit_with_progress
 from globe_fit.cli.report_page import write_report
 from globe_fit.run.snapshots import discard_snapshots
-from globe_fit.solver import open_snapshots, require_one_rank
+from globe_fit.fitting import open_snapshots, require_one_rank
 from globe_fit.data.source import ExpertSource
 from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan, read_cache_bytes, read_lists, write_rows
 from globe_fit.cli.tables import (

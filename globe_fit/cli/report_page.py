@@ -9,7 +9,7 @@ from globe_fit.cli import plots
 from globe_fit.cli.console import megabytes
 from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
 from globe_fit.export import require_same_model
-from globe_fit.factors import reconstruct
+from globe_fit.result import reconstruct
 from globe_fit.measure.inspection import stored_codes
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.metrics import METRICS

@@ -23,7 +23,7 @@ from globe_fit.export import save_fit
 from globe_fit.run.loggers import Loggers, read_stream
 from globe_fit.cli.progress import Stage, fit_with_progress
 from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
-from globe_fit.solver import open_snapshots
+from globe_fit.fitting import open_snapshots
 from globe_fit.data.source import ExpertSource
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 import torch
 
-from globe_fit.adapters import SingularBasisError, solve_spd
+from globe_fit.linalg import SingularBasisError, solve_spd
 from globe_fit.measure.baselines import truncated_svd
 from globe_fit.solvers.support import fix_support
 from globe_fit.solvers.coding import (

@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from globe_fit.adapters import solve_spd
+from globe_fit.linalg import solve_spd
 
 _SWEEPS = 200
 _PROJECTIONS = 300

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from globe_fit.adapters import factorise, solve_adapters
+from globe_fit.linalg import factorise, solve_adapters
 from globe_fit.data.stream import Block
 from globe_fit.solvers.base import BankState
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from globe_fit.adapters import SingularBasisError, solve_adapters
+from globe_fit.linalg import SingularBasisError, solve_adapters
 from globe_fit.solvers.support import candidate_atoms, fix_support
 from globe_fit.config import VarProConfig
 from globe_fit.data.stream import Block, FamilyWeights

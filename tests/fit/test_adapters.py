@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from globe_fit.adapters import SingularBasisError, refit_adapters, solve_adapters
+from globe_fit.linalg import SingularBasisError, refit_adapters, solve_adapters
 from globe_kernels.testing import assert_close
 
 

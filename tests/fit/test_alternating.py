@@ -10,7 +10,7 @@ from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitC
 from globe_fit.cli.demo import shipped_model
 from globe_fit.run.metrics import METRICS
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.solver import open_snapshots
+from globe_fit.fitting import open_snapshots
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.varpro import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, grouped_svd, initial_codes, separate_svd

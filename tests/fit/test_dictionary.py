@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.adapters import solve_adapters
+from globe_fit.linalg import solve_adapters
 from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from globe_fit import ExpertSource, finish, fit, save_fit, solver
+from globe_fit import ExpertSource, finish, fit, save_fit
+
+from globe_fit import fitting as solver
 from globe_fit.solvers.support import pack_codes
 from globe_fit.measure.diagnostics import (
     SAMPLED_EXPERTS,

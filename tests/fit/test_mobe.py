@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, FitConfig
-from globe_fit.adapters import solve_adapters
+from globe_fit.linalg import solve_adapters
 from globe_fit.config import resolve_sizes
 from globe_fit.mobe import MobeConfig, fit_mobe
 from globe_fit.data.stream import FamilyWeights

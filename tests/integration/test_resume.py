@@ -13,7 +13,7 @@ import torch
 
 from globe_fit import ExpertSource, fit
 from globe_fit.run.snapshots import Snapshots
-from globe_fit.solver import open_snapshots
+from globe_fit.fitting import open_snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from tests.conftest import TINY_FIT
 
@@ -22,7 +22,7 @@ SCRIPT = """
 import os, signal, sys
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.run import snapshots
-from globe_fit.solver import open_snapshots
+from globe_fit.fitting import open_snapshots
 
 model, out, kill_at, half_written = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "half"
 config = FitConfig(ratio=0.8, support=4, palette=6, varpro=VarProConfig(steps=12, warmup_steps=2))

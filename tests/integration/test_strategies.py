@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
-from globe_fit.factors import reconstruct
+from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.model import scratch
 from globe_kernels.format.architectures import ARCHITECTURES

@@ -11,7 +11,7 @@ from torch import nn
 
 import globe_kernels
 from globe_fit import ExpertSource
-from globe_fit.factors import reconstruct
+from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK

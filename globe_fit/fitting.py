@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from globe_fit.adapters import regularised_solves
+from globe_fit.linalg import regularised_solves
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.measure.diagnostics import dense_codes, measure, run_time, support_overlap
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.plan.fitting import estimate
-from globe_fit.factors import FamilyFactors, FitResult, FitStatus
+from globe_fit.result import FamilyFactors, FitResult, FitStatus
 from globe_fit.finish import finish
 from globe_fit.run.metrics import check_names
 from globe_fit.data.stream import FamilyWeights, share
