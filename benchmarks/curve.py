@@ -14,10 +14,10 @@ from measure import summarise
 from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
+from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.model.bank import Place
 from globe_kernels.model.cache import BasisCache
-from globe_kernels.format.checkpoint import BANK_NAME
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.testing import relative_errors
 

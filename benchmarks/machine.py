@@ -38,8 +38,8 @@ from providers import (
 )
 from shapes import LayerShape
 
-from globe_kernels.model.cache import BasisCache
 from globe_kernels.functional import moe_ffn_cached
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.compose_layer import compose_bases
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
@@ -223,7 +223,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--write", action="store_true", help="put the entry into globe_kernels/strategies/machines.json")
+    parser.add_argument(
+        "--write", action="store_true", help="put the entry into globe_kernels/strategies/machines.json"
+    )
     parser.add_argument("--json", action="store_true", help="{name: entry} on stdout, nothing else")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():

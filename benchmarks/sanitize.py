@@ -7,8 +7,8 @@ import torch
 from providers import dense_twin, globe, globe_atomic, globe_bank_first, random_inputs, random_layer, reference
 from shapes import LayerShape
 
-from globe_kernels.model.cache import BasisCache
 from globe_kernels.functional import moe_ffn, moe_ffn_cached
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_layer, layer_code

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from globe_fit.config import FitConfig, VarProConfig
-    from globe_fit.export import export_dense, export_globe, save_fit
-    from globe_fit.result import FitResult
-    from globe_fit.fitting import fit
     from globe_fit.data.source import ExpertSource
+    from globe_fit.export import export_dense, export_globe, save_fit
+    from globe_fit.fitting import fit
+    from globe_fit.result import FitResult
 
 __all__ = [
     "ExpertSource",
@@ -21,14 +21,15 @@ __all__ = [
     "save_fit",
 ]
 
+# No module has the name of a function here: importing that module would put it in the place of the function.
 _HOME = {
-    "ExpertSource": "source",
+    "ExpertSource": "data.source",
     "FitConfig": "config",
-    "FitResult": "factors",
+    "FitResult": "result",
     "VarProConfig": "config",
     "export_dense": "export",
     "export_globe": "export",
-    "fit": "solver",
+    "fit": "fitting",
     "save_fit": "export",
 }
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from globe_kernels.format.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import PHIS, SCOPES, BaseModel, GlobeConfig
 
 # Share of the byte budget that the adapters get when neither rank nor atoms are given, measured best on two models at
 # ratios from 0.4 to 0.75 (LOG.md). At ratio 0.625 it makes rank = p for p/d up to 0.42.

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.result import FitResult, reconstruct
 from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
+from globe_fit.result import FitResult, reconstruct
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.architectures import FAMILIES, ExpertKey
 from globe_kernels.format.checkpoint import (
     CONFIG_NAME,
     METRICS_NAME,
@@ -23,8 +25,6 @@ from globe_kernels.format.checkpoint import (
     exported_key,
     writing_checkpoint,
 )
-from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES, ExpertKey
 from globe_kernels.format.files import ShardWriter, holds_only_staging, require_room, staged_directory
 
 # Weights in any format are not copied into an export, nor is what describes the files of the base.

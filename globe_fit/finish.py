@@ -2,14 +2,14 @@
 
 import torch
 
+from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.linalg import refit_adapters
 from globe_fit.measure.baselines import equal_byte_rank, svd_errors
-from globe_fit.solvers.support import pack_codes
 from globe_fit.measure.diagnostics import measure, palette_sizes, spot_checks
 from globe_fit.result import FamilyFactors
 from globe_fit.run.metrics import check_names
-from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.solvers.base import BankState
+from globe_fit.solvers.support import pack_codes
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref
 

@@ -13,24 +13,24 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from globe_fit.linalg import regularised_solves
-from globe_fit.solvers.alternating import Alternating
 from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.data.source import ExpertSource
+from globe_fit.data.stream import FamilyWeights, share
+from globe_fit.finish import finish
+from globe_fit.linalg import regularised_solves
 from globe_fit.measure.diagnostics import dense_codes, measure, run_time, support_overlap
-from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.plan.fitting import estimate
 from globe_fit.result import FamilyFactors, FitResult, FitStatus
-from globe_fit.finish import finish
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
-from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.run.snapshots import Snapshots
-from globe_fit.data.source import ExpertSource
+from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, Solver
-from globe_fit.solvers.varpro import VarPro
 from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd
-from globe_kernels.format.checkpoint import Code, GlobeConfig
+from globe_fit.solvers.varpro import VarPro
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import torch
 
 from globe_fit.data.source import ExpertSource
 from globe_kernels.format.architectures import FAMILIES, Architecture
-from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.model.targets import activation_of
+from globe_kernels.ops.activations import GATED_ACTIVATIONS
 
 _CHUNK = 4096  # tokens that are looked at together, which bounds the memory
 

@@ -10,23 +10,12 @@ from typing import Annotated
 import typer
 
 from globe_fit.calibration.metric import SELF, calibrate, identity, require_text
-from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
+from globe_fit.calibration.offload import plan_run
 from globe_fit.cli.console import megabytes, progress
 from globe_fit.cli.demo import run_demo
-from globe_fit.run.distributed import join
-from globe_fit.plan.fitting import estimate, estimate_seconds
-from globe_fit.measure.evaluate import evaluate, load_model, shared_copy, token_windows
-from globe_fit.export import export_dense, export_globe, save_fit
-from globe_fit.measure.inspection import inspect_checkpoint
-from globe_fit.run.loggers import Loggers
-from globe_fit.calibration.offload import plan_run
-from globe_fit.plan.serving import plan_all
 from globe_fit.cli.plots import plan_figure, save_png
 from globe_fit.cli.progress import fit_with_progress
 from globe_fit.cli.report_page import write_report
-from globe_fit.run.snapshots import discard_snapshots
-from globe_fit.fitting import open_snapshots, require_one_rank
-from globe_fit.data.source import ExpertSource
 from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan, read_cache_bytes, read_lists, write_rows
 from globe_fit.cli.tables import (
     left_dense_note,
@@ -40,12 +29,23 @@ from globe_fit.cli.tables import (
     print_sweep,
     print_sweep_estimate,
 )
-from globe_kernels.format.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
+from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
+from globe_fit.data.source import ExpertSource
+from globe_fit.export import export_dense, export_globe, save_fit
+from globe_fit.fitting import open_snapshots, require_one_rank
+from globe_fit.measure.evaluate import evaluate, load_model, shared_copy, token_windows
+from globe_fit.measure.inspection import inspect_checkpoint
+from globe_fit.plan.fitting import estimate, estimate_seconds
+from globe_fit.plan.serving import plan_all
+from globe_fit.run.distributed import join
+from globe_fit.run.loggers import Loggers
+from globe_fit.run.snapshots import discard_snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.model.patching import patch
+from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.strategies.cost import machine_named, machines
 
 app = typer.Typer(

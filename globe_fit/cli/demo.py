@@ -5,18 +5,18 @@ from pathlib import Path
 
 from torch import nn
 
-from globe_fit.measure.baselines import stored_svd
-from globe_fit.config import FitConfig, VarProConfig
-from globe_fit.measure.evaluate import Quality, continue_text, evaluate, load_model, token_windows, with_experts
-from globe_fit.export import export_globe, save_fit
 from globe_fit.cli.progress import Stage, fit_with_progress
+from globe_fit.config import FitConfig, VarProConfig
 from globe_fit.data.source import ExpertSource
-from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
+from globe_fit.export import export_globe, save_fit
+from globe_fit.measure.baselines import stored_svd
+from globe_fit.measure.evaluate import Quality, continue_text, evaluate, load_model, token_windows, with_experts
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.ops.counters import call_counts
+from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.model.patching import peak_workspace, resident_bytes
 from globe_kernels.model.targets import globe_modules
+from globe_kernels.ops.counters import call_counts
 from globe_kernels.strategies.cost import DENSE
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
@@ -26,8 +26,8 @@ NEW_TOKENS = 40
 
 def shipped_model() -> Path:
     """Directory of the trained model that ships with the project, installed or in a checkout."""
-    here = Path(__file__).resolve().parent
-    for path in (here / "tiny_moe", here.parent / "examples" / "tiny_moe"):
+    package = Path(__file__).resolve().parent.parent
+    for path in (package / "tiny_moe", package.parent / "examples" / "tiny_moe"):
         if (path / "config.json").is_file():
             return path
     raise RequestError("The model that ships with GloBE is not installed; install again from the source tree.")

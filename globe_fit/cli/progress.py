@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from globe_fit.config import FitConfig
-from globe_fit.run.distributed import ALONE, Ranks
-from globe_fit.result import FitResult
-from globe_fit.run.snapshots import Snapshots
-from globe_fit.fitting import OnStep, fit
 from globe_fit.data.source import ExpertSource
+from globe_fit.fitting import OnStep, fit
+from globe_fit.result import FitResult
+from globe_fit.run.distributed import ALONE, Ranks
+from globe_fit.run.snapshots import Snapshots
 from globe_kernels.format.architectures import FAMILIES
 
 if TYPE_CHECKING:

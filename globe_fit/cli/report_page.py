@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from globe_fit.cli import plots
 from globe_fit.cli.console import megabytes
-from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
+from globe_fit.data.source import ExpertSource
 from globe_fit.export import require_same_model
-from globe_fit.result import reconstruct
+from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
 from globe_fit.measure.inspection import stored_codes
+from globe_fit.result import reconstruct
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.metrics import METRICS
 from globe_fit.run.snapshots import stream_path
-from globe_fit.data.source import ExpertSource
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.version import __version__
 

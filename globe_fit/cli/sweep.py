@@ -16,22 +16,22 @@ import torch
 from torch import nn
 
 from globe_fit.cli import plots
-from globe_fit.config import FitConfig, resolve_device, resolve_sizes
-from globe_fit.plan.fitting import estimate_seconds
-from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
-from globe_fit.export import save_fit
-from globe_fit.run.loggers import Loggers, read_stream
 from globe_fit.cli.progress import Stage, fit_with_progress
-from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
-from globe_fit.fitting import open_snapshots
+from globe_fit.config import FitConfig, resolve_device, resolve_sizes
 from globe_fit.data.source import ExpertSource
+from globe_fit.export import save_fit
+from globe_fit.fitting import open_snapshots
+from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
+from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.run.loggers import Loggers, read_stream
+from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
 from globe_kernels import cache_stats, set_strategy
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.model.patching import patch
+from globe_kernels.strategies.budget import parse_bytes
 
 ROWS_NAME = "sweep.jsonl"
 PLOT_NAME = "sweep.png"

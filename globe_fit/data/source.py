@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import ExpertKey, architecture_of
+from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.format.files import read_json
 
 _CONFIG_NAME = "config.json"

@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.data.upload import Upload
+from globe_fit.run.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import torch
 
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.result import reconstruct
-from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, LayerFactors
 from globe_kernels.strategies.budget import palettes_of, resident, workspace
 from globe_kernels.strategies.cost import paths_of
 

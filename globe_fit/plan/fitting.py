@@ -5,16 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from globe_fit.solvers.support import candidate_atoms, largest_support
 from globe_fit.config import FitConfig, resolve_device
-from globe_fit.run.distributed import ALONE, Ranks
-from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
 from globe_fit.data.source import ExpertSource
+from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.varpro import backward_block
 from globe_fit.solvers.start import allowed_atoms
-from globe_kernels.format.checkpoint import GlobeConfig
+from globe_fit.solvers.support import candidate_atoms, largest_support
+from globe_fit.solvers.varpro import backward_block
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import GlobeConfig
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines
 # What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to

@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe_fit.config import FitConfig, resolve_sizes
 from globe_fit.data.source import configured_base, read_config
-from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.files import read_json
 from globe_kernels.strategies.budget import (
     AUTO,

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from globe_fit.run.snapshots import Snapshots, stream_path
-from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import METRICS_NAME
 
 
 class Loggers:

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from globe_fit.run.distributed import ALONE, Ranks
-from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.format.files import replacing_file
 
 _DIRECTORY = ".snapshot"

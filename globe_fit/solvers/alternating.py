@@ -17,9 +17,11 @@ from collections.abc import Iterable
 
 import torch
 
+from globe_fit.config import AlternatingConfig
+from globe_fit.data.stream import Block, FamilyWeights
 from globe_fit.linalg import SingularBasisError, solve_spd
 from globe_fit.measure.baselines import truncated_svd
-from globe_fit.solvers.support import fix_support
+from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
@@ -30,7 +32,6 @@ from globe_fit.solvers.coding import (
     on_simplex,
     support_index,
 )
-from globe_fit.config import AlternatingConfig
 from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
@@ -40,10 +41,9 @@ from globe_fit.solvers.dictionary import (
     normalise_atoms,
     project,
 )
-from globe_fit.data.stream import Block, FamilyWeights
-from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.varpro import eliminated_error
 from globe_fit.solvers.start import allowed_atoms
+from globe_fit.solvers.support import fix_support
+from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.format.checkpoint import GlobeConfig
 
 _PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again

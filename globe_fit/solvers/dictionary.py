@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from globe_fit.linalg import factorise, solve_adapters
 from globe_fit.data.stream import Block
+from globe_fit.linalg import factorise, solve_adapters
 from globe_fit.solvers.base import BankState
 
 RIDGE = 1e-6  # of the mean diagonal of each Gram matrix

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 
 import torch
 
-from globe_fit.linalg import SingularBasisError, solve_adapters
-from globe_fit.solvers.support import candidate_atoms, fix_support
 from globe_fit.config import VarProConfig
 from globe_fit.data.stream import Block, FamilyWeights
+from globe_fit.linalg import SingularBasisError, solve_adapters
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.start import allowed_atoms
+from globe_fit.solvers.support import candidate_atoms, fix_support
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 

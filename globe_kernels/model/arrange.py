@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from globe_kernels.model.bank import Arrangement, GlobeBank, Place
-from globe_kernels.model.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.strategies.budget import choose_residents, layer_sizes, pool_slots
+from globe_kernels.model.bank import Arrangement, GlobeBank, Place
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.scratch import Scratch
+from globe_kernels.strategies.budget import choose_residents, layer_sizes, pool_slots
 from globe_kernels.strategies.cost import DENSE, LayerSizes, Machine, machine_for, predict
 
 _SLOW = 1.5  # times the dense experts: a warning

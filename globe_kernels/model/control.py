@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import BANK_NAME
+from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import Arrangement, GlobeBank
 from globe_kernels.model.cache import BasisCache, CacheStats, sum_stats
-from globe_kernels.format.checkpoint import BANK_NAME
-from globe_kernels.errors import RequestError
-from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.targets import choices_of, globe_modules, is_patched
-from globe_kernels.model.arrange import arrange, plan_arrangement
+from globe_kernels.strategies.budget import parse_bytes
 from globe_kernels.strategies.cost import DENSE, paths_of, predict
 
 

@@ -3,17 +3,17 @@
 import torch
 from torch import nn
 
-from globe_kernels.model.bank import Place
-from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
+from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.strategies.budget import layer_sizes
+from globe_kernels.model.bank import Place
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.strategies.budget import layer_sizes
 from globe_kernels.strategies.cost import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
 
 _BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix

@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from globe_kernels.model.bank import GlobeBank
-from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
-from globe_kernels.strategies.budget import parse_bytes, workspace
+from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
+from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.model.targets import (
     Target,
     activation_of,
@@ -25,7 +24,8 @@ from globe_kernels.model.targets import (
     plan_replacement,
     remove_bank,
 )
-from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
+from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.strategies.budget import parse_bytes, workspace
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"

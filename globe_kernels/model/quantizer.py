@@ -14,7 +14,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe_kernels.model.bank import GlobeBank
+from globe_kernels.errors import GlobeError
+from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.format.checkpoint import (
     BANK_NAME,
     QUANT_METHOD,
@@ -23,11 +24,10 @@ from globe_kernels.format.checkpoint import (
     exported_bank_key,
     exported_key,
 )
-from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import FAMILIES, architecture_of
+from globe_kernels.model.arrange import arrange, plan_arrangement
+from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.targets import activation_of, choices_of, globe_modules, install_bank, plan_replacement
-from globe_kernels.model.arrange import arrange, plan_arrangement
 
 
 @register_quantization_config(QUANT_METHOD)

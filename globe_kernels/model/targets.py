@@ -5,13 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from globe_kernels.model.bank import GlobeBank
-from globe_kernels.format.checkpoint import BANK_NAME, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import BANK_NAME, GlobeConfig
+from globe_kernels.model.arrange import arrange
+from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
-from globe_kernels.model.arrange import arrange
 
 _HOOK_NAME = "_globe_load_hook"
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
+from globe_kernels.ops.routing import RoutingPlan
 from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
-from globe_kernels.ops.routing import RoutingPlan
 
 
 class GatedAdapters(NamedTuple):

@@ -7,9 +7,9 @@ A grouped GEMM multiplies the rows of each expert with that expert's matrix. Row
 
 from typing import Any
 
+from globe_kernels.ops.routing import RoutingPlan
 from globe_kernels.ops.triton_import import tl, triton
 from globe_kernels.ops.tuning import GemmConfig
-from globe_kernels.ops.routing import RoutingPlan
 
 
 def grouped_launch(

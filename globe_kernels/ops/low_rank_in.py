@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
+from globe_kernels.ops.routing import RoutingPlan
 from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
-from globe_kernels.ops.routing import RoutingPlan
 
 
 @triton.jit(do_not_specialize=["num_tiles"])

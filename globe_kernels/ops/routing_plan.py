@@ -11,8 +11,8 @@ What varies from call to call is never specialised: a new number of rows must no
 
 import torch
 
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.routing import RoutingPlan, max_tiles
+from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 
 _BLOCK = 128  # rows that one program ranks by comparing all pairs
 _TILE_BLOCK = 64

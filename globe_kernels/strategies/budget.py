@@ -18,9 +18,9 @@ from dataclasses import dataclass, fields
 from math import ceil
 from typing import NamedTuple
 
-from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.ops.compose_layer import PALETTE_PADDING
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.strategies.cost import (

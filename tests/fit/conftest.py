@@ -3,8 +3,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from globe_fit.data.stream import FamilyWeights
 from globe_fit.data.source import ExpertLayer
+from globe_fit.data.stream import FamilyWeights
 from globe_kernels.format.checkpoint import BaseModel
 
 

@@ -4,16 +4,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from globe_fit import ExpertSource, fit
-from globe_fit.solvers.alternating import Alternating
-from globe_fit.solvers.support import largest_support
-from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
 from globe_fit.cli.demo import shipped_model
-from globe_fit.run.metrics import METRICS
+from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.fitting import open_snapshots
+from globe_fit.run.metrics import METRICS
+from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.varpro import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, grouped_svd, initial_codes, separate_svd
+from globe_fit.solvers.support import largest_support
+from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.testing import assert_close
 from tests.fit.conftest import MemorySource

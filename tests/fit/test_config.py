@@ -14,8 +14,8 @@ from globe_fit.config import (
     resolve_device,
     resolve_sizes,
 )
-from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import BaseModel
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -5,7 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from globe_fit.data.stream import Block
 from globe_fit.linalg import solve_adapters
+from globe_fit.solvers.base import BankState
 from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
@@ -15,8 +17,6 @@ from globe_fit.solvers.dictionary import (
     normalise_atoms,
     project,
 )
-from globe_fit.data.stream import Block
-from globe_fit.solvers.base import BankState
 from globe_kernels.testing import assert_close
 
 EXPERTS, INNER, RANK, WIDTH, ATOMS = 8, 5, 4, 10, 6

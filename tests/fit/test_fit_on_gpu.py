@@ -7,10 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
-
+from globe_fit.data.stream import FamilyWeights
 from globe_fit.plan import fitting as estimate
 from globe_fit.run.distributed import Ranks
-from globe_fit.data.stream import FamilyWeights
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.errors import GlobeError

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from globe_fit import ExpertSource, fit
-from globe_fit.run.loggers import Loggers, read_stream
 from globe_fit.fitting import open_snapshots
+from globe_fit.run.loggers import Loggers, read_stream
 from globe_kernels.errors import GlobeError, RequestError
 from tests.conftest import TINY_FIT
 

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, finish, fit, save_fit
-
 from globe_fit import fitting as solver
-from globe_fit.solvers.support import pack_codes
 from globe_fit.measure.diagnostics import (
     SAMPLED_EXPERTS,
     atom_gram,
@@ -27,6 +25,7 @@ from globe_fit.measure.diagnostics import (
 )
 from globe_fit.run.metrics import METRICS
 from globe_fit.solvers.base import BankState
+from globe_fit.solvers.support import pack_codes
 from globe_kernels.format.checkpoint import BaseModel
 from tests.conftest import TINY_FIT
 

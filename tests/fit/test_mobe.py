@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, FitConfig
-from globe_fit.linalg import solve_adapters
 from globe_fit.config import resolve_sizes
-from globe_fit.mobe import MobeConfig, fit_mobe
 from globe_fit.data.stream import FamilyWeights
+from globe_fit.linalg import solve_adapters
+from mobe import MobeConfig, fit_mobe
 from globe_fit.solvers.start import group_of_experts, grouped_svd
-from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 from tests.conftest import TINY_FIT
 from tests.fit.conftest import MemorySource

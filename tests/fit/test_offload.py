@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 
 from globe_fit import ExpertSource
-
 from globe_fit.calibration import offload
 from globe_fit.calibration.metric import calibrate
-from globe_fit.cli.demo import shipped_model
 from globe_fit.calibration.offload import plan_run
+from globe_fit.cli.demo import shipped_model
 from globe_fit.run.snapshots import Snapshots
-from globe_kernels.format import files
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format import files
 from globe_kernels.testing import assert_close
 
 LIMIT = 20e6  # the model has 10.9 MB, and less than a window is left beside it

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
+from globe_fit.fitting import _Run
 from globe_fit.result import reconstruct
 from globe_fit.run.metrics import METRICS, check_names
-from globe_fit.fitting import _Run
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.varpro import VarPro
-from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.errors import GlobeError
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from tests.conftest import TINY_FIT
 
 

@@ -8,9 +8,9 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
 from globe_kernels.model.patching import resident_bytes
 from globe_kernels.model.targets import globe_modules
+from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
 from globe_kernels.strategies.cost import PATHS
 from globe_kernels.testing import assert_close, tiny_model
 from tests.integration.test_patching import logits

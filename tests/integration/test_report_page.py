@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from globe_fit.run.metrics import METRICS
 from globe_fit.cli.report_page import write_report
+from globe_fit.run.metrics import METRICS
 
 _VOID = {"meta", "br", "link", "img"}
 FIGURES = ("error", "layers", "popularity", "palettes", "support", "coherence", "spectra", "energy-captured")

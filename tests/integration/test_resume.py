@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, fit
-from globe_fit.run.snapshots import Snapshots
 from globe_fit.fitting import open_snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from tests.conftest import TINY_FIT
 

@@ -13,12 +13,12 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
-from globe_kernels.model import scratch
 from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
-from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.model.targets import globe_modules
+from globe_kernels.model import scratch
 from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.targets import globe_modules
+from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
 from globe_kernels.strategies.cost import PATHS
 from globe_kernels.testing import relative_errors, tiny_model
 from tests.kernels.cases import needs_kernels, same_tiles

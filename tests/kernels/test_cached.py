@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from globe_kernels.model.cache import BasisCache
 from globe_kernels.errors import RequestError
 from globe_kernels.functional import moe_ffn, moe_ffn_cached
+from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.counters import call_counts

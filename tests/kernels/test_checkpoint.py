@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format import files
 from globe_kernels.format.checkpoint import (
     CONFIG_NAME,
@@ -20,7 +21,6 @@ from globe_kernels.format.checkpoint import (
     LayerFactors,
     writing_checkpoint,
 )
-from globe_kernels.errors import GlobeError, RequestError
 
 FAMILIES = ("gate", "up")
 CONFIG = GlobeConfig(

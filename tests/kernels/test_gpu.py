@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.model.cache import BasisCache
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
+from globe_kernels.model.cache import BasisCache
+from globe_kernels.model.scratch import Scratch
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
 from globe_kernels.ops.compose_layer import compose_bases_into, compose_layer, layer_code
@@ -14,7 +15,6 @@ from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
-from globe_kernels.model.scratch import Scratch
 from globe_kernels.testing import assert_close, relative_errors
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

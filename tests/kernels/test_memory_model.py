@@ -7,11 +7,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from globe_kernels import GlobeCheckpoint, patch
-from globe_kernels.model.bank import GlobeBank
-from globe_kernels.model.cache import BasisCache
-from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.model.bank import GlobeBank
+from globe_kernels.model.cache import BasisCache
+from globe_kernels.ops.compose_layer import layer_code
+from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
+from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
+from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
 from globe_kernels.strategies.budget import (
     Choice,
     atoms_on_cards,
@@ -26,10 +30,6 @@ from globe_kernels.strategies.budget import (
     why_not_composed,
     workspace,
 )
-from globe_kernels.ops.compose_layer import layer_code
-from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
-from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
-from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
 from globe_kernels.strategies.cost import DENSE, paths_of
 from globe_kernels.testing import tiny_model
 from tests.kernels.cases import H100

@@ -3,8 +3,8 @@ import copy
 import pytest
 import torch
 
-from globe_kernels.model.bank import GlobeBank, Place
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.model.bank import GlobeBank, Place
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.testing import assert_close
 

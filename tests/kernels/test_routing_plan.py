@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_kernels.ops.routing_plan import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
 from globe_kernels.ops.routing import RoutingPlan, max_tiles
+from globe_kernels.ops.routing_plan import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
 from tests.kernels.cases import DEVICE, needs_kernels
 
 BUILDERS = [
