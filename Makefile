@@ -36,7 +36,7 @@ gpu: export PYTHONPATH = $(CURDIR)
 gpu:
 	GLOBE_BUILD_CUDA=1 $(PYTHON) setup.py build_ext --inplace || \
 	  echo "the CUDA extension was not built: its tests are skipped and its benchmark lacks it"
-	$(PYTHON) -m pytest tests/kernels tests/fit/test_fit_on_gpu.py -q -n 6 -p no:cacheprovider
+	$(PYTHON) -m pytest tests/kernels tests/benchmarks tests/fit/test_fit_on_gpu.py -q -n 6 -p no:cacheprovider
 	if command -v compute-sanitizer >/dev/null; then \
 	  compute-sanitizer --error-exitcode 1 $(PYTHON) benchmarks/sanitize.py; \
 	else echo "compute-sanitizer is missing: skipped"; fi

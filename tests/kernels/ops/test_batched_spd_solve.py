@@ -21,7 +21,7 @@ from globe_kernels.ops.batched_spd_solve import (
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import DEVICE
 
-CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
 DTYPES = [torch.float32, torch.float64]
 # of systems with a condition number below 100
 LIMIT = {torch.float32: 1e-5, torch.float64: 1e-14}

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.kernels.test_benchmarks import BENCHMARKS, run
 
 from globe_kernels.strategies import cost as strategy
 from globe_kernels.strategies.cost import DENSE, LayerSizes, Machine, machine_for, machine_named, predict
 from tests.kernels.cases import DEVICE
-from tests.kernels.test_benchmarks import BENCHMARKS, run
 
 SIZES = LayerSizes(16, 4, 64, 48, 16, 4, 8, "identity", 4)
 

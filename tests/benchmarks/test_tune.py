@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from tests.kernels.test_benchmarks import BENCHMARKS
 
 from globe_kernels.ops import tuning
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, ComposeConfig, ComposeShape, default_compose
@@ -14,7 +15,6 @@ from globe_kernels.ops.mix import MixConfig, MixShape, default_mix
 from globe_kernels.ops.palette_in import PaletteInConfig, PaletteInShape, default_palette_in
 from globe_kernels.ops.tuning import CARDS, Card, FfnConfig, FfnShape, GemmConfig, default_config, nearest, supports
 from tests.kernels.cases import DEVICE, needs_kernels
-from tests.kernels.test_benchmarks import BENCHMARKS
 
 H100 = CARDS["sm_90"]
 

@@ -1,0 +1,3 @@
+from tests.kernels.conftest import poison_empty
+
+__all__ = ["poison_empty"]
