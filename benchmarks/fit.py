@@ -31,20 +31,22 @@ from typing import Any
 import torch
 from ledger import append, conditions
 from measure import device_name
+from mobe import Clock, MobeConfig, fit_mobe
 from report import table
 from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
 from globe_fit.calibration.metric import SELF, Calibration, calibrate, require_text
 from globe_fit.cli.demo import shipped_model
-from globe_fit.config import DEFAULT_RATIO, AlternatingConfig, resolve_device
+from globe_fit.config import AlternatingConfig, resolve_device
+from globe_fit.data.model import load_model, token_windows, with_experts
 from globe_fit.data.source import ExpertLayer
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.measure.baselines import stored_svd
-from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
-from mobe import Clock, MobeConfig, fit_mobe
+from globe_fit.measure.evaluate import evaluate
 from globe_fit.plan.fitting import estimate
 from globe_fit.result import reconstruct
+from globe_fit.sizes import DEFAULT_RATIO
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.cli.demo import shipped_model
-from globe_fit.measure.evaluate import load_model, token_windows
+from globe_fit.data.model import load_model, token_windows
 from globe_fit.result import LayerFactors, reconstruct
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.format.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import safetensors
 import torch
 
-from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.finish import finish
@@ -24,6 +24,7 @@ from globe_fit.result import FamilyFactors, FitResult, FitStatus
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
 from globe_fit.run.snapshots import Snapshots
+from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, Solver
 from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd

@@ -34,9 +34,9 @@ import torch
 from globe_fit.calibration.moments import OnBatch, Sums, collect
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows
+from globe_fit.data.model import WINDOW, load_model, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import Metric
-from globe_fit.measure.evaluate import WINDOW, load_model, token_windows
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES

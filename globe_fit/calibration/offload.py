@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig
 
 from globe_fit.calibration.self_text import AT_ONCE
+from globe_fit.data.model import WINDOW
 from globe_fit.data.source import ExpertSource
-from globe_fit.measure.evaluate import WINDOW
 from globe_kernels.errors import RequestError
 
 _IN_MEMORY_WINDOWS = 8  # more would hardly be faster

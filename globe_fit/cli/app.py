@@ -29,17 +29,19 @@ from globe_fit.cli.tables import (
     print_sweep,
     print_sweep_estimate,
 )
-from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device, resolve_sizes
+from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig, resolve_device
+from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe, save_fit
 from globe_fit.fitting import open_snapshots, require_one_rank
-from globe_fit.measure.evaluate import evaluate, load_model, shared_copy, token_windows
+from globe_fit.measure.evaluate import evaluate
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import estimate, estimate_seconds
 from globe_fit.plan.serving import plan_all
 from globe_fit.run.distributed import join
 from globe_fit.run.loggers import Loggers
 from globe_fit.run.snapshots import discard_snapshots
+from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import CONFIG_NAME, DTYPES, BaseModel, GlobeCheckpoint

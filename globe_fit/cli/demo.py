@@ -7,10 +7,11 @@ from torch import nn
 
 from globe_fit.cli.progress import Stage, fit_with_progress
 from globe_fit.config import FitConfig, VarProConfig
+from globe_fit.data.model import load_model, token_windows, with_experts
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_globe, save_fit
 from globe_fit.measure.baselines import stored_svd
-from globe_fit.measure.evaluate import Quality, continue_text, evaluate, load_model, token_windows, with_experts
+from globe_fit.measure.evaluate import Quality, continue_text, evaluate
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint

@@ -17,14 +17,16 @@ from torch import nn
 
 from globe_fit.cli import plots
 from globe_fit.cli.progress import Stage, fit_with_progress
-from globe_fit.config import FitConfig, resolve_device, resolve_sizes
+from globe_fit.config import FitConfig, resolve_device
+from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import save_fit
 from globe_fit.fitting import open_snapshots
-from globe_fit.measure.evaluate import evaluate, load_model, read_token_by_token, shared_copy
+from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.run.loggers import Loggers, read_stream
 from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
+from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
@@ -173,7 +175,7 @@ class Sweep:
         return [self._row(point) for point in self.points]
 
     def measure(self, rows: list[dict], windows: torch.Tensor, cache_bytes: Sequence[int], stage: Stage) -> list[dict]:
-        """The rows with the quality of their points on `windows` (globe_fit.measure.evaluate.token_windows).
+        """The rows with the quality of their points on `windows` (globe_fit.data.model.token_windows).
 
         Of each point also one row for every S_cache of `cache_bytes`: what a cache of that size does while the point
         reads a window token by token.

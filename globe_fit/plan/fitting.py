@@ -10,9 +10,9 @@ from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.objective import backward_block
 from globe_fit.solvers.start import allowed_atoms
 from globe_fit.solvers.support import candidate_atoms, largest_support
-from globe_fit.solvers.varpro import backward_block
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
 

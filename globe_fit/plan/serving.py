@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from globe_fit.config import FitConfig, resolve_sizes
+from globe_fit.config import FitConfig
 from globe_fit.data.source import configured_base, read_config
+from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpoint, GlobeConfig

@@ -41,9 +41,9 @@ from globe_fit.solvers.dictionary import (
     normalise_atoms,
     project,
 )
+from globe_fit.solvers.objective import eliminated_error
 from globe_fit.solvers.start import allowed_atoms
 from globe_fit.solvers.support import fix_support
-from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.format.checkpoint import GlobeConfig
 
 _PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again

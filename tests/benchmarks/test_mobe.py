@@ -11,9 +11,9 @@ import torch
 from mobe import MobeConfig, fit_mobe
 
 from globe_fit import ExpertSource, FitConfig
-from globe_fit.config import resolve_sizes
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.linalg import solve_adapters
+from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.start import group_of_experts, grouped_svd
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeConfig

@@ -4,16 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_fit.config import (
-    AlternatingConfig,
-    CodingConfig,
-    EntmaxConfig,
-    FitConfig,
-    VarProConfig,
-    globe_bytes,
-    resolve_device,
-    resolve_sizes,
-)
+from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitConfig, VarProConfig, resolve_device
+from globe_fit.sizes import globe_bytes, resolve_sizes
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel
 

@@ -11,7 +11,7 @@ from globe_fit.data.stream import FamilyWeights
 from globe_fit.plan import fitting as estimate
 from globe_fit.run.distributed import Ranks
 from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.varpro import eliminated_error
+from globe_fit.solvers.objective import eliminated_error
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import assert_close, tiny_model

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from globe_fit.cli.demo import shipped_model
-from globe_fit.measure.evaluate import load_model, shared_copy
+from globe_fit.data.model import load_model, shared_copy
 from globe_kernels import patch
 from globe_kernels.format.checkpoint import CONFIG_NAME
 from globe_kernels.model.targets import is_patched

@@ -8,8 +8,8 @@ from globe_fit.calibration import metric as calibration
 from globe_fit.calibration.metric import Calibration, calibrate, identity, metric_root, row_weights
 from globe_fit.calibration.moments import Sums
 from globe_fit.cli.demo import shipped_model
+from globe_fit.data.model import load_model, token_windows
 from globe_fit.fitting import open_snapshots
-from globe_fit.measure.evaluate import load_model, token_windows
 from globe_fit.result import reconstruct
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.testing import assert_close

@@ -11,8 +11,9 @@ from globe_fit.calibration.metric import SELF, calibrate
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import AT_ONCE, sample_windows
 from globe_fit.cli.demo import shipped_model
+from globe_fit.data.model import load_model, token_windows, with_experts
 from globe_fit.fitting import open_snapshots
-from globe_fit.measure.evaluate import evaluate, load_model, token_windows, with_experts
+from globe_fit.measure.evaluate import evaluate
 from globe_fit.result import reconstruct
 from globe_kernels.errors import RequestError
 

@@ -17,10 +17,11 @@ from globe_fit.calibration.metric import Calibration
 from globe_fit.calibration.moments import Sums
 from globe_fit.calibration.offload import plan_run
 from globe_fit.cli.demo import shipped_model
-from globe_fit.config import AlternatingConfig, CodingConfig, resolve_sizes
+from globe_fit.config import AlternatingConfig, CodingConfig
 from globe_fit.data import stream as objective
 from globe_fit.measure.diagnostics import SAMPLED_EXPERTS
 from globe_fit.plan.fitting import estimate
+from globe_fit.sizes import resolve_sizes
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT

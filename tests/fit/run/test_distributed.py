@@ -13,11 +13,11 @@ from torch import distributed
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.__main__ import _run
-from globe_fit.config import resolve_sizes
 from globe_fit.fitting import open_snapshots, require_one_rank
 from globe_fit.plan.fitting import estimate
 from globe_fit.run.distributed import Ranks, join, say
 from globe_fit.run.snapshots import Snapshots
+from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close
 

@@ -11,9 +11,9 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.run.metrics import METRICS
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.objective import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, grouped_svd, initial_codes, separate_svd
 from globe_fit.solvers.support import largest_support
-from globe_fit.solvers.varpro import eliminated_error
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.testing import assert_close
 from tests.fit.conftest import MemorySource

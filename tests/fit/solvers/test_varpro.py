@@ -6,8 +6,9 @@ import torch
 from globe_fit.config import VarProConfig
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.objective import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
-from globe_fit.solvers.varpro import VarPro, eliminated_error
+from globe_fit.solvers.varpro import VarPro
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops import mixture
 from globe_kernels.testing import assert_close

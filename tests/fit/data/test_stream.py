@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from globe_fit import ExpertSource, FitConfig
-from globe_fit.config import resolve_sizes
 from globe_fit.data import stream as objective
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.plan import fitting as estimate
 from globe_fit.run.distributed import Ranks
+from globe_fit.sizes import resolve_sizes
 from globe_kernels.testing import tiny_model
 
 

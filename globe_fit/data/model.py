@@ -1,0 +1,95 @@
+"""The whole dense model, loaded by transformers, and texts in its tokens."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from globe_fit.data.source import ExpertLayer, ExpertSource
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.architectures import FAMILIES
+
+WINDOW = 256
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    *,
+    offload_folder: Path | None = None,
+) -> nn.Module:
+    """A causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
+
+    With `offload_folder` its layers stay on disk, there or in the checkpoint, until they are called.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise RequestError(f"{path} holds no config.json; give the local directory of a Hugging Face model.")
+    try:
+        if offload_folder is not None:
+            on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
+            places = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
+            options = {"device_map": places, "offload_folder": offload_folder}
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except GlobeError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
+    return model.to(device).eval()
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """`model` again over the same tensors, for `patch`: only its modules are copies. Do not move or cast either."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def with_experts(
+    source: ExpertSource, weights: Callable[[ExpertLayer, str], torch.Tensor], device: str = "cpu"
+) -> nn.Module:
+    """The dense model of `source` with the gate and up experts (E, P, D) that `weights` gives per layer and family."""
+    model = load_model(source.model_dir, device)
+    live = dict(source.architecture.live_experts(model))
+    for layer in source.layers:
+        experts: Any = model.get_submodule(live[layer.layer])
+        for family in FAMILIES:
+            source.architecture.part(experts.gate_up_proj.data, family).copy_(weights(layer, family))
+    return model
+
+
+def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
+    """(N, WINDOW) int64: the text in the tokenizer of `model_dir`, cut into windows without overlap.
+
+    Raises RequestError when the text is missing, or too short for one window.
+    """
+    text_file = Path(text_file)
+    if not text_file.is_file():
+        raise RequestError(f"{text_file} is not a file; give a text file to evaluate on.")
+    try:
+        text = text_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{text_file} is not UTF-8 text ({error}); convert it first.") from error
+    tokenizer = load_tokenizer(model_dir)
+    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(tokens) < WINDOW:
+        raise RequestError(f"{text_file} has {len(tokens)} tokens; give a text of at least {WINDOW}.")
+    return tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+
+
+def load_tokenizer(model_dir: str | Path):
+    """The tokenizer of a model directory. Raises RequestError when it has none."""
+    # without its files transformers makes up a tokenizer with an empty vocabulary
+    if not any((Path(model_dir) / name).is_file() for name in _TOKENIZER_FILES):
+        raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the model's tokenizer.")
+    try:
+        return AutoTokenizer.from_pretrained(model_dir)
+    except Exception as error:  # a broken file may raise anything in there
+        raise RequestError(f"{model_dir} has no tokenizer that transformers can load ({error}).") from error
