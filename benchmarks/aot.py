@@ -38,12 +38,12 @@ from globe_kernels.ops import (
     mix,
     mixture,
     palette_in,
-    routing_plan,
+    routing,
 )
 from globe_kernels.ops.compose_layer import ComposeConfig
 from globe_kernels.ops.mix import MixConfig
 from globe_kernels.ops.palette_in import PaletteInConfig
-from globe_kernels.ops.tuning import CARDS, DEFAULTS, TABLES, AnyLaunches, FfnConfig, GemmConfig, fit_gemm, fit_to
+from globe_kernels.ops.tuning import DEFAULTS, TABLES, TARGETS, AnyLaunches, FfnConfig, GemmConfig, fit_gemm, fit_to
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INT = (
@@ -202,11 +202,11 @@ def tuned_configs(architecture: str, kind: type[AnyLaunches], *ops: str) -> Iter
 
 def _tuned_cases(architecture: str) -> Iterator[Case]:
     """Kernels that tables hold configurations of, in theirs and in the defaults."""
-    card = CARDS[architecture]
-    ffn = [fit_to(config, 2, card) for _, config in DEFAULTS]
+    target = TARGETS[architecture]
+    ffn = [fit_to(config, 2, target) for _, config in DEFAULTS]
     for config in dict.fromkeys([*ffn, *tuned_configs(architecture, FfnConfig, "moe_ffn", "dense_twin")]):
         yield from _gemm_cases(config)
-    first = [replace(config, gemm=fit_gemm(config.gemm, config.block_m, 2, card)) for _, config in palette_in.CONFIGS]
+    first = [replace(config, gemm=fit_gemm(config.gemm, config.block_m, 2, target)) for _, config in palette_in.CONFIGS]
     for config in dict.fromkeys([*first, *tuned_configs(architecture, PaletteInConfig, "palette_in")]):
         yield from _tile_cases(palette_in._palette_in_kernel, "", {}, config.block_m, config.gemm)
     mixes = [config for _, config in mix.CONFIGS]
@@ -235,18 +235,18 @@ def cases(architecture: str) -> Iterator[Case]:
         yield Case(mixture._mixture_backward_kernel, label, {"BLOCK": mixture._BLOCK, **bank}, **in_fp32)
     yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": 4})
     for experts in (8, 128, 256, 512):
-        padded = {"E_PAD": experts, "BLOCK": routing_plan._BLOCK}
-        tiles = {"BLOCK_M": 16, "TILE_BLOCK": routing_plan._TILE_BLOCK}
+        padded = {"E_PAD": experts, "BLOCK": routing._BLOCK}
+        tiles = {"BLOCK_M": 16, "TILE_BLOCK": routing._TILE_BLOCK}
         label = f"{experts} experts"
-        wide = {"num_warps": routing_plan.warps(experts)}
-        yield Case(routing_plan._plan_in_one_block_kernel, label, {**padded, **tiles}, wide)
-        yield Case(routing_plan._count_kernel, label, padded, {"num_warps": 4})
-        yield Case(routing_plan._tiles_kernel, label, {"E_PAD": experts, **tiles}, wide)
+        wide = {"num_warps": routing.warps(experts)}
+        yield Case(routing._plan_in_one_block_kernel, label, {**padded, **tiles}, wide)
+        yield Case(routing._count_kernel, label, padded, {"num_warps": 4})
+        yield Case(routing._tiles_kernel, label, {"E_PAD": experts, **tiles}, wide)
         for slots in (16, 256, 8192):
             constexprs = {"E_PAD": experts, "BLOCK": min(slots, cache_lookup._BLOCK)}
             yield Case(cache_lookup._cache_lookup_kernel, f"{label}, {slots} slots", constexprs, {"num_warps": 8})
-    yield Case(routing_plan._scatter_kernel, "", {"BLOCK": routing_plan._BLOCK}, {"num_warps": 4})
-    yield Case(routing_plan._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
+    yield Case(routing._scatter_kernel, "", {"BLOCK": routing._BLOCK}, {"num_warps": 4})
+    yield Case(routing._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
 
 
 def compile_case(case: Case, architecture: str) -> Row:
@@ -268,7 +268,7 @@ def compile_case(case: Case, architecture: str) -> Row:
         registers=registers,
         spills=spills,
         shared_bytes=compiled.metadata.shared,
-        shared_limit=CARDS[architecture].shared_bytes,
+        shared_limit=TARGETS[architecture].shared_bytes,
         hgmma=hgmma,
         needs_hgmma=case.needs_wgmma and architecture == "sm_90",
     )
@@ -311,7 +311,7 @@ def _compile_share(architecture: str, share: int, shares: int) -> list[tuple[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=list(CARDS), action="append", help="sm_80 and sm_90 by default")
+    parser.add_argument("--target", choices=list(TARGETS), action="append", help="sm_80 and sm_90 by default")
     parser.add_argument("--json", action="store_true", help="a list of objects on stdout, nothing else")
     args = parser.parse_args()
     workers = os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Composing the bases of one layer from the bank, whole layer, in two ways and by torch: time, share of the bandwidth.
+"""Compose the bases of one layer from the bank by both kernels and by torch: time, share of the bandwidth.
 
     python benchmarks/compose.py                   on a GPU: bf16, Qwen3-30B-A3B, rank 384, 12 of 64 atoms
     python benchmarks/compose.py --cpu             the torch reference, on a small layer
@@ -16,8 +16,8 @@ from ledger import append, conditions
 from measure import device_name, measure_ceilings, time_side_by_side
 from shapes import MODELS
 
-from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
-from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.compose_basis import compose_basis_ref, launch_compose_basis
+from globe_kernels.ops.compose_layer import compose_family, layer_code
 from globe_kernels.testing import relative_errors
 
 
@@ -48,9 +48,11 @@ def main() -> None:
     used = code.palette.numel()
     dense = (code.value[:, :used] * code.scale[:, None]).to(dtype)
     gathered = bank[code.palette].flatten(1)
+    size = (shape.experts, *bank.shape[1:])
+    gather = compose_basis_ref if device == "cpu" else launch_compose_basis
     calls = {
-        "compose_layer": lambda: compose_layer(*code, bank, "identity", dtype),
-        "compose_basis": lambda: compose_basis(index, value, bank, "identity", dtype),
+        "compose_layer": lambda: compose_family(code, bank, "identity", torch.empty(size, dtype=dtype, device=device)),
+        "compose_basis": lambda: gather(index, value, bank, "identity", dtype),
         # one product of the library, given the atoms side by side and the codes in the dtype of the atoms
         "torch_matmul": lambda: (dense @ gathered).view(-1, *bank.shape[1:]),
     }

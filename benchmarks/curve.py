@@ -16,7 +16,7 @@ from subjects import Subject, Variant, build, cache_of
 from globe_kernels import cache_stats, warm_cache
 from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import BANK_NAME
-from globe_kernels.model.bank import Place
+from globe_kernels.model.bank import DeviceBank
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.testing import relative_errors
@@ -95,14 +95,14 @@ def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
     return found
 
 
-def _place(model: Any) -> Place:
-    """The only one: these models are on one device."""
-    (place,) = getattr(model, BANK_NAME).places
-    return place
+def _device_bank(model: Any) -> DeviceBank:
+    """Return the only one: these models are on one device."""
+    (device_bank,) = getattr(model, BANK_NAME).device_banks
+    return device_bank
 
 
 def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
-    whole = _place(model).cache
+    whole = _device_bank(model).cache
     assert whole is not None
     slots = max(1, round(share / 100 * subject.config.base.total_experts))
     _, rows, width = whole.pool.shape
@@ -112,7 +112,7 @@ def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
 def _step(model: Any, routing: Routing, token: int, cache: BasisCache | None) -> torch.Tensor:
     """The outputs (L, D) of all layers for one token."""
     if cache is not None:
-        _place(model).cache = cache
+        _device_bank(model).cache = cache
     own = slice(token, token + 1)
     modules = globe_modules(model).values()
     return torch.cat([module(*(part[own] for part in of)) for module, of in zip(modules, routing, strict=True)])
@@ -139,7 +139,7 @@ def _hit_rate(cache: BasisCache) -> float:
 def _warm_hit_rate(subject: Subject, model: Any, routing: Routing, share: float, uses: dict) -> float:
     """Of a cache that starts with the most used experts of the tokens before, over the same tokens."""
     cache = _empty_cache(subject, model, share)
-    _place(model).cache = cache
+    _device_bank(model).cache = cache
     warm_cache(model, uses)
     for token in range(_WARM_UP, _WARM_UP + _COUNTED):
         _step(model, routing, token, cache)

@@ -137,19 +137,19 @@ def references(matmul_tflop_per_s: float, repeats: int) -> References:
     """Each from the difference of two layers that differ in how many of it they have."""
     torch.manual_seed(0)
     base, more_experts, more_atoms = (_tiny_layer(*counts) for counts in ((_FEW, _FEW), (_MANY, _FEW), (_FEW, _MANY)))
-    ways = {"": globe, "bank_first_": globe_bank_first, "dense_": transformers_experts("grouped_mm")}
-    calls = {name: _call(build(base)) for name, build in ways.items()}
-    calls |= {f"{name}more": _call(build(more_experts), _MANY) for name, build in ways.items()}
+    providers = {"": globe, "bank_first_": globe_bank_first, "dense_": transformers_experts("grouped_mm")}
+    calls = {name: _call(build(base)) for name, build in providers.items()}
+    calls |= {f"{name}more": _call(build(more_experts), _MANY) for name, build in providers.items()}
     calls["more atoms"] = _call(globe_bank_first(more_atoms))
-    calls["layer"] = lambda: compose_bases(*base.factors[2:8], *base.factors[:2], "identity", torch.float32)
+    calls["layer"] = lambda: compose_bases(list(base.factors[2:8]), list(base.factors[:2]), "identity", torch.float32)
     # a layer that the cache holds, and two that push each other out of it
     calls |= {name: _call(_cached(base, layers)) for name, layers in (("hits", 1), ("misses", 2))}
     runs = {name: partial(_layers, call) for name, call in calls.items()}
     with torch.no_grad():
         times = time_side_by_side(runs, "cpu", repeats, clock=_CLOCK)
     us = {name: timing.median_us / _LAYERS for name, timing in times.items()}
-    expert = {name: (us[f"{name}more"] - us[name]) / (_MANY - _FEW) for name in ways}
-    call = {name: us[name] - _FEW * expert[name] for name in ways}
+    expert = {name: (us[f"{name}more"] - us[name]) / (_MANY - _FEW) for name in providers}
+    call = {name: us[name] - _FEW * expert[name] for name in providers}
     atom = (us["more atoms"] - us["bank_first_"]) / (2 * (more_atoms.palette - base.palette))
     call["bank_first_"] -= 2 * base.palette * atom
     return References(
@@ -186,9 +186,9 @@ def _cached(layer: Layer, layers: int) -> Provider:
     code = (index, torch.randn(index.shape))
     weights = CachedWeights(Mixtures(factors.gate_bank, factors.up_bank, *code, *code), layer.weights.from_rank)
     cache = BasisCache(dict.fromkeys(range(layers), _FEW), _FEW, _SIZE, _SIZE, torch.float32, "cpu")
-    places = cycle(range(0, layers * _FEW, _FEW))
+    first_experts = cycle(range(0, layers * _FEW, _FEW))
     return lambda i: moe_ffn_cached(
-        i.hidden, i.index, i.weights, weights, cache.state, next(places), "identity", "silu"
+        i.hidden, i.index, i.weights, weights, cache.state, next(first_experts), "identity", "silu"
     )
 
 

@@ -8,7 +8,7 @@
 The dense model has the gate and up experts that the checkpoint stands for, so that all models compute the same
 function; it runs on the fastest of transformers' experts implementations at each shape. Before anything is timed the
 bytes that the experts hold are measured and compared with the memory model, the logits of every call with those of the
-dense model in fp32, and counters prove which path ran: what fails stops the run with exit code 1.
+dense model in fp32, and counters prove which op ran: what fails stops the run with exit code 1.
 
 Prefill is one sequence without a cache, decode one token for each of a batch, 32 tokens into a static cache. On a CPU
 seconds are of the process, on one thread, so that other work of the machine counts for no model.
@@ -49,8 +49,9 @@ from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import BANK_NAME
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.targets import globe_modules, is_patched
+from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import layer_sizes
-from globe_kernels.strategies.cost import DENSE, machine_for, predict
+from globe_kernels.strategies.cost import machine_for, predict
 from globe_kernels.testing import relative_errors
 
 CONTEXT = 32  # tokens in the static cache before a step
@@ -169,12 +170,12 @@ def gate(cases: list[Case], runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def _counted(name: str, model: Any, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_routed`. Raises SystemExit when another path ran than the one that each layer should have taken."""
+    """As `_routed`. Raises SystemExit when a layer ran by another strategy than it should have."""
     before = Counter(call_counts())
     result = _routed(model, case.compared[name])
     ran = Counter(call_counts()) - before
     ending = "_ref" if model.device.type == "cpu" else ""
-    expected = Counter(_OPS[module.path(case.tokens)] + ending for module in globe_modules(model).values())
+    expected = Counter(_OPS[module.strategy(case.tokens)] + ending for module in globe_modules(model).values())
     if ran != expected:
         raise SystemExit(f"model: {name} ran {dict(ran)}, expected {dict(expected)}; nothing was timed.")
     return result
@@ -199,7 +200,7 @@ def _routes(model: Any) -> Iterator[list[torch.Tensor]]:
 
 
 def _dense(implementation: str) -> str:
-    return f"{DENSE} {implementation}"
+    return f"{DENSE.name} {implementation}"
 
 
 def time_case(case: Case, runners: dict[str, Runner], repeats: int) -> dict[str, dict]:
@@ -212,19 +213,19 @@ def time_case(case: Case, runners: dict[str, Runner], repeats: int) -> dict[str,
         cache.reset_stats()
     functions = {name: call for name, call in case.timed.items() if name != _REFERENCE}
     times = time_side_by_side(functions, device, repeats, clock=time.process_time)
-    dense = min((name for name in times if name.startswith(DENSE)), key=lambda name: times[name].median_us)
+    dense = min((name for name in times if name.startswith(DENSE.name)), key=lambda name: times[name].median_us)
     found: dict[str, dict[str, Any]] = {
-        DENSE: asdict(times[dense]) | {"implementation": dense.removeprefix(f"{DENSE} ")}
+        DENSE.name: asdict(times[dense]) | {"implementation": dense.removeprefix(f"{DENSE.name} ")}
     }
     for name, timing in times.items():
-        if not name.startswith(DENSE):
+        if not name.startswith(DENSE.name):
             found[name] = asdict(timing)
             found[name]["graph"] = name in case.graphs
         if name in caches and (stats := cache_stats(runners[name].model)).hits + stats.misses:
             found[name] |= {"hit_rate": stats.hit_rate}
     for own in found.values():
         own |= {"tokens_per_s": 1e6 * case.tokens / own["median_us"]}
-        own |= {"ratio_to_dense": found[DENSE]["median_us"] / own["median_us"]}
+        own |= {"ratio_to_dense": found[DENSE.name]["median_us"] / own["median_us"]}
     return found
 
 
@@ -247,18 +248,18 @@ def predicted_us(
 ) -> float:
     """Of all layers of experts, by the cost model: for uniform routing, or for what was measured in its place."""
     if modules := list(globe_modules(model).values()):
-        layers = [(module.path(tokens), module.sizes(), module.pool) for module in modules]
+        layers = [(STRATEGIES[module.strategy(tokens)], module.sizes(), module.pool) for module in modules]
     else:
         numbers, item_size = subject.config.base.num_experts, model.dtype.itemsize
         all_sizes = [layer_sizes(subject.config, n, subject.choices, item_size, subject.palettes) for n in numbers]
         layers = [(DENSE, sizes, None) for sizes in all_sizes]
     found = 0.0
-    for place, (path, sizes, pool) in enumerate(layers):
+    for number, (strategy, sizes, pool) in enumerate(layers):
         if active:
-            sizes = replace(sizes, active=active[place])
+            sizes = replace(sizes, active=active[number])
         if pool and hit_rate is not None:
             pool = replace(pool, miss_rate=1 - hit_rate)
-        found += predict(path, sizes, tokens, machine_for(model.device), pool).us
+        found += predict(strategy, sizes, tokens, machine_for(model.device), pool).us
     return found
 
 

@@ -14,7 +14,7 @@ from globe_kernels.ops.down import launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, launch_gate_up
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
-from globe_kernels.ops.routing_plan import launch_routing_plan
+from globe_kernels.ops.routing import launch_routing_plan
 from globe_kernels.ops.tuning import FfnShape, choose
 
 SUPPORT = 12  # atoms of one expert
@@ -125,7 +125,7 @@ def dense_twin(layer: Layer) -> Provider:
     def run(i: Inputs) -> torch.Tensor:
         config = choose(shape, i.index.numel(), i.hidden.element_size(), i.hidden.device, "dense_twin")
         plan = launch_routing_plan(i.index, count, config.block_m)
-        y = launch_gate_up(i.hidden, plan, dense, "silu", config.gate_up, gather=plan.num_choices)
+        y = launch_gate_up(i.hidden, plan, dense, "silu", config.gate_up, gather=plan.top_k)
         return launch_down(y, plan, layer.weights.from_rank.down, (i.index, i.weights), config.down)
 
     return run

@@ -10,8 +10,8 @@ from shapes import LayerShape
 from globe_kernels.functional import moe_ffn, moe_ffn_cached
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.batched_spd_solve import batched_spd_solve_ref, launch_batched_spd_solve, load_extension
-from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
-from globe_kernels.ops.compose_layer import compose_layer, layer_code
+from globe_kernels.ops.compose_basis import compose_basis_ref, launch_compose_basis
+from globe_kernels.ops.compose_layer import compose_family, layer_code
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import FromRank, moe_ffn_ref
@@ -44,12 +44,14 @@ def run(device: str, dtype: torch.dtype) -> None:
             gram = gram @ gram.mT
             solved = launch_batched_spd_solve(gram, rhs).solution
             assert_close(solved, batched_spd_solve_ref(gram, rhs).solution, rms=1e-4, peak=1e-4)
+    gather = launch_compose_basis if device == "cuda" else compose_basis_ref
     for phi in ("identity", "silu", "tanh"):
         composed = compose_basis_ref(index, value, bank, phi, torch.float32)
-        assert_close(compose_basis(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
-        assert_close(compose_layer(*layer_code(index, value), bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
+        assert_close(gather(index, value, bank, phi, dtype), composed, rms=4e-3, peak=8e-3)
+        whole = compose_family(layer_code(index, value), bank, phi, torch.empty_like(composed, dtype=dtype))
+        assert_close(whole, composed, rms=4e-3, peak=8e-3)
     cached = CachedWeights(Mixtures(bank, bank, index, value, index, value), layer.weights.from_rank)
-    half = compose_basis(index, value, bank, "tanh", dtype)
+    half = gather(index, value, bank, "tanh", dtype)
     composed = layer.weights._replace(basis=torch.cat([half, half], 1))
     for slots in (1, 4, 9):
         cache = BasisCache({0: 9}, slots, RANK, 176, dtype, device)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from globe_kernels.strategies.cost import break_even_rank
+from globe_kernels.strategies.composed import break_even_rank
 
 
 @dataclass(frozen=True)

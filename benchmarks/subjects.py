@@ -21,8 +21,10 @@ from globe_fit.result import LayerFactors, reconstruct
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.format.checkpoint import BANK_NAME, BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
 from globe_kernels.model.targets import is_patched, remove_bank
-from globe_kernels.strategies.budget import Palettes, palettes_of, pool_bytes, resident
-from globe_kernels.strategies.cost import DENSE, paths_of
+from globe_kernels.strategies import DENSE, STRATEGIES
+from globe_kernels.strategies.base import Palettes
+from globe_kernels.strategies.budget import palettes_of, resident, strategies_of
+from globe_kernels.strategies.cached import pool_bytes
 
 SHIPPED = "tiny_moe"
 _SUPPORT = 12  # atoms of one expert
@@ -70,21 +72,21 @@ class Subject:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a subject: its dense experts, or a strategy."""
+    """A subject with its dense experts, or run by a strategy."""
 
     name: str
-    strategy: str  # DENSE, or that of globe_kernels.patch
+    strategy: str  # dense, or as globe_kernels.patch takes it
     cache_bytes: int | None = None
 
 
 def variants(config: GlobeConfig, item_size: int, shares: list[float]) -> list[Variant]:
-    """Dense, every strategy, cached with room for each percentage of all bases, auto."""
-    found = [Variant(DENSE, DENSE)]
-    for path in paths_of(config.phi):
-        if path == "cached":
-            found += [Variant(f"cached_{share:g}%", path, cache_of(config, share, item_size)) for share in shares]
+    """List dense, every strategy, strategies with a pool of each percentage of all bases, and auto."""
+    found = [Variant(DENSE.name, DENSE.name)]
+    for name in strategies_of(config):
+        if STRATEGIES[name].takes_pool:
+            found += [Variant(f"{name}_{share:g}%", name, cache_of(config, share, item_size)) for share in shares]
         else:
-            found.append(Variant(path, path))
+            found.append(Variant(name, name))
     return [*found, Variant("auto", "auto")]
 
 
@@ -177,7 +179,7 @@ def _reconstructed(name: str, dense: Any, path: Path, tokens: torch.Tensor, is_t
 def build(subject: Subject, variant: Variant, dtype: torch.dtype) -> Any:
     """A model of its own, with nothing mapped from a file."""
     model = copy.deepcopy(subject.dense).to(dtype)
-    if variant.strategy != DENSE:
+    if variant.strategy != DENSE.name:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", _FEW_SLOTS)
             globe_kernels.patch(model, subject.path, strategy=variant.strategy, cache_bytes=variant.cache_bytes)
@@ -192,11 +194,11 @@ def planned_bytes(subject: Subject, model: Any) -> int:
     """What the memory model says that the experts of `model` hold on its device; with a CPU the parked bank too."""
     item_size = model.dtype.itemsize
     if not is_patched(model):
-        return resident(subject.config, (DENSE,), item_size=item_size).total
+        return resident(subject.config, (DENSE.name,), item_size=item_size).total
     arrangement = getattr(model, BANK_NAME).arrangement
     found = resident(
         subject.config,
-        arrangement.paths,
+        arrangement.strategies,
         item_size=item_size,
         cache_bytes=arrangement.cache_bytes,
         palettes=subject.palettes,

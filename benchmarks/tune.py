@@ -45,9 +45,9 @@ from globe_kernels.ops.palette_in import (
     launch_palette_in,
     palette_in_ref,
 )
-from globe_kernels.ops.routing_plan import RoutingPlan, launch_routing_plan
+from globe_kernels.ops.routing import RoutingPlan, launch_routing_plan
 from globe_kernels.ops.triton_import import triton
-from globe_kernels.ops.tuning import AnyLaunches, Card, FfnConfig, FfnShape, GemmConfig, rows_per_expert, supports
+from globe_kernels.ops.tuning import AnyLaunches, FfnConfig, FfnShape, GemmConfig, Target, rows_per_expert, supports
 from globe_kernels.testing import relative_errors
 
 OPS = ("moe_ffn", "dense_twin", "bank_first", "compose_layer")
@@ -81,7 +81,7 @@ class Bench:
     """What is measured on, and how often."""
 
     device: str
-    card: Card
+    target: Target
     repeats: int
 
     def time(self, function: Callable[[], object], warm: Sequence[torch.Tensor] = ()) -> float:
@@ -130,7 +130,7 @@ def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
     else:
         dense = GatedAdapters(layer.gate_up[:, :inner].contiguous(), layer.gate_up[:, inner:].contiguous())
         stages = {
-            "gate_up": lambda c, i, plan, x: launch_gate_up(x, plan, dense, "silu", c.gate_up, plan.num_choices),
+            "gate_up": lambda c, i, plan, x: launch_gate_up(x, plan, dense, "silu", c.gate_up, plan.top_k),
             "down": down,
         }
 
@@ -147,11 +147,11 @@ def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
 def tune_experts(layer: Layer, inputs: Inputs, op: str, bench: Bench) -> dict:
     """The entry of a whole layer of moe_ffn or dense_twin for these inputs."""
     rows, item_size = rows_per_expert(inputs.index.numel(), layer.shape.experts), inputs.hidden.element_size()
-    default = tuning.default_config(rows, item_size, bench.card)
+    default = tuning.default_config(rows, item_size, bench.target)
     stages, whole = stage_runs(layer, op)
     found: dict[FfnConfig, float] = {}
     for block_m in row_tiles(rows):
-        config = tuning.fit_to(replace(default, block_m=block_m), item_size, bench.card)
+        config = tuning.fit_to(replace(default, block_m=block_m), item_size, bench.target)
         plan = launch_routing_plan(inputs.index, layer.shape.experts, block_m)
         values, total = inputs.hidden, 0.0
         for name, stage in stages.items():
@@ -178,7 +178,7 @@ def search_stage(
     best, fastest = search(
         getattr(config, name),
         GEMM_AXES,
-        lambda gemm: supports(whole(gemm), item_size, bench.card),
+        lambda gemm: supports(whole(gemm), item_size, bench.target),
         lambda gemm: bench.time(lambda: stage(whole(gemm), *arguments)),
     )
     return whole(best), fastest
@@ -188,13 +188,13 @@ def tune_palette_in(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
     """As `tune_experts`, of S1 of bank_first for one family."""
     w, x, item_size = layer.factors, inputs.hidden, inputs.hidden.element_size()
     operands = (x, w.gate_palette, w.gate_bank)
-    default = default_palette_in(len(x), item_size, bench.card)
+    default = default_palette_in(len(x), item_size, bench.target)
     found: dict[PaletteInConfig, float] = {}
     for block_m in row_tiles(len(x)):
         gemm, took = search(
-            tuning.fit_gemm(default.gemm, block_m, item_size, bench.card),
+            tuning.fit_gemm(default.gemm, block_m, item_size, bench.target),
             GEMM_AXES,
-            lambda gemm, m=block_m: supports(PaletteInConfig(m, gemm), item_size, bench.card),
+            lambda gemm, m=block_m: supports(PaletteInConfig(m, gemm), item_size, bench.target),
             lambda gemm, m=block_m: bench.time(lambda: launch_palette_in(*operands, PaletteInConfig(m, gemm))),
         )
         found[PaletteInConfig(block_m, gemm)] = took
@@ -219,7 +219,7 @@ def tune_mix(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
 
     default = default_mix(tokens)
     best, _ = search(
-        default, MIX_AXES, lambda c: supports(c, item_size, bench.card), lambda c: bench.time(lambda: run(c), z)
+        default, MIX_AXES, lambda c: supports(c, item_size, bench.target), lambda c: bench.time(lambda: run(c), z)
     )
     call = {"op": "mix", "shape": asdict(MixShape(w.rank, layer.palette, choices)), "rows": tokens}
     return judged({**call, "item_size": item_size}, (best, default), run, mix_ref(z, inputs.index, w.codes), bench, z)
@@ -237,7 +237,7 @@ def tune_compose_layer(layer: Layer, bench: Bench) -> dict:
 
     default = default_compose(shape.experts)
     best, _ = search(
-        default, COMPOSE_AXES, lambda c: supports(c, item_size, bench.card), lambda c: bench.time(lambda: run(c))
+        default, COMPOSE_AXES, lambda c: supports(c, item_size, bench.target), lambda c: bench.time(lambda: run(c))
     )
     call = {"op": "compose_layer", "shape": asdict(shape), "rows": 1, "item_size": item_size}
     return judged(call, (best, default), run, compose_layer_ref(code, bank, "identity", torch.empty_like(out)), bench)
@@ -313,11 +313,11 @@ def main() -> None:
     shape, device = MODELS[args.model], torch.device("cuda")
     torch.manual_seed(0)
     layer = random_layer(shape, args.rank or shape.intermediate // 2, torch.bfloat16, "cuda", args.palette)
-    name, bench = device_name("cuda"), Bench("cuda", tuning.card_of(device), args.repeats)
+    name, bench = device_name("cuda"), Bench("cuda", tuning.target_of(device), args.repeats)
     path = tuning.TABLES / f"{tuning.slug(name)}.json"
     for label, entry in entries(layer, args.op or OPS, args.tokens or (1, 4, 16, 64, 256, 1024, 4096, 16384), bench):
         # after every entry: a run that is cut short keeps what it found
-        write(path, name, tuning.architecture_of(device), [entry])
+        write(path, name, tuning.compiler_name(device), [entry])
         print(f"{label}: {entry['default_us']:.1f} -> {entry['median_us']:.1f} us", flush=True)
 
 

@@ -12,7 +12,7 @@ from globe_kernels.version import __version__
 
 if importlib.util.find_spec("transformers") is not None:
     # registers the quantization method, so that from_pretrained loads an exported directory
-    from globe_kernels.model import quantizer as _transformers_plugin  # noqa: F401
+    from globe_kernels.model import quantizer as _quantizer  # noqa: F401
 
 __all__ = [
     "BaseModel",

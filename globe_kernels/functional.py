@@ -1,4 +1,4 @@
-"""The one gate between modules and ops: validates what a module passes."""
+"""Check the tensors of a call once, between strategies and ops."""
 
 import torch
 
@@ -19,7 +19,7 @@ def moe_ffn(
     activation: str,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
+    """Run the routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
 
     hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, within int32, where ids
     outside 0..E-1 contribute nothing; top_k_weights (T, K) of any float dtype. Any strides.
@@ -28,7 +28,7 @@ def moe_ffn(
     """
     routed = (hidden_states, top_k_index, top_k_weights)
     _check_inputs(*routed, weights.from_rank.down_proj)
-    return _moe_ffn_op(*routed, activation, deterministic, weights.basis, *weights.from_rank)
+    return _moe_ffn_op(*routed, weights.to_list(), activation, deterministic)
 
 
 def moe_ffn_bank_first(
@@ -39,10 +39,10 @@ def moe_ffn_bank_first(
     activation: str,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """As `moe_ffn`, from the bank, with nothing composed (formula: `globe_kernels.ops.moe_ffn_bank_first`)."""
+    """Run the experts as `moe_ffn` does, from the bank and the palette (`globe_kernels.ops.moe_ffn_bank_first`)."""
     routed = (hidden_states, top_k_index, top_k_weights)
     _check_inputs(*routed, weights.from_rank.down_proj)
-    return _moe_ffn_bank_first_op(*routed, activation, deterministic, *weights[:-1], *weights.from_rank)
+    return _moe_ffn_bank_first_op(*routed, list(weights.mixtures), list(weights.from_rank), activation, deterministic)
 
 
 def moe_ffn_cached(
@@ -56,7 +56,7 @@ def moe_ffn_cached(
     activation: str,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """As `moe_ffn`, from a cache of bases and the bank (`globe_kernels.ops.moe_ffn_cached`).
+    """Run the experts as `moe_ffn` does, from a cache of bases and the bank (`globe_kernels.ops.moe_ffn_cached`).
 
     The pool of the cache has the dtype of hidden_states; the experts of this layer are first_expert .. first_expert + E
     - 1 of the cache.
@@ -67,7 +67,7 @@ def moe_ffn_cached(
     expected = (2 * rank, hidden_states.shape[1])
     if cache.pool.shape[1:] != expected or cache.pool.dtype != hidden_states.dtype:
         raise ValueError(
-            f"The slots of the cache are {cache.pool.dtype} {tuple(cache.pool.shape[1:])} and those of the layer "
+            f"The slots of the cache are {cache.pool.dtype} {tuple(cache.pool.shape[1:])} and the bases of the layer "
             f"{hidden_states.dtype} {expected}; build the cache for this model and cast both together."
         )
     if not 0 <= first_expert <= cache.slot_of.shape[0] - num_experts:
@@ -75,8 +75,8 @@ def moe_ffn_cached(
             f"first_expert is {first_expert} with {num_experts} experts in the layer and {cache.slot_of.shape[0]} in "
             "the cache; take it from BasisCache.first_expert."
         )
-    how = (first_expert, phi, activation, deterministic)
-    return _moe_ffn_cached_op(*routed, *how, *cache, *weights.mixtures, *weights.from_rank)
+    tensors = (list(cache), list(weights.mixtures), list(weights.from_rank))
+    return _moe_ffn_cached_op(*routed, *tensors, first_expert, phi, activation, deterministic)
 
 
 def _check_inputs(

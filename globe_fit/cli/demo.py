@@ -18,7 +18,7 @@ from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
 from globe_kernels.model.patching import peak_workspace, resident_bytes
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops.counters import call_counts
-from globe_kernels.strategies.cost import DENSE
+from globe_kernels.strategies import DENSE
 
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"
@@ -91,10 +91,10 @@ def _figures(
             "dense_experts": config.base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
-            "dense_peak": config.base.dense_bytes + peak_workspace(model, (DENSE,)),
+            "dense_peak": config.base.dense_bytes + peak_workspace(model, (DENSE.name,)),
             "peak": resident + peak_workspace(model),
         },
-        "paths": list(modules[0].paths),
+        "paths": list(modules[0].strategies),
         "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
         "continuation": {"prompt": PROMPT, **texts},
     }

@@ -6,8 +6,7 @@ from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity,
 from globe_fit.result import reconstruct
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, LayerFactors
-from globe_kernels.strategies.budget import palettes_of, resident, workspace
-from globe_kernels.strategies.cost import paths_of
+from globe_kernels.strategies.budget import palettes_of, resident, strategies_of, workspace
 
 _PEAK_ROWS = 4096  # routed rows, tokens times choices: a checkpoint does not know how many experts a token takes
 _SAMPLED_LAYERS = 4
@@ -42,10 +41,10 @@ def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
     config, palettes = checkpoint.config, palettes_of(checkpoint)
     item_size = config.torch_dtype.itemsize
     held, peak = {}, {}
-    for path in paths_of(config.phi):
-        all_of_it = resident(config, (path,), item_size=item_size, palettes=palettes)
-        held[path] = all_of_it.total - all_of_it.down
-        peak[path] = held[path] + workspace(config, (path,), _PEAK_ROWS, 1, item_size, palettes)
+    for name in strategies_of(config):
+        all_of_it = resident(config, (name,), item_size=item_size, palettes=palettes)
+        held[name] = all_of_it.total - all_of_it.down
+        peak[name] = held[name] + workspace(config, (name,), _PEAK_ROWS, 1, item_size, palettes)
     return {"resident": held, "peak": peak, "peak_rows": _PEAK_ROWS}
 
 

@@ -20,20 +20,22 @@ from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.files import read_json
+from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import (
     AUTO,
     Choice,
     Palettes,
-    atoms_on_cards,
+    atoms_on_devices,
     choose_residents,
     expected_palettes,
     layer_sizes,
     palettes_of,
     resident,
-    why_not_composed,
+    strategies_of,
     workspace,
 )
-from globe_kernels.strategies.cost import DENSE, Machine, Policy, break_even_rank, paths_of, predict, switch_points
+from globe_kernels.strategies.composed import Composed, break_even_rank
+from globe_kernels.strategies.cost import Machine, Policy, predict, switch_points
 
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
 CURVE_TOKENS = tuple(2**power for power in range(15))  # in the plot
@@ -66,7 +68,7 @@ def read_model(path: Path) -> ModelSizes:
         full = AutoConfig.for_model(**wanted)
         with torch.device("meta"):
             live = AutoModelForCausalLM.from_config(full)
-        choices = architecture_of(base.model_type).choices(config)
+        choices = architecture_of(base.model_type).top_k(config)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise GlobeError(f"transformers cannot build the model of {where} ({error}); download it again.") from error
     experts = {path for _, path in architecture_of(base.model_type).live_experts(live)}
@@ -129,11 +131,11 @@ class Planner:
         choices, item = self.model.choices, self.machine.item_size
         kinds = Counter(layer_sizes(config, layer, choices, item, known) for layer in config.base.num_experts)
         ((usual, _),) = kinds.most_common(1)
-        dense = self._strategy(config, Choice((DENSE,), 0), kinds, known)
+        dense = self._strategy(config, Choice((DENSE.name,), 0), kinds, known)
         cards = ceil((self._outside() + dense["peak"]) / self._memory())
-        atoms = atoms_on_cards(config, known, cards)
-        strategies = {DENSE: dense}
-        for name in (*paths_of(config.phi), AUTO):
+        atoms = atoms_on_devices(config, known, cards)
+        strategies = {DENSE.name: dense}
+        for name in (*strategies_of(config), AUTO):
             budget = self._budget if name in (AUTO, "cached") else None
             wanted = self._cache_bytes if name in (AUTO, "cached") else None
             try:
@@ -160,7 +162,7 @@ class Planner:
             "mean_palette": usual.palette,
             "palettes_known": palettes is not None,
             "break_even_rank": break_even_rank(config.base.intermediate_size, config.base.hidden_size),
-            "why_not_composed": why_not_composed(config),
+            "why_not_composed": Composed().wastes(config),
             "bytes_on_disk": {"dense": config.base.dense_bytes + down, "globe": config.tensor_bytes + down},
             "budget": limit,
             "cards": cards,
@@ -185,7 +187,7 @@ class Planner:
         item, layers = self.machine.item_size, kinds.total()
         held = resident(
             config,
-            choice.paths,
+            choice.strategies,
             item_size=item,
             cache_bytes=choice.cache_bytes,
             palettes=palettes,
@@ -193,14 +195,16 @@ class Planner:
         )
         pool = choice.pool(config, item)
         ((usual, _),) = kinds.most_common(1)
-        policy = Policy(switch_points(choice.paths, usual, self.machine, pool))
+        strategies = {name: DENSE if name == DENSE.name else STRATEGIES[name] for name in choice.strategies}
+        policy = Policy(switch_points(strategies.values(), usual, self.machine, pool))
 
         def us(tokens: int) -> float:
-            path = policy.path(tokens)
-            return sum(n * predict(path, one, tokens, self.machine, pool).us for one, n in kinds.items()) / layers
+            strategy = strategies[policy.strategy(tokens)]
+            total = sum(n * predict(strategy, sizes, tokens, self.machine, pool).us for sizes, n in kinds.items())
+            return total / layers
 
         calls = (TOKENS[-1], self.model.choices, item, palettes)
-        temporary = workspace(config, choice.paths, *calls, on_gpu=self.machine.references is None)
+        temporary = workspace(config, choice.strategies, *calls, on_gpu=self.machine.references is None)
         return {
             "resident": held.total,
             "parts": held.parts,
@@ -208,7 +212,7 @@ class Planner:
             "peak": held.total + temporary,
             "us_per_layer": {str(tokens): us(tokens) for tokens in CURVE_TOKENS},
             "tokens_per_s": {str(tokens): 1e6 * tokens / (layers * us(tokens)) for tokens in TOKENS},
-            "path": {str(tokens): policy.path(tokens) for tokens in TOKENS},
+            "path": {str(tokens): policy.strategy(tokens) for tokens in TOKENS},
             "switch_points": [list(point) for point in policy.points],
         }
 

@@ -106,8 +106,8 @@ class Architecture:
             "routed experts; pass the directory of a Mixture-of-Experts model."
         )
 
-    def choices(self, config: dict) -> int:
-        """K: experts that a token is routed to."""
+    def top_k(self, config: dict) -> int:
+        """Return K, the experts per token."""
         return int(config["num_experts_per_tok"])
 
     def intermediate_size(self, config: dict) -> int:

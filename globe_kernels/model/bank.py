@@ -1,4 +1,4 @@
-"""The one owner of the bank in a live model, and what the layers on one device share."""
+"""The bank of a live model, and the tensors that the layers on one device share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from globe_kernels.model.scratch import Scratch
 
 @dataclass(frozen=True)
 class Arrangement:
-    """By which paths (globe_kernels.strategies.cost) the experts of a model may run."""
+    """By which strategies the experts of a model may run."""
 
-    strategy: str  # as it was asked for
-    paths: tuple[str, ...]
-    cache_bytes: int  # of the pools of composed bases, all devices together; 0 without
-    choices: int  # K, experts per token
+    strategy: str  # as the user asked for it, "auto" included
+    strategies: tuple[str, ...]
+    cache_bytes: int  # of the pools of composed bases, all devices together; 0 without a pool
+    top_k: int  # K
 
 
 class GlobeBank(nn.Module):
     """The atoms of both families, (M, R, D) each, registered once at the root of a model as `globe_bank`.
 
-    Every layer composes from this bank and none holds a copy, so `state_dict` has each atom once.
+    Every layer composes from this bank and no layer holds a copy, so `state_dict` has each atom once.
     A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis, or
-    whose devices hold atoms of their own, no longer needs it there, and saving still finds it. `places` are the devices
-    whose layers run from atoms.
+    whose devices hold copies of atoms, no longer needs the bank there, and saving still finds it. `device_banks` has an
+    entry for every device whose layers run from atoms.
     """
 
     gate: nn.Parameter
@@ -43,15 +43,16 @@ class GlobeBank(nn.Module):
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))
-        self.places = nn.ModuleList()
+        self.device_banks = nn.ModuleList()
 
     def atoms(self, family: str) -> torch.Tensor:
+        """Return (M, R, D)."""
         return getattr(self, family)
 
     @property
     def caches(self) -> list[BasisCache]:
-        """Those of the places that have one."""
-        return [place.cache for place in self.places if isinstance(place, Place) and place.cache is not None]
+        """The caches of the devices, where there are any."""
+        return [one.cache for one in self.device_banks if isinstance(one, DeviceBank) and one.cache is not None]
 
     def park(self) -> None:
         """Move the atoms to host memory and keep them there."""
@@ -68,15 +69,14 @@ class GlobeBank(nn.Module):
         # nn.Module.to, .cuda, .half and the like all end here
         if not self.parked:
             return super()._apply(fn, recurse)
-        self.places._apply(fn)
+        self.device_banks._apply(fn)
         return self
 
 
-class Place(nn.Module):
-    """What the layers on one device run from beside their own weights.
+class DeviceBank(nn.Module):
+    """The tensors that the layers on one device share: atoms, and where a strategy wants them a cache or buffers.
 
-    The atoms: the whole bank, or copies of those that these layers use, which `state_dict` leaves out. `cache` is the
-    pool of composed bases of layers that have one, `scratch` what composes those that are composed when called.
+    The atoms are the whole bank, or copies of the atoms that these layers use, which `state_dict` leaves out.
     """
 
     cache: BasisCache | None
@@ -90,7 +90,7 @@ class Place(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ):
-        """`used`: by family ids, ascending, of the atoms to copy to `device` in `dtype`; without, those of the bank."""
+        """Share the atoms of `bank`, or copy the atoms `used`, {family: ascending ids}, to `device` in `dtype`."""
         super().__init__()
         self._bank = (bank,)  # a tuple: a module would be registered, and saved, once more
         self._used = used
@@ -103,32 +103,37 @@ class Place(nn.Module):
             self.register_buffer(f"{family}_copy", copied, persistent=False)
 
     def release(self) -> None:
-        """Let go of copies, when every basis is composed."""
+        """Let go of the copies: every basis is composed."""
         self._used, self.gate_copy, self.up_copy = None, None, None
 
     @property
     def config(self) -> GlobeConfig:
+        """The configuration of the checkpoint."""
         return self._bank[0].config
 
     @property
     def gate(self) -> torch.Tensor:
+        """The atoms of gate on this device."""
         return self.atoms("gate")
 
     @property
     def up(self) -> torch.Tensor:
+        """The atoms of up on this device."""
         return self.atoms("up")
 
     @property
     def holds_copies(self) -> bool:
+        """Whether this device holds copies of some atoms in place of the bank."""
         return self._used is not None
 
-    def places_of(self, family: str, ids: torch.Tensor) -> torch.Tensor:
-        """Where among the atoms of this place those of these ids stand."""
+    def local_ids(self, family: str, ids: torch.Tensor) -> torch.Tensor:
+        """Return where the atoms with these ids stand among the atoms of this device."""
         if self._used is None:
             return ids
         return torch.searchsorted(self._used[family].to(ids), ids).to(ids.dtype)
 
     def atoms(self, family: str) -> torch.Tensor:
+        """Return (M, R, D), or the copies of some atoms."""
         copied = getattr(self, f"{family}_copy")
         return self._bank[0].atoms(family) if copied is None else copied
 

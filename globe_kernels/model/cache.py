@@ -1,7 +1,7 @@
-"""A bounded pool of composed bases that all layers of a model share, and what is known of it.
+"""A bounded pool of composed bases that all layers of a device share, and its statistics.
 
-The experts of all layers are numbered one layer after the other. What happens to the state while a model runs is in
-`globe_kernels.ops.cache_lookup`.
+The experts of all layers are numbered, one layer after the other. `globe_kernels.ops.cache_lookup` changes the state
+while a model runs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,39 +18,40 @@ from globe_kernels.ops.moe_ffn_cached import CachedWeights
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What a cache did since its last `reset_stats`."""
+    """Hits and misses of a cache since its last `reset_stats`."""
 
     hits: int  # active experts whose basis was in the pool
     misses: int  # active experts whose basis was composed
-    evictions: int  # bases that gave way to them
+    evictions: int  # bases that gave way to composed bases
     slots: int
     slot_bytes: int  # of one basis, gate and up
     uses: dict[int, torch.Tensor]  # layer -> (E,) int64 on the CPU, how often each expert was active
 
     @property
     def hit_rate(self) -> float:
-        """0 before the first token."""
+        """Share of active experts whose basis was in the pool; 0 before the first token."""
         return self.hits / max(1, self.hits + self.misses)
 
     @property
     def bytes_composed(self) -> int:
+        """Bytes of all bases that were composed."""
         return self.misses * self.slot_bytes
 
 
 def sum_stats(stats: Sequence[CacheStats]) -> CacheStats:
-    """Those of the caches of several devices as one."""
+    """Add up the statistics of the caches of several devices."""
     return CacheStats(
-        *(sum(getattr(one, name) for one in stats) for name in ("hits", "misses", "evictions", "slots")),
+        *(sum(getattr(device, name) for device in stats) for name in ("hits", "misses", "evictions", "slots")),
         slot_bytes=stats[0].slot_bytes,
-        uses={layer: own for one in stats for layer, own in one.uses.items()},
+        uses={layer: counts for device in stats for layer, counts in device.uses.items()},
     )
 
 
 class BasisCache(nn.Module):
     """The state of `globe_kernels.functional.moe_ffn_cached`, one for the layers on a device.
 
-    Its tensors follow the model to a device; a cast of the model casts the pool, whose contents stay valid. None is in
-    `state_dict`: all of it is made from the codes and the bank.
+    Its tensors follow the model to a device. A cast of the model casts the pool, whose contents stay valid.
+    `state_dict` has none of them: all are made from the codes and the bank.
     """
 
     pool: torch.Tensor
@@ -64,9 +65,10 @@ class BasisCache(nn.Module):
     def __init__(
         self, num_experts: Mapping[int, int], slots: int, rank: int, width: int, dtype: torch.dtype, device=None
     ):
-        """An empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}.
+        """Make an empty cache of `slots` bases (2 * rank, width) for layers {layer id: number of experts}.
 
-        `globe_kernels.strategies.budget.pool_slots` says how many fit into a number of bytes. Raises RequestError for none.
+        `globe_kernels.strategies.cached.pool_slots` counts the slots that fit into a number of bytes. Raises
+        RequestError for less than one slot.
         """
         super().__init__()
         if slots < 1:
@@ -92,15 +94,16 @@ class BasisCache(nn.Module):
 
     @property
     def state(self) -> CacheState:
+        """The tensors that the op takes, and changes."""
         return CacheState(self.pool, self.slot_of, self.owner, self.referenced, self.pinned, self.uses, self.registers)
 
     def first_expert(self, layer: int) -> int:
-        """Number of the layer's first expert among those of all layers."""
+        """Return the number of the layer's first expert among the experts of all layers."""
         layers = list(self.num_experts)
         return sum(self.num_experts[before] for before in layers[: layers.index(layer)])
 
     def clear(self) -> None:
-        """Forget all bases, as one must when banks or codes have changed. Statistics stay."""
+        """Forget all bases; call this when banks or codes have changed. Statistics stay."""
         self.slot_of.fill_(-1)
         self.owner.fill_(-1)
         self.referenced.zero_()
@@ -108,7 +111,7 @@ class BasisCache(nn.Module):
         self.registers[:2].zero_()
 
     def stats(self) -> CacheStats:
-        """Waits for the device."""
+        """Return the statistics; waits for the device."""
         hits, misses, evictions = self.registers[2:].tolist()
         uses = self.uses.cpu().split(list(self.num_experts.values()))
         return CacheStats(
@@ -117,10 +120,11 @@ class BasisCache(nn.Module):
             evictions,
             slots=self.pool.shape[0],
             slot_bytes=self.pool.nbytes // self.pool.shape[0],
-            uses={layer: own.clone() for layer, own in zip(self.num_experts, uses, strict=True)},
+            uses={layer: counts.clone() for layer, counts in zip(self.num_experts, uses, strict=True)},
         )
 
     def reset_stats(self) -> None:
+        """Count from zero again."""
         self.registers[2:].zero_()
         self.uses.zero_()
 
@@ -128,14 +132,14 @@ class BasisCache(nn.Module):
     def warm(self, weights: Mapping[int, CachedWeights], uses: Mapping[int, torch.Tensor], phi: str) -> None:
         """Fill the pool with the most used experts, from `CacheStats.uses` of an earlier run; statistics stay.
 
-        weights {layer: its CachedWeights}; uses {layer: (E,)}, where a layer may be missing and an expert that was
-        never used is left out. What was in the pool is forgotten. Raises RequestError for uses of another model.
+        weights {layer: its CachedWeights}; uses {layer: (E,)}, where a layer may be missing; an expert that was never
+        used is left out. The pool forgets its earlier bases. Raises RequestError for uses of another model.
         """
-        for layer, own in uses.items():
-            if own.shape != (self.num_experts.get(layer),):
+        for layer, counts in uses.items():
+            if counts.shape != (self.num_experts.get(layer),):
                 raise RequestError(
-                    f"The uses of layer {layer} have shape {tuple(own.shape)} and the model has "
-                    f"{self.num_experts.get(layer, 'no')} experts there; give those of a run of this model."
+                    f"The uses of layer {layer} have shape {tuple(counts.shape)} and the model has "
+                    f"{self.num_experts.get(layer, 'no')} experts there; give the uses of a run of this model."
                 )
         self.clear()
         unused = {layer: torch.zeros(size, dtype=torch.int64) for layer, size in self.num_experts.items()}
@@ -147,8 +151,8 @@ class BasisCache(nn.Module):
         most, slots = most.int().to(self.pool.device), slots.int().to(self.pool.device)
         for layer, size in self.num_experts.items():
             number = most - self.first_expert(layer)
-            own = (number >= 0) & (number < size)
-            compose_slots(number[own], slots[own], self.pool, *weights[layer].mixtures, phi)
+            here = (number >= 0) & (number < size)
+            compose_slots(number[here], slots[here], self.pool, list(weights[layer].mixtures), phi)
         self.owner[slots] = most
         self.slot_of[most] = slots
 
@@ -156,7 +160,7 @@ class BasisCache(nn.Module):
         was_meta = self.pool.is_meta
         super()._apply(fn, recurse)
         if was_meta:
-            # what to_empty allocates holds anything
+            # to_empty allocates memory with any content
             self.clear()
             self.reset_stats()
         return self

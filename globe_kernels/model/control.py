@@ -1,4 +1,4 @@
-"""How a model that runs on GloBE experts is looked at and changed: its strategy, the reasons for it, its cache."""
+"""Look at a model that runs on GloBE experts, and change it: its strategy, the reasons for it, its cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,9 +12,11 @@ from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import Arrangement, GlobeBank
 from globe_kernels.model.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.model.targets import choices_of, globe_modules, is_patched
-from globe_kernels.strategies.budget import parse_bytes
-from globe_kernels.strategies.cost import DENSE, paths_of, predict
+from globe_kernels.model.targets import globe_modules, is_patched, top_k_of
+from globe_kernels.strategies import DENSE, STRATEGIES
+from globe_kernels.strategies.budget import parse_bytes, strategies_of
+from globe_kernels.strategies.cached import cached_weights
+from globe_kernels.strategies.cost import predict
 
 
 def set_strategy(
@@ -30,13 +32,13 @@ def set_strategy(
     """
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
-    arrangement = plan_arrangement(bank, modules, choices_of(model), strategy, *bounds)
+    arrangement = plan_arrangement(bank, modules, top_k_of(model), strategy, *bounds)
     arrange(bank, modules, arrangement)
     return arrangement
 
 
 def cache_stats(model: nn.Module) -> CacheStats:
-    """What the cache of composed bases did since it was made, that of all devices together; waits for them."""
+    """Return hits and misses of the caches of all devices, since they were made; waits for the devices."""
     return sum_stats([cache.stats() for cache in _caches_of(model)])
 
 
@@ -46,41 +48,42 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
     `uses`: {layer id: (E,) times each expert was used}, such as `cache_stats(model).uses` of an earlier run.
     """
     caches, phi = _caches_of(model), bank_of(model).config.phi
-    weights = {module.layer: module.cached_weights() for module in globe_modules(model).values()}
+    weights = {module.layer: cached_weights(module) for module in globe_modules(model).values()}
     for cache in caches:
         elsewhere = {layer for other in caches if other is not cache for layer in other.num_experts}
-        cache.warm(weights, {layer: own for layer, own in uses.items() if layer not in elsewhere}, phi)
+        cache.warm(weights, {layer: counts for layer, counts in uses.items() if layer not in elsewhere}, phi)
 
 
 def explain(model: nn.Module, tokens: int) -> str:
-    """Which path a call with `tokens` tokens takes in each layer, and what the cost model says of all of them.
+    """Say which strategy a call with `tokens` tokens takes in each layer, and what the cost model predicts for all.
 
-    Per layer microseconds and bytes moved of every path that this checkpoint has, beside those of dense experts; paths
-    whose tensors the model does not hold are marked. Layers of the same sizes share a table.
+    Per layer: microseconds and bytes moved of every strategy that this checkpoint can run by, beside the dense experts;
+    strategies whose tensors the model does not hold are marked. Layers of the same sizes share a table.
     """
-    bank_of(model)
+    config = bank_of(model).config
     groups: dict[Any, list[tuple[str, GlobeMoEFFN]]] = {}
-    for path, module in globe_modules(model).items():
-        groups.setdefault((module.sizes(), module.machine, module.pool), []).append((path, module))
+    for name, module in globe_modules(model).items():
+        groups.setdefault((module.sizes(), module.machine, module.pool), []).append((name, module))
     lines = []
     for (sizes, machine, pool), members in groups.items():
         first = members[0][1]
-        chosen = first.path(tokens)
+        chosen = first.strategy(tokens)
         lines += [
             f"{tokens} tokens, {len(members)} layers such as {members[0][0]}: {chosen}",
             f"  predicted for {machine.name} ({machine.origin})",
         ]
-        for path in (DENSE, *paths_of(sizes.phi)):
-            if path == "cached" and pool is None:
+        for strategy in (DENSE, *(STRATEGIES[name] for name in strategies_of(config))):
+            if strategy.takes_pool and pool is None:
                 continue
-            found = predict(path, sizes, tokens, machine, pool)
-            note = "<- taken" if path == chosen else "" if path in (DENSE, *first.paths) else "not held"
-            lines.append(f"  {path:11}{found.us:12.1f} us{found.bytes / 1e6:12.2f} MB   {note}".rstrip())
+            found = predict(strategy, sizes, tokens, machine, pool)
+            is_held = strategy is DENSE or strategy.name in first.strategies
+            note = "<- taken" if strategy.name == chosen else "" if is_held else "not held"
+            lines.append(f"  {strategy.name:11}{found.us:12.1f} us{found.bytes / 1e6:12.2f} MB   {note}".rstrip())
     return "\n".join(lines)
 
 
 def _caches_of(model: nn.Module) -> list[BasisCache]:
-    """By device. Raises RequestError when there is none."""
+    """Return the cache of each device. Raises RequestError when there is none."""
     caches = bank_of(model).caches
     if not caches:
         raise RequestError(
@@ -90,6 +93,7 @@ def _caches_of(model: nn.Module) -> list[BasisCache]:
 
 
 def bank_of(model: nn.Module) -> GlobeBank:
+    """Return the bank of a patched model. Raises RequestError for another model."""
     if not is_patched(model):
         raise RequestError("This model does not run on GloBE experts; call globe_kernels.patch(model, path) first.")
     return getattr(model, BANK_NAME)

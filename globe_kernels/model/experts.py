@@ -6,17 +6,12 @@ from torch import nn
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES, architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
-from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.model.bank import Place
-from globe_kernels.ops.compose_layer import LayerCode, compose_bases, compose_bases_into, layer_code
-from globe_kernels.ops.compose_slots import Mixtures
-from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
-from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
-from globe_kernels.ops.moe_ffn_cached import CachedWeights
+from globe_kernels.model.bank import DeviceBank
+from globe_kernels.ops.moe_ffn import FromRank
+from globe_kernels.strategies import STRATEGIES
+from globe_kernels.strategies.base import LayerSizes, Pool
 from globe_kernels.strategies.budget import layer_sizes
-from globe_kernels.strategies.cost import LayerSizes, Machine, Policy, Pool, machine_for, switch_points
-
-_BY_PALETTE = frozenset(("bank_first", "scratch"))  # paths that take the codes of a layer as a matrix
+from globe_kernels.strategies.cost import Machine, Policy, machine_for, switch_points
 
 
 class GlobeMoEFFN(nn.Module):
@@ -26,9 +21,8 @@ class GlobeMoEFFN(nn.Module):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
     float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
 
-    `run_from` says by which paths (globe_kernels.strategies.cost) calls may run, and makes what these hold beside that, which
-    `state_dict` leaves out: `basis` (E, 2R, D), gate rows first, and of each family a LayerCode and, where a device
-    holds copies of atoms, `local_index` (E, C) int32 among them.
+    `hold` says by which strategies calls may run. Each strategy makes the tensors that it needs beside the weights;
+    they are buffers that `state_dict` leaves out.
     """
 
     gate_adapter: nn.Parameter
@@ -41,13 +35,10 @@ class GlobeMoEFFN(nn.Module):
     gate_code_value: torch.Tensor
     up_code_index: torch.Tensor
     up_code_value: torch.Tensor
-    gate_local_index: torch.Tensor | None
-    up_local_index: torch.Tensor | None
-    basis: torch.Tensor | None
-    palettes: dict[str, int]  # U by family, distinct atoms
+    palettes: dict[str, int]  # {family: U, its distinct atoms}
 
     def __init__(self, config: GlobeConfig, layer: int, activation: str, dtype: torch.dtype, device=None):
-        """An empty module for layer id `layer` of the model that `config` describes."""
+        """Make an empty module for layer id `layer` of the model that `config` describes."""
         super().__init__()
         self.num_experts = config.base.num_experts[layer]
         self.hidden_dim = config.base.hidden_size
@@ -55,9 +46,10 @@ class GlobeMoEFFN(nn.Module):
         self.layer = layer
         self.phi = config.phi
         self.activation = activation
-        self._shared: tuple[Place, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
-        self.paths: tuple[str, ...] = ()  # by which calls may run
-        self._choices = 0  # K
+        self._shared: tuple[DeviceBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
+        self.strategies: tuple[str, ...] = ()  # by which calls may run
+        self._top_k = 0  # K
+        self._kept: dict[str, bool] = {}  # {name of a buffer that a strategy made: whether its dtype stays}
         self.palettes = dict.fromkeys(FAMILIES, 0)
         self._policy: Policy | None = None
         for name, (shape, stored) in config.layer_shapes(layer).items():
@@ -78,161 +70,125 @@ class GlobeMoEFFN(nn.Module):
         for name, shape in dense.items():
             values = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(values, requires_grad=False))
-        self.register_buffer("basis", None, persistent=False)
-        for family in FAMILIES:
-            for part in LayerCode._fields:
-                self.register_buffer(f"{family}_{part}", None, persistent=False)
-            self.register_buffer(f"{family}_local_index", None, persistent=False)
 
     def code(self, family: str) -> Code:
+        """Return the codes over all atoms of the bank."""
         return Code(getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value"))
 
-    def layer_code(self, family: str) -> LayerCode:
-        """What `bank_first` and `scratch` hold of the codes."""
-        return LayerCode(*(getattr(self, f"{family}_{part}") for part in LayerCode._fields))
-
     @property
-    def place(self) -> Place:
-        """What the layers on this device share."""
+    def device_bank(self) -> DeviceBank:
+        """The tensors that the layers on this device share."""
         if not self._shared:
             raise RuntimeError(
                 "GlobeMoEFFN is not arranged; call globe_kernels.set_strategy(model, ...), or without a model "
-                "run_from(place, paths, choices)."
+                "hold(device_bank, strategies, top_k)."
             )
         return self._shared[0]
 
     @property
     def device(self) -> torch.device:
-        """Where calls run: of weights that are offloaded, and come when they are called, not where these are."""
+        """Where calls run. Weights that are offloaded come there when they are called; codes stay there."""
         return self.gate_code_index.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights, and of composed bases."""
+        return self.gate_adapter.dtype
+
+    @property
+    def from_rank(self) -> FromRank:
+        """The weights that every strategy multiplies with after the basis."""
+        return FromRank(*(getattr(self, name) for name in FromRank._fields))
+
+    def keep(self, name: str, tensor: torch.Tensor, *, keeps_dtype: bool = False) -> None:
+        """Hold a tensor that a strategy made. With `keeps_dtype` a cast of the model leaves its dtype alone."""
+        self.register_buffer(name, tensor, persistent=False)
+        self._kept[name] = keeps_dtype
+
+    def kept(self, name: str) -> torch.Tensor:
+        """Return a tensor that `keep` was given."""
+        return getattr(self, name)
+
     def forget(self) -> None:
-        """Run from nothing, until `run_from` is called again."""
-        self._shared, self.paths, self._policy = (), (), None
-        parts = (*LayerCode._fields, "local_index")
-        for name in ("basis", *(f"{family}_{part}" for family in FAMILIES for part in parts)):
-            setattr(self, name, None)
+        """Drop the tensors that strategies made: no call can run until `hold` is called again."""
+        self._shared, self.strategies, self._policy = (), (), None
+        for name in self._kept:
+            delattr(self, name)
+        self._kept = {}
 
     @torch.no_grad()
-    def run_from(self, place: Place, paths: tuple[str, ...], choices: int) -> None:
-        """Make what `paths` need from the atoms, on the device of the module and in its dtype, and drop the rest.
+    def hold(self, device_bank: DeviceBank, strategies: tuple[str, ...], top_k: int) -> None:
+        """Make the tensors that `strategies` need, on the device of the module and in its dtype, and drop all others.
 
-        `choices`: experts per token, on which the times of the paths depend.
+        `top_k`: experts per token, on which the times of the strategies depend.
         """
-        self._shared, self.paths, self._choices = (place,), paths, choices
-        own = {family: self._code_for(place, family) for family in FAMILIES}
-        codes = {family: layer_code(code.index, code.value) for family, code in own.items()}
-        self.basis = self._compose(codes) if "composed" in paths else None
-        for family, code in codes.items():
-            for part, tensor in code._asdict().items():
-                setattr(self, f"{family}_{part}", tensor if _BY_PALETTE & set(paths) else None)
-            local = "cached" in paths and place.holds_copies
-            setattr(self, f"{family}_local_index", own[family].index if local else None)
-        self.palettes = {family: code.palette.numel() for family, code in codes.items()}
-        self._choose_paths()
+        self.forget()
+        self._shared, self.strategies, self._top_k = (device_bank,), strategies, top_k
+        self.palettes = {family: self.code(family).index.unique().numel() for family in FAMILIES}
+        for name in strategies:
+            STRATEGIES[name].hold(self)
+        self._choose()
 
-    def _choose_paths(self) -> None:
-        self._policy = Policy(switch_points(self.paths, self.sizes(), self.machine, self.pool))
+    def _choose(self) -> None:
+        strategies = [STRATEGIES[name] for name in self.strategies]
+        self._policy = Policy(switch_points(strategies, self.sizes(), self.machine, self.pool))
 
-    def path(self, tokens: int) -> str:
-        """That of a call with `tokens` tokens."""
-        assert self._policy is not None, "run_from chooses"
-        return self._policy.path(tokens)
+    def strategy(self, tokens: int) -> str:
+        """Return the name of the strategy of a call with `tokens` tokens."""
+        assert self._policy is not None, "hold chooses"
+        return self._policy.strategy(tokens)
+
+    def composes_ahead(self, tokens: int) -> bool:
+        """Whether a call with `tokens` tokens takes its bases from the buffers of the device."""
+        return STRATEGIES[self.strategy(tokens)].takes_buffers
 
     @property
     def machine(self) -> Machine:
-        """What the times of the paths are predicted for."""
+        """The machine that the times of the strategies are predicted for."""
         return machine_for(self.device)
 
     @property
     def pool(self) -> Pool | None:
         """The cache, as the cost model takes it."""
-        cache = self.place.cache
+        cache = self.device_bank.cache
         return None if cache is None else Pool(cache.owner.numel(), cache.slot_of.numel())
-
-    def _code_for(self, place: Place, family: str) -> Code:
-        """Over the atoms of `place`."""
-        code = self.code(family)
-        return Code(place.places_of(family, code.index), code.value)
-
-    def _compose(self, codes: dict[str, LayerCode]) -> torch.Tensor:
-        """(E, 2R, D)"""
-        place, dtype = self.place, self.gate_adapter.dtype
-        return compose_bases(*codes["gate"], *codes["up"], place.gate, place.up, self.phi, dtype)
 
     @property
     def basis_shape(self) -> tuple[int, int, int]:
         """(E, 2R, D)"""
         return self.num_experts, 2 * self.gate_adapter.shape[2], self.hidden_dim
 
-    @torch.no_grad()
-    def compose_into(self, out: torch.Tensor) -> None:
-        """The bases of the layer into `out` (E, 2R, D), on the stream of the caller: what `scratch` runs from."""
-        codes, place = (self.layer_code("gate"), self.layer_code("up")), self.place
-        compose_bases_into(out, codes, (place.gate, place.up), self.phi)
-
-    @property
-    def _from_rank(self) -> FromRank:
-        """What every path multiplies with after the basis."""
-        return FromRank(*(getattr(self, name) for name in FromRank._fields))
-
-    def cached_weights(self) -> CachedWeights:
-        """What the path `cached` takes beside the pool."""
-        place, local = self.place, (self.gate_local_index, self.up_local_index)
-        gate, up = local if place.holds_copies else (self.gate_code_index, self.up_code_index)
-        assert gate is not None and up is not None
-        mixtures = Mixtures(place.gate, place.up, gate, self.gate_code_value, up, self.up_code_value)
-        return CachedWeights(mixtures, self._from_rank)
-
     def sizes(self) -> LayerSizes:
-        """What the times of the paths depend on."""
+        """Return the sizes that the times of the strategies depend on."""
         item_size = self.gate_adapter.element_size()
-        return layer_sizes(self.place.config, self.layer, self._choices, item_size, {self.layer: self.palettes})
+        return layer_sizes(self.device_bank.config, self.layer, self._top_k, item_size, {self.layer: self.palettes})
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
-        names = [f"{family}_{part}" for family in FAMILIES for part in ("code_value", "value", "scale")]
-        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = [f"{family}_code_value" for family in FAMILIES]
+        names += [name for name, keeps_dtype in self._kept.items() if keeps_dtype]
+        values = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, value in values.items():
             moved = getattr(self, name)
-            setattr(self, name, moved.float() if value.is_meta or moved.is_meta else value.to(moved.device))
-        if self.paths:
-            self._choose_paths()  # for the device it is on now
+            setattr(self, name, moved.to(value.dtype) if value.is_meta or moved.is_meta else value.to(moved.device))
+        if self.strategies:
+            self._choose()  # for the device that the module is on now
         return self
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K) -> (T, D)"""
-        place, routed = self.place, (hidden_states, top_k_index, top_k_weights)
-        path = self.path(hidden_states.shape[0])
-        if path != "composed" and place.gate.device != hidden_states.device:
+        """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
+        atoms = self.device_bank.gate
+        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
+        if not strategy.holds_bases and atoms.device != hidden_states.device:
             # a kernel would read whatever the address means on its device
             raise RequestError(
-                f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {place.gate.device}; after "
+                f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {atoms.device}; after "
                 "layers were moved one by one, call globe_kernels.set_strategy(model, ...) again."
             )
-        if path == "bank_first":
-            gate, up = self.layer_code("gate"), self.layer_code("up")
-            weights = BankFirstWeights(place.gate, place.up, *gate, *up, self._from_rank)
-            return moe_ffn_bank_first(*routed, weights, self.activation)
-        if path == "cached":
-            cache = place.cache
-            assert cache is not None
-            first = cache.first_expert(self.layer)
-            return moe_ffn_cached(*routed, self.cached_weights(), cache.state, first, self.phi, self.activation)
-
-        def experts(basis: torch.Tensor) -> torch.Tensor:
-            return moe_ffn(*routed, ExpertWeights(basis, self._from_rank), self.activation)
-
-        if path == "composed":
-            assert self.basis is not None
-            return experts(self.basis)
-        assert place.scratch is not None
-        if place.scratch.can_run(hidden_states):
-            return place.scratch.run(self, hidden_states, experts)
-        return experts(self._compose({family: self.layer_code(family) for family in FAMILIES}))
+        return strategy.run(self, hidden_states, top_k_index, top_k_weights)
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

@@ -15,14 +15,14 @@ from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.targets import (
-    Target,
+    DenseExperts,
     activation_of,
-    choices_of,
     globe_modules,
     install_bank,
     is_patched,
     plan_replacement,
     remove_bank,
+    top_k_of,
 )
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.strategies.budget import parse_bytes, workspace
@@ -35,19 +35,24 @@ _DENSE_NAME = "_globe_dense_experts"
 class PatchReport:
     """What `patch` did.
 
-    `replaced` and `skipped` are module paths, `paths` those of globe_kernels.strategies.cost by which calls may run. Bytes
-    count the experts of the replaced layers (gate, up, down and biases): the dense ones before; after, what is resident
-    on the device of the model, bank, bases and cache included; at the peak, that and what a call with PEAK_TOKENS
-    tokens takes beside, predicted. On disk: of the checkpoint, which has no down.
+    `replaced` and `skipped` are names of modules, `strategies` the names of the strategies by which calls may run.
+    Bytes are those of the experts of the replaced layers (gate, up, down and biases). Before: the dense experts. After:
+    the tensors on the devices of the model, bank, bases and cache included. Peak: these and the predicted temporaries
+    of a call with PEAK_TOKENS tokens. On disk: the checkpoint, which has no down.
     """
 
     replaced: tuple[str, ...]
     skipped: tuple[str, ...]
-    paths: tuple[str, ...]
+    strategies: tuple[str, ...]
     bytes_before: int
     bytes_after: int
     bytes_peak: int
     bytes_on_disk: int
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The earlier name of `strategies`."""
+        return self.strategies
 
 
 def patch(
@@ -61,14 +66,14 @@ def patch(
 ) -> PatchReport:
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
-    Without `path`, the checkpoint in the directory that the model was loaded from. `strategy` is one of
-    globe_kernels.strategies.cost, "auto" for the fastest path at every number of tokens among those whose tensors fit into
-    `memory_budget` (bytes, or "20GiB"; of all experts, down included). `cache_bytes` is the size of the pool of
-    composed bases of "cached" and "auto". `keep_dense` keeps the dense experts for `unpatch`.
+    Without `path`, take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
+    globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
+    all strategies whose tensors fit into `memory_budget` (bytes, or "20GiB"; of all experts, down included).
+    `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
 
-    Everything is read, checked and built before the model is touched: a failed call leaves it as it was, and for a
-    moment dense and GloBE experts are both in memory. Where that is too much, export the checkpoint and load it with
-    from_pretrained. Raises GlobeError with what was found and what to do.
+    Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for
+    a moment dense and GloBE experts are both in memory. Where both do not fit, export the checkpoint and load it with
+    from_pretrained. Raises GlobeError.
     """
     bounds = tuple(None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
     if is_patched(model):
@@ -79,21 +84,21 @@ def patch(
         _check_shapes(target, checkpoint.config)
     _refuse_other_weights(targets[0], checkpoint)
     bank, modules = _build(targets, checkpoint, activation_of(model))
-    arrange(bank, modules, plan_arrangement(bank, modules, choices_of(model), strategy, *bounds))
+    arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), strategy, *bounds))
 
-    before = sum(_module_bytes(target.experts) for target in targets)
+    before = sum(_module_bytes(target.module) for target in targets)
     for target, module in zip(targets, modules, strict=True):
-        model.set_submodule(target.path, module)
+        model.set_submodule(target.name, module)
     install_bank(model, bank)
     if keep_dense:
         # a plain tuple: the dense experts follow the model neither to a device nor into its state_dict
         setattr(model, _DENSE_NAME, targets)
     _set_quantizer(model, checkpoint.config)
-    replaced = tuple(target.path for target in targets)
-    skipped = tuple(path for path, _ in model.named_modules() if path.endswith("experts") and path not in replaced)
+    replaced = tuple(target.name for target in targets)
+    skipped = tuple(name for name, _ in model.named_modules() if name.endswith("experts") and name not in replaced)
     after = resident_bytes(model)
     peak = after + peak_workspace(model)
-    return PatchReport(replaced, skipped, modules[0].paths, before, after, peak, checkpoint.bytes_on_disk)
+    return PatchReport(replaced, skipped, modules[0].strategies, before, after, peak, checkpoint.bytes_on_disk)
 
 
 def unpatch(model: nn.Module) -> None:
@@ -107,33 +112,33 @@ def unpatch(model: nn.Module) -> None:
             "model again."
         )
     for target in dense:
-        own = model.get_submodule(target.path)
-        assert isinstance(own, GlobeMoEFFN)
-        model.set_submodule(target.path, target.experts.to(own.device, own.down_proj.dtype))
+        globe = model.get_submodule(target.name)
+        assert isinstance(globe, GlobeMoEFFN)
+        model.set_submodule(target.name, target.module.to(globe.device, globe.down_proj.dtype))
     remove_bank(model)
     delattr(model, _DENSE_NAME)
     _set_quantizer(model, None)
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes that the GloBE experts hold on their devices (a bank parked in host memory counts on a CPU)."""
+    """Count the bytes that the GloBE experts hold on their devices; on a CPU a bank in host memory counts."""
     modules = list(globe_modules(model).values())
     devices, parts = by_device(modules), (*modules, getattr(model, BANK_NAME))
     return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
-def peak_workspace(model: nn.Module, paths: tuple[str, ...] | None = None) -> int:
-    """Bytes that a call of one layer with PEAK_TOKENS tokens takes beside what is resident, predicted.
+def peak_workspace(model: nn.Module, strategies: tuple[str, ...] | None = None) -> int:
+    """Predict the bytes of the temporaries of one layer's call with PEAK_TOKENS tokens.
 
-    By its own paths, or by `paths`, such as those of the dense experts.
+    `strategies`: names, by default those by which the model may run; ("dense",) for the dense experts.
     """
     modules = list(globe_modules(model).values())
     adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
     return workspace(
         getattr(model, BANK_NAME).config,
-        paths or modules[0].paths,
+        strategies or modules[0].strategies,
         PEAK_TOKENS,
-        choices_of(model),
+        top_k_of(model),
         adapter.element_size(),
         palettes,
         on_gpu=modules[0].device.type == "cuda",
@@ -159,32 +164,32 @@ def _checkpoint_path(model: nn.Module) -> Path:
     )
 
 
-def _check_shapes(target: Target, config: GlobeConfig) -> None:
+def _check_shapes(target: DenseExperts, config: GlobeConfig) -> None:
     num_experts = config.base.num_experts[target.layer]
     inner, width = config.base.intermediate_size, config.base.hidden_size
     expected = architecture_of(config.base.model_type).fused_shapes(num_experts, inner, width)
     for name, shape in expected.items():
-        tensor = getattr(target.experts, name, None)
+        tensor = getattr(target.module, name, None)
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
         if isinstance(tensor, torch.Tensor) and tensor.is_meta:
             raise RequestError(
-                f"{target.path}.{name} is on the meta device, without values; load the model's weights first, or load "
+                f"{target.name}.{name} is on the meta device, without values; load the model's weights first, or load "
                 "an exported GloBE directory with from_pretrained."
             )
         if found != shape:
             raise RequestError(
-                f"{target.path}.{name} is {found} and the checkpoint, fitted on {config.base.name}, expects {shape}; "
+                f"{target.name}.{name} is {found} and the checkpoint, fitted on {config.base.name}, expects {shape}; "
                 "patch the model it was fitted on."
             )
 
 
-def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
+def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> None:
     """A least-squares fit explains some of its own weights; factors of other weights only add error to them.
 
     One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
     """
     config = checkpoint.config
-    weights = architecture_of(config.base.model_type).part(target.experts.gate_up_proj.detach(), "gate")
+    weights = architecture_of(config.base.model_type).part(target.module.gate_up_proj.detach(), "gate")
     factors = checkpoint.layer(target.layer, "gate")
     basis = compose_basis_ref(
         factors.code.index, factors.code.value, checkpoint.bank("gate"), config.phi, torch.float32
@@ -199,25 +204,25 @@ def _refuse_other_weights(target: Target, checkpoint: GlobeCheckpoint) -> None:
 
 
 def _build(
-    targets: tuple[Target, ...], checkpoint: GlobeCheckpoint, activation: str
+    targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint, activation: str
 ) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
-    """The bank and the replacements, on the devices and in the dtypes of the experts they replace."""
+    """Build the bank and the replacements, on the devices and in the dtypes of the experts that they replace."""
     config = checkpoint.config
     architecture = architecture_of(config.base.model_type)
     bank = GlobeBank(config, "meta")
     for family in FAMILIES:
         atoms = _finite(checkpoint.bank(family), f"bank.{family}", checkpoint)
-        setattr(bank, family, nn.Parameter(atoms.to(targets[0].experts.down_proj.device), requires_grad=False))
+        setattr(bank, family, nn.Parameter(atoms.to(targets[0].module.down_proj.device), requires_grad=False))
     modules = []
     for target in targets:
-        down = target.experts.down_proj
+        down = target.module.down_proj
         module = GlobeMoEFFN(config, target.layer, activation, down.dtype, "meta")
         for name in ("down_proj", "gate_up_proj_bias", "down_proj_bias"):
-            fused = getattr(target.experts, name, None)
-            for own, tensor in architecture.kept(name, fused).items() if fused is not None else ():
-                if not isinstance(tensor, nn.Parameter):  # a view: in another layout than GlobeMoEFFN's
+            fused = getattr(target.module, name, None)
+            for parameter, tensor in architecture.kept(name, fused).items() if fused is not None else ():
+                if not isinstance(tensor, nn.Parameter):  # a view, in another layout than GlobeMoEFFN has
                     tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-                setattr(module, own, tensor)
+                setattr(module, parameter, tensor)
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
             adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)
@@ -225,7 +230,7 @@ def _build(
             setattr(module, f"{family}_adapter", adapter)
             setattr(module, f"{family}_code_index", factors.code.index.to(down.device))
             setattr(module, f"{family}_code_value", factors.code.value.to(down.device))
-        module.train(target.experts.training)
+        module.train(target.module.training)
         modules.append(module)
     return bank, modules
 
@@ -239,6 +244,6 @@ def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> tor
 def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:
     """Let `save_pretrained` write, or no longer write, a directory that `from_pretrained` loads as GloBE."""
     if importlib.util.find_spec("transformers") is not None:
-        from globe_kernels.model import quantizer as transformers_plugin  # optional, and slow to import
+        from globe_kernels.model import quantizer  # optional, and slow to import
 
-        transformers_plugin.set_quantizer(model, config)
+        quantizer.set_quantizer(model, config)

@@ -27,7 +27,8 @@ from globe_kernels.format.checkpoint import (
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.model.targets import activation_of, choices_of, globe_modules, install_bank, plan_replacement
+from globe_kernels.model.targets import activation_of, globe_modules, install_bank, plan_replacement, top_k_of
+from globe_kernels.strategies.budget import AUTO
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -47,7 +48,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class GlobeHfQuantizer(HfQuantizer):
-    """Swaps the experts before the weights are loaded and makes what they run from after."""
+    """Swap the experts before the weights are loaded, and arrange the model after."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -59,8 +60,8 @@ class GlobeHfQuantizer(HfQuantizer):
         activation = activation_of(model)
         for target in targets:
             # the meta tensors have the dtype that the model was asked for
-            self.dtype = target.experts.down_proj.dtype
-            model.set_submodule(target.path, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
+            self.dtype = target.module.down_proj.dtype
+            model.set_submodule(target.name, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         if checkpoint_files:
             _check_exported_files(checkpoint_files, config, globe_modules(model).values())
@@ -69,13 +70,13 @@ class GlobeHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         bank = getattr(model, BANK_NAME)
         _bring(bank)
-        for path, module in globe_modules(model).items():
+        for name, module in globe_modules(model).items():
             for family in FAMILIES:
-                check_codes(module.code(family).index, self.globe.num_atoms, path)
+                check_codes(module.code(family).index, self.globe.num_atoms, name)
             # transformers 5.17 leaves what its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
         modules = list(globe_modules(model).values())
-        arrange(bank, modules, plan_arrangement(bank, modules, choices_of(model), "auto"))
+        arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), AUTO))
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
         model.is_quantized = False
@@ -94,7 +95,7 @@ class GlobeHfQuantizer(HfQuantizer):
 
 
 def _bring(bank: GlobeBank) -> None:
-    """Into host memory what a device map has offloaded: no call of the bank itself would bring it."""
+    """Bring atoms that a device map has offloaded into host memory: no call of the bank would bring them."""
     hook = getattr(bank, "_hf_hook", None)
     if hook is None:
         return

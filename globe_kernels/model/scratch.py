@@ -3,9 +3,9 @@
     this stream    attention 0 | compose 0 | experts 0 | attention 1 | experts 1 | attention 2 | experts 2
     side stream                            | compose 1 ............. | compose 2 ............. |
 
-Two buffers of (E, 2R, D) take turns, for as long as a forward of the model lasts. They are handed from layer to layer:
-what a layer finds composed is its own, whoever asked for it, so that a forward that stops half way, another thread or
-another stream costs a composition and never a wrong result.
+Two buffers of (E, 2R, D) take turns for as long as a forward of the model lasts. A layer hands them to the next. A
+layer that finds its bases composed takes them, whoever asked for them: a forward that stops half way, another thread or
+another stream costs a composition and never gives a wrong result.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,30 @@ import torch
 
 
 class Layer(Protocol):
-    """What can be composed."""
+    """A layer whose bases a call composes."""
 
     layer: int
 
-    def path(self, tokens: int) -> str: ...
+    def composes_ahead(self, tokens: int) -> bool:
+        """Whether a call with `tokens` tokens takes its bases from here."""
+        ...
 
     @property
-    def basis_shape(self) -> tuple[int, int, int]: ...
+    def basis_shape(self) -> tuple[int, int, int]:
+        """(E, 2R, D)"""
+        ...
 
-    def compose_into(self, out: torch.Tensor) -> None: ...
+
+ComposeInto = Callable[[Any, torch.Tensor], None]  # (layer, out (E, 2R, D)), on the stream of the caller
 
 
 @dataclass
 class _Ahead:
-    """The bases of a layer, whole from an event on, and the buffer that the layer before reads until another."""
+    """The bases of a layer, and the buffer that the layer before still reads."""
 
     buffers: tuple[torch.Tensor, ...]
-    whole: Any  # an event of CUDA
-    read: Any
+    whole: Any  # the event of CUDA from which on the bases are complete
+    read: Any  # the event from which on the layer before has read its buffer
     side: torch.cuda.Stream
 
     def take(self) -> tuple[torch.Tensor, ...]:
@@ -44,7 +49,7 @@ class _Ahead:
         return taken
 
     def __del__(self):
-        # nobody waited for the side stream: its memory may be given away when that is done, and not before
+        # nobody waited for the side stream: the memory may be given away only when that stream is done with it
         for buffer in self.buffers:
             buffer.record_stream(self.side)
 
@@ -55,15 +60,16 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 class Scratch:
-    """Of the layers of a model, in the order in which they run."""
+    """The buffers of the layers of one device, which are given in the order in which they run."""
 
-    def __init__(self, layers: Sequence[Layer]):
-        self._following = {one.layer: other for one, other in pairwise(layers)}
-        self._sizes = max(one.basis_shape for one in layers)  # layers differ in E alone
-        self._ahead: dict[int, _Ahead] = {}  # layer id -> what was composed for it
+    def __init__(self, layers: Sequence[Layer], compose_into: ComposeInto):
+        self._compose_into = compose_into
+        self._following = {layer.layer: following for layer, following in pairwise(layers)}
+        self._largest = max(layer.basis_shape for layer in layers)  # layers differ in E alone
+        self._ahead: dict[int, _Ahead] = {}  # layer id -> its bases, composed ahead
 
     def can_run(self, hidden_states: torch.Tensor) -> bool:
-        """Not what a compiler or a CUDA graph records: these want every stream that they fork joined inside."""
+        """Whether a side stream may be used: a compiler or a CUDA graph wants every stream that it forks joined."""
         if torch.compiler.is_compiling() or not hidden_states.is_cuda:
             return False
         return not torch.cuda.is_current_stream_capturing()
@@ -71,33 +77,33 @@ class Scratch:
     def run(
         self, layer: Layer, hidden_states: torch.Tensor, experts: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        """experts(bases of `layer`); the next layer is composed meanwhile, when it will take this path too."""
+        """Return experts(bases of `layer`); compose the next layer meanwhile, when its call will want bases too."""
         device = hidden_states.device
         stream, side = torch.cuda.current_stream(device), _side_stream(device)
         ahead = self._ahead.pop(layer.layer, None)
         if ahead is None:
-            own, other = (hidden_states.new_empty(self._sizes) for _ in range(2))
-            free = stream.record_event()  # what had this memory before did so on this stream
-            layer.compose_into(own[: layer.basis_shape[0]])
+            bases, other = (hidden_states.new_empty(self._largest) for _ in range(2))
+            free = stream.record_event()  # whoever had this memory before had it on this stream
+            self._compose_into(layer, bases[: layer.basis_shape[0]])
         else:
-            (own, other), free = ahead.take(), ahead.read
+            (bases, other), free = ahead.take(), ahead.read
             stream.wait_event(ahead.whole)
-            for buffer in (own, other):
-                buffer.record_stream(stream)  # which need not be that of the layer before
-        out = experts(own[: layer.basis_shape[0]])
+            for buffer in (bases, other):
+                buffer.record_stream(stream)  # the layer before may have run on another stream
+        out = experts(bases[: layer.basis_shape[0]])
         following = self._following.get(layer.layer)
-        if following is not None and following.path(hidden_states.shape[0]) == "scratch":
+        if following is not None and following.composes_ahead(hidden_states.shape[0]):
             read = stream.record_event()
             side.wait_event(free)
-            found = _Ahead((other, own), None, read, side)  # first: composing may fail with half of it launched
+            found = _Ahead((other, bases), None, read, side)  # first: composing may fail with half of it launched
             with torch.cuda.stream(side):
-                following.compose_into(other[: following.basis_shape[0]])
+                self._compose_into(following, other[: following.basis_shape[0]])
             found.whole = side.record_event()
             self._ahead[following.layer] = found
         return out
 
     def forget(self) -> None:
-        """What was composed for a layer that did not come, as one must when banks, codes or dtypes change."""
+        """Drop bases that no layer came for; call this when banks, codes or dtypes change."""
         self._ahead.clear()
 
     def __getstate__(self) -> dict:

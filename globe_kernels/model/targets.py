@@ -1,4 +1,4 @@
-"""Which modules of a live model GloBE replaces, and the bank at its root: what `patch` and `from_pretrained` share."""
+"""Find the modules of a live model that GloBE replaces, and keep the bank at its root."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +17,16 @@ _HOOK_NAME = "_globe_load_hook"
 
 
 @dataclass(frozen=True)
-class Target:
-    """One routed-experts module to replace."""
+class DenseExperts:
+    """The routed experts of one layer, which GloBE replaces."""
 
     layer: int
-    path: str
-    experts: Any  # nn.Module with the tensors of Architecture.fused_shapes
+    name: str  # of the module, such as model.layers.0.mlp.experts
+    module: Any  # nn.Module with the tensors of Architecture.fused_shapes
 
 
-def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...]:
-    """The modules that `config` replaces, in the order of the layers.
+def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[DenseExperts, ...]:
+    """Find the modules that `config` replaces, in the order of the layers.
 
     Raises RequestError when the checkpoint is of another model.
     """
@@ -43,7 +43,7 @@ def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[Target, ...
             f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
         )
     return tuple(
-        Target(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(config.base.num_experts)
+        DenseExperts(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(config.base.num_experts)
     )
 
 
@@ -53,7 +53,7 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def activation_of(model: nn.Module) -> str:
-    """Name of the experts' activation. Raises RequestError for one that GloBE does not have."""
+    """Return the name of the experts' activation. Raises RequestError for an activation that GloBE does not have."""
     config = _text_config(model)
     name = architecture_of(config.model_type).activation or config.hidden_act
     if name not in GATED_ACTIVATIONS:
@@ -67,8 +67,8 @@ def activation_of(model: nn.Module) -> str:
     return name
 
 
-def choices_of(model: nn.Module) -> int:
-    """K: how many experts a token is routed to."""
+def top_k_of(model: nn.Module) -> int:
+    """Return K, the experts per token."""
     return int(_text_config(model).num_experts_per_tok)
 
 
@@ -77,16 +77,17 @@ def _span(layers) -> str:
 
 
 def is_patched(model: nn.Module) -> bool:
+    """Whether the experts of the model are GloBE experts."""
     return isinstance(getattr(model, BANK_NAME, None), GlobeBank)
 
 
 def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
-    """{module path: module} of the GloBE experts of a patched model."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, GlobeMoEFFN)}
+    """{module name: module} of the GloBE experts of a patched model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GlobeMoEFFN)}
 
 
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
-    """Register the bank at the root of a model whose experts are arranged; arrange them again when weights change."""
+    """Register the bank at the root of a model whose experts are arranged; new weights arrange them again."""
     setattr(model, BANK_NAME, bank)
     setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_arrange_again))
 
@@ -99,6 +100,6 @@ def remove_bank(model: nn.Module) -> None:
 
 
 def _arrange_again(model: nn.Module, _: Any) -> None:
-    """After load_state_dict: what is made from the codes and the bank is no part of it."""
+    """After load_state_dict, which has no tensor that strategies make from the codes and the bank."""
     bank = getattr(model, BANK_NAME)
     arrange(bank, list(globe_modules(model).values()), bank.arrangement)

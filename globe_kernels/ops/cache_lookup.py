@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
+from globe_kernels.ops.triton_import import tl, triton
 
 _BLOCK = 512  # slots that the hand passes at once: more than a step misses, once the marks are spread
 
@@ -167,35 +167,6 @@ def _sizes(starts: torch.Tensor, owner: torch.Tensor) -> tuple[int, int, int]:
     num_experts = starts.shape[0] - 1
     worklist = min(num_experts, owner.shape[0])
     return num_experts, worklist, worklist
-
-
-@torch.library.custom_op(
-    "globe::cache_lookup", mutates_args=("slot_of", "owner", "referenced", "pinned", "uses", "registers")
-)
-@on_its_device
-def cache_lookup(
-    starts: torch.Tensor,
-    first_expert: int,
-    pass_number: int,
-    slot_of: torch.Tensor,
-    owner: torch.Tensor,
-    referenced: torch.Tensor,
-    pinned: torch.Tensor,
-    uses: torch.Tensor,
-    registers: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A Lookup, from starts (E + 1,) int32 of a RoutingPlan and CacheMaps, which it brings up to date.
-
-    The experts of the layer are first_expert .. first_expert + E - 1 among all.
-    """
-    run = launch_cache_lookup if use_triton(starts) else cache_lookup_ref
-    maps = CacheMaps(slot_of, owner, referenced, pinned, uses, registers)
-    return tuple(run(starts, first_expert, pass_number, maps))  # pyright: ignore[reportReturnType]
-
-
-@cache_lookup.register_fake
-def _(starts, first_expert, pass_number, slot_of, owner, *rest):
-    return tuple(starts.new_empty(size) for size in _sizes(starts, owner))
 
 
 def cache_lookup_ref(starts: torch.Tensor, first_expert: int, pass_number: int, maps: CacheMaps) -> Lookup:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
+from globe_kernels.ops.triton_import import tl, triton
 
 PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda mixture: mixture,
@@ -91,22 +91,6 @@ def launch_compose_basis(
         code_index, code_value, bank, out, num_values, support, PHI=phi, BLOCK=_BLOCK, num_warps=8
     )
     return out
-
-
-@torch.library.custom_op("globe::compose_basis", mutates_args=())
-@on_its_device
-def compose_basis(
-    code_index: torch.Tensor, code_value: torch.Tensor, bank: torch.Tensor, phi: str, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """(E, R, D) in `out_dtype`; code_index (E, C) int32, code_value (E, C) float32, bank (M, R, D)."""
-    if use_triton(bank):
-        return launch_compose_basis(code_index.contiguous(), code_value.contiguous(), bank.contiguous(), phi, out_dtype)
-    return compose_basis_ref(code_index, code_value, bank, phi, out_dtype)
-
-
-@compose_basis.register_fake
-def _(code_index, code_value, bank, phi, out_dtype):
-    return bank.new_empty(code_index.shape[0], *bank.shape[1:], dtype=out_dtype)
 
 
 def compose_basis_ref(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from globe_kernels.ops.compose_basis import apply_phi, mix_atoms
+from globe_kernels.ops.registration import register_op
 from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
 from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
@@ -181,65 +182,36 @@ def launch_compose_layer(
     return out
 
 
-@torch.library.custom_op("globe::compose_layer", mutates_args=())
-@on_its_device
-def compose_layer(
-    palette: torch.Tensor,
-    value: torch.Tensor,
-    scale: torch.Tensor,
-    bank: torch.Tensor,
-    phi: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """(E, R, D) in `out_dtype`, from a LayerCode and bank (M, R, D)."""
-    out = torch.empty(value.shape[0], *bank.shape[1:], dtype=out_dtype, device=bank.device)
-    return _compose_into(out, LayerCode(palette, value, scale), bank, phi)
+def _run(codes: list[torch.Tensor], banks: list[torch.Tensor], phi: str, out_dtype: torch.dtype) -> torch.Tensor:
+    out = fake_bases(codes, banks, phi, out_dtype)
+    compose_bases_into(out, (LayerCode(*codes[:3]), LayerCode(*codes[3:])), (banks[0], banks[1]), phi)
+    return out
 
 
-@compose_layer.register_fake
-def _(palette, value, scale, bank, phi, out_dtype):
-    return bank.new_empty(value.shape[0], *bank.shape[1:], dtype=out_dtype)
+def fake_bases(codes: list[torch.Tensor], banks: list[torch.Tensor], phi: str, out_dtype: torch.dtype) -> torch.Tensor:
+    """Return an empty (E, 2R, D), as `compose_bases` fills it."""
+    num_experts, (_, rank, width) = codes[1].shape[0], banks[0].shape
+    return banks[0].new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
 
 
-@torch.library.custom_op("globe::compose_bases", mutates_args=())
-@on_its_device
-def compose_bases(
-    gate_palette: torch.Tensor,
-    gate_value: torch.Tensor,
-    gate_scale: torch.Tensor,
-    up_palette: torch.Tensor,
-    up_value: torch.Tensor,
-    up_scale: torch.Tensor,
-    gate_bank: torch.Tensor,
-    up_bank: torch.Tensor,
-    phi: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    """(E, 2R, D) in `out_dtype`, gate rows first: `compose_layer` of both families, as ExpertWeights takes them."""
-    rank, width = gate_bank.shape[1:]
-    out = torch.empty(gate_value.shape[0], 2 * rank, width, dtype=out_dtype, device=gate_bank.device)
-    codes = LayerCode(gate_palette, gate_value, gate_scale), LayerCode(up_palette, up_value, up_scale)
-    return compose_bases_into(out, codes, (gate_bank, up_bank), phi)
-
-
-@compose_bases.register_fake
-def _(gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale, gate_bank, up_bank, phi, out_dtype):
-    num_experts, (rank, width) = gate_value.shape[0], gate_bank.shape[1:]
-    return gate_bank.new_empty(num_experts, 2 * rank, width, dtype=out_dtype)
+# (E, 2R, D) in out_dtype, gate rows first: the bases of a layer, as ExpertWeights takes them. codes: the LayerCode of
+# gate, then of up; banks: (M, R, D) of gate, then of up.
+compose_bases = register_op(
+    "compose_bases(Tensor[] codes, Tensor[] banks, str phi, ScalarType out_dtype) -> Tensor", _run, fake_bases
+)
 
 
 @on_its_device
 def compose_bases_into(
     out: torch.Tensor, codes: tuple[LayerCode, LayerCode], banks: tuple[torch.Tensor, torch.Tensor], phi: str
-) -> torch.Tensor:
-    """`compose_bases` into `out` (E, 2R, D), which it returns; codes and banks of gate and up."""
+) -> None:
+    """Fill `out` (E, 2R, D), gate rows first, from codes and banks of gate and up."""
     for half, code, bank in zip(out.chunk(2, dim=1), codes, banks, strict=True):
-        _compose_into(half, code, bank, phi)
-    return out
+        compose_family(code, bank, phi, half)
 
 
-def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: str) -> torch.Tensor:
-    """`out` (E, R, D), contiguous in an expert, filled."""
+def compose_family(code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor) -> torch.Tensor:
+    """Fill `out` (E, R, D), contiguous in an expert, with the bases of one family: the kernel on a GPU, else the reference."""
     code = LayerCode(*(tensor.contiguous() for tensor in code))
     if use_triton(bank):
         shape = ComposeShape(out.shape[0], code.palette.numel(), out.shape[1] * out.shape[2])
@@ -249,7 +221,7 @@ def _compose_into(out: torch.Tensor, code: LayerCode, bank: torch.Tensor, phi: s
 
 
 def compose_layer_ref(code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor) -> torch.Tensor:
-    """As `compose_layer`, into `out` (E, R, D), contiguous in an expert."""
+    """Fill `out` as `launch_compose_layer` does."""
     value = code.value[:, : code.palette.numel()] * code.scale[:, None]
     mix_atoms(value, code.palette, bank.flatten(1), phi, out.view(value.shape[0], -1))
     return out

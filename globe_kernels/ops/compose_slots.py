@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 
 from globe_kernels.ops.compose_basis import compose_basis_ref, compose_values
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
+from globe_kernels.ops.registration import register_op
+from globe_kernels.ops.triton_import import tl, triton, use_triton
 
 _BLOCK = 2048
 # About what the largest cards run at once; the length of the worklist is known on the device alone, and one launch for
@@ -93,26 +94,22 @@ def launch_compose_slots(
     )
 
 
-@torch.library.custom_op("globe::compose_slots", mutates_args=("pool",))
-@on_its_device
-def compose_slots(
-    miss_expert: torch.Tensor,
-    miss_slot: torch.Tensor,
-    pool: torch.Tensor,
-    gate_bank: torch.Tensor,
-    up_bank: torch.Tensor,
-    gate_index: torch.Tensor,
-    gate_value: torch.Tensor,
-    up_index: torch.Tensor,
-    up_value: torch.Tensor,
-    phi: str,
+def _run(
+    miss_expert: torch.Tensor, miss_slot: torch.Tensor, pool: torch.Tensor, mixtures: list[torch.Tensor], phi: str
 ) -> None:
-    """Write pool (slots, 2R, D) at miss_slot (W,), from Mixtures; places with miss_expert -1 end the worklist."""
-    mixtures = Mixtures(gate_bank, up_bank, gate_index, gate_value, up_index, up_value)
+    m = Mixtures(*mixtures)
     if use_triton(pool):
-        launch_compose_slots(miss_expert.contiguous(), miss_slot.contiguous(), pool, mixtures.contiguous(), phi)
+        launch_compose_slots(miss_expert.contiguous(), miss_slot.contiguous(), pool, m.contiguous(), phi)
     else:
-        compose_slots_ref(miss_expert, miss_slot, pool, mixtures, phi)
+        compose_slots_ref(miss_expert, miss_slot, pool, m, phi)
+
+
+# Writes pool (slots, 2R, D) at miss_slot (W,), from Mixtures; a place with miss_expert -1 ends the worklist (W,).
+compose_slots = register_op(
+    "compose_slots(Tensor miss_expert, Tensor miss_slot, Tensor(a!) pool, Tensor[] mixtures, str phi) -> ()",
+    _run,
+    lambda *_: None,
+)
 
 
 def compose_slots_ref(

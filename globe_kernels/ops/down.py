@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.routing import RoutingPlan
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
-from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
+from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import GemmConfig
 
 _SUM_BLOCK = 1024
 
@@ -49,7 +49,7 @@ def _down_kernel(
     num_tiles,
     num_columns,  # D
     depth,  # P
-    num_choices,  # K
+    top_k,  # K
     ATOMIC: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -80,7 +80,7 @@ def _down_kernel(
     acc *= tl.load(row_weight_ptr + target, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     mask = row_mask[:, None] & column_mask[None, :]
     if ATOMIC:
-        token = (target // num_choices).to(tl.int64)
+        token = (target // top_k).to(tl.int64)
         tl.atomic_add(out_ptr + token[:, None] * num_columns + columns[None, :], acc, mask=mask, sem="relaxed")
     else:
         out = out_ptr + target.to(tl.int64)[:, None] * num_columns + columns[None, :]
@@ -94,7 +94,7 @@ def _sum_choices_kernel(
     out_ptr,  # (T, D)
     width,  # D
     num_experts,
-    num_choices,
+    top_k,
     BLOCK: tl.constexpr,
 ):
     """Grid: (T, cdiv(D, BLOCK)). One program owns BLOCK values of one token."""
@@ -102,8 +102,8 @@ def _sum_choices_kernel(
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < width
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for choice in range(num_choices):
-        row = token * num_choices + choice
+    for choice in range(top_k):
+        row = token * top_k + choice
         expert = tl.load(index_ptr + row)
         routed = (expert >= 0) & (expert < num_experts)
         # a row without expert was never written
@@ -134,47 +134,14 @@ def launch_down(
         rows = torch.zeros(num_tokens, columns, dtype=torch.float32, device=y.device)
         config = atomic_config(config)
     grid, schedule, options = grouped_launch(plan, columns, depth, config)
-    _down_kernel[grid](y, *down, rows, top_k_weights, *schedule, plan.num_choices, ATOMIC=not deterministic, **options)
+    _down_kernel[grid](y, *down, rows, top_k_weights, *schedule, plan.top_k, ATOMIC=not deterministic, **options)
     if not deterministic:
         return rows.to(y.dtype)
     out = y.new_empty(num_tokens, columns)
     _sum_choices_kernel[(num_tokens, triton.cdiv(columns, _SUM_BLOCK))](
-        rows, top_k_index, out, columns, num_experts, plan.num_choices, BLOCK=_SUM_BLOCK, num_warps=4
+        rows, top_k_index, out, columns, num_experts, plan.top_k, BLOCK=_SUM_BLOCK, num_warps=4
     )
     return out
-
-
-@torch.library.custom_op("globe::down", mutates_args=())
-@on_its_device
-def down(
-    y: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    tile_expert: torch.Tensor,
-    tile_first: torch.Tensor,
-    block_m: int,
-    num_choices: int,
-    down_proj: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-    deterministic: bool = True,
-) -> torch.Tensor:
-    """(T, D) in the dtype of `y`, from y (S, P), the arguments of a RoutingPlan, down_proj (E, D, P)."""
-    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
-    weights = Down(down_proj, bias)
-    if not use_triton(y):
-        return down_ref(y, plan, weights, top_k_weights)
-    num_experts, width, inner = down_proj.shape
-    shape = FfnShape(num_experts, hidden=width, intermediate=inner, rank=None)
-    config = choose(shape, plan.num_rows, y.element_size(), y.device).down
-    routing = (top_k_index.contiguous(), top_k_weights.contiguous())
-    return launch_down(y.contiguous(), plan, weights.contiguous(), routing, config, deterministic)
-
-
-@down.register_fake
-def _(y, order, starts, tile_expert, tile_first, block_m, num_choices, down_proj, bias, top_k_index, *rest):
-    return y.new_empty(top_k_index.shape[0], down_proj.shape[1])
 
 
 def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -186,4 +153,4 @@ def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torc
         target = plan.order[rows]
         bias = None if down.bias is None else down.bias[expert]
         out[target] = F.linear(y[rows], down.weight[expert], bias).float() * row_weights[target, None]
-    return out.view(-1, plan.num_choices, width).sum(1).to(y.dtype)
+    return out.view(-1, plan.top_k, width).sum(1).to(y.dtype)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.routing import RoutingPlan
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
-from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
+from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import GemmConfig
 
 
 class GatedAdapters(NamedTuple):
@@ -34,7 +34,7 @@ class GatedAdapters(NamedTuple):
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
-    gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER, row order[s] // num_choices belongs to s
+    gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER, row order[s] // top_k belongs to s
     up_in_ptr,
     gate_ptr,  # (E, P, R)
     up_ptr,  # (E, P, R)
@@ -49,7 +49,7 @@ def _gate_up_kernel(
     num_columns,  # P
     depth,  # R
     row_stride,
-    num_choices,
+    top_k,
     GATHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -66,7 +66,7 @@ def _gate_up_kernel(
         return
     source = rows
     if GATHER:
-        source = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
+        source = tl.load(order_ptr + rows, mask=row_mask, other=0) // top_k
     source = source.to(tl.int64)[:, None] * row_stride
     weight = (expert * num_columns + columns)[None, :] * depth
     rows_in, columns_in = row_mask[:, None], column_mask[None, :]
@@ -112,38 +112,6 @@ def launch_gate_up(
         **options,
     )
     return out
-
-
-@torch.library.custom_op("globe::gate_up", mutates_args=())
-@on_its_device
-def gate_up(
-    h: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    tile_expert: torch.Tensor,
-    tile_first: torch.Tensor,
-    block_m: int,
-    num_choices: int,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    gate_bias: torch.Tensor | None,
-    up_bias: torch.Tensor | None,
-    activation: str,
-) -> torch.Tensor:
-    """(S, P) in the dtype of `h`, from h (S, 2R), the arguments of a RoutingPlan, and adapters (E, P, R)."""
-    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
-    adapters = GatedAdapters(gate_adapter, up_adapter, gate_bias, up_bias)
-    if not use_triton(h):
-        return gate_up_ref(h, plan, adapters, activation)
-    num_experts, inner, rank = gate_adapter.shape
-    shape = FfnShape(num_experts, hidden=None, intermediate=inner, rank=rank)
-    config = choose(shape, plan.num_rows, h.element_size(), h.device).gate_up
-    return launch_gate_up(h.contiguous(), plan, adapters.contiguous(), activation, config)
-
-
-@gate_up.register_fake
-def _(h, order, starts, tile_expert, tile_first, block_m, num_choices, gate_adapter, *rest):
-    return h.new_empty(order.shape[0], gate_adapter.shape[1])
 
 
 def gate_up_ref(

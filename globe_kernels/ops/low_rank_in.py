@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.routing import RoutingPlan
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
-from globe_kernels.ops.tuning import FfnShape, GemmConfig, choose
+from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import GemmConfig
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -32,7 +32,7 @@ def _low_rank_in_kernel(
     num_tiles,
     num_columns,  # N
     depth,  # D
-    num_choices,  # K
+    top_k,  # K
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,7 +48,7 @@ def _low_rank_in_kernel(
         matrix = tl.load(slots_ptr + expert, mask=expert >= 0, other=-1).to(tl.int64)
     if matrix < 0:
         return
-    token = tl.load(order_ptr + rows, mask=row_mask, other=0) // num_choices
+    token = tl.load(order_ptr + rows, mask=row_mask, other=0) // top_k
     acc = accumulate(
         tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32),
         x_ptr + token.to(tl.int64)[:, None] * depth,
@@ -75,39 +75,8 @@ def launch_low_rank_in(
     depth, columns = x.shape[1], basis.shape[1]
     out = x.new_empty(plan.num_rows, columns) if out is None else out
     grid, schedule, options = grouped_launch(plan, columns, depth, config)
-    _low_rank_in_kernel[grid](x, basis, slots, out, *schedule, plan.num_choices, **options)
+    _low_rank_in_kernel[grid](x, basis, slots, out, *schedule, plan.top_k, **options)
     return out
-
-
-@torch.library.custom_op("globe::low_rank_in", mutates_args=())
-@on_its_device
-def low_rank_in(
-    x: torch.Tensor,
-    order: torch.Tensor,
-    starts: torch.Tensor,
-    tile_expert: torch.Tensor,
-    tile_first: torch.Tensor,
-    block_m: int,
-    num_choices: int,
-    basis: torch.Tensor,
-    slots: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """(S, N) in the dtype of `x`, from x (T, D), the arguments of a RoutingPlan, and basis (E, N, D).
-
-    With slots (E,) int32 the basis is a pool (slots, N, D).
-    """
-    plan = RoutingPlan(order, starts, tile_expert, tile_first, block_m, num_choices)
-    if not use_triton(x):
-        return low_rank_in_ref(x, plan, basis, slots)
-    _, columns, width = basis.shape
-    shape = FfnShape(starts.numel() - 1, hidden=width, intermediate=None, rank=columns // 2)
-    config = choose(shape, plan.num_rows, x.element_size(), x.device).low_rank_in
-    return launch_low_rank_in(x.contiguous(), plan, basis.contiguous(), config, slots)
-
-
-@low_rank_in.register_fake
-def _(x, order, starts, tile_expert, tile_first, block_m, num_choices, basis, slots=None):
-    return x.new_empty(order.shape[0], basis.shape[1])
 
 
 def low_rank_in_ref(
@@ -122,6 +91,6 @@ def low_rank_in_ref(
     matrices = range(plan.starts.numel() - 1) if slots is None else slots.tolist()
     for expert, rows in plan.rows_by_expert():
         if matrices[expert] >= 0:
-            token = plan.order[rows] // plan.num_choices
+            token = plan.order[rows] // plan.top_k
             out[rows] = F.linear(x[token], basis[matrices[expert]])
     return out

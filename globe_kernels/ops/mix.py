@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 
 from globe_kernels.ops.compose_layer import dot_codes
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
+from globe_kernels.ops.triton_import import tl, triton
 from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 # value and scale of gate, value and scale of up
@@ -57,7 +57,7 @@ class MixShape:
 
     rank: int  # R
     palette: int  # U, of the family that has more
-    choices: int  # K
+    top_k: int  # K
 
 
 # By tokens: (up to this many, configuration). With few tokens more programs, with many less reading of codes beside z.
@@ -89,7 +89,7 @@ def _mix_family(
     ranks,  # (BLOCK_R,)
     num_atoms,  # U
     padded,  # a multiple of BLOCK_U
-    num_choices,
+    top_k,
     rank,  # R
     K_PAD: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -108,7 +108,7 @@ def _mix_family(
         code = tl.load(value_ptr + experts[:, None] * padded + atoms[None, :], mask=routed[:, None], other=0.0)
         acc = dot_codes(code, z, acc)
     acc *= tl.load(scale_ptr + experts, mask=routed, other=0.0)[:, None]
-    rows = token * num_choices + tl.arange(0, K_PAD)
+    rows = token * top_k + tl.arange(0, K_PAD)
     out = out_ptr + rows[:, None] * (2 * rank) + ranks[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=routed[:, None] & rank_mask[None, :])
 
@@ -128,7 +128,7 @@ def _mix_kernel(
     gate_padded,
     up_padded,
     num_experts,
-    num_choices,
+    top_k,
     rank,  # R
     K_PAD: tl.constexpr,
     BLOCK_U: tl.constexpr,
@@ -144,15 +144,15 @@ def _mix_kernel(
     token = (tl.program_id(0) // blocks).to(tl.int64)
     ranks = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     choices = tl.arange(0, K_PAD)
-    experts = tl.load(index_ptr + token * num_choices + choices, mask=choices < num_choices, other=-1).to(tl.int64)
+    experts = tl.load(index_ptr + token * top_k + choices, mask=choices < top_k, other=-1).to(tl.int64)
     routed = (experts >= 0) & (experts < num_experts)
     # fmt: off
     if tl.program_id(1) == 0:
         _mix_family(gate_z_ptr, gate_value_ptr, gate_scale_ptr, out_ptr, token, experts, routed, ranks,
-                    gate_atoms, gate_padded, num_choices, rank, K_PAD, BLOCK_U, BLOCK_R)
+                    gate_atoms, gate_padded, top_k, rank, K_PAD, BLOCK_U, BLOCK_R)
     else:
         _mix_family(up_z_ptr, up_value_ptr, up_scale_ptr, out_ptr + rank, token, experts, routed, ranks,
-                    up_atoms, up_padded, num_choices, rank, K_PAD, BLOCK_U, BLOCK_R)
+                    up_atoms, up_padded, top_k, rank, K_PAD, BLOCK_U, BLOCK_R)
     # fmt: on
 
 
@@ -165,7 +165,7 @@ def launch_mix(
 ) -> None:
     """The kernel on contiguous inputs, in the configuration given, into `out`."""
     (num_tokens, gate_atoms, rank), up_atoms = z[0].shape, z[1].shape[1]
-    num_experts, num_choices = codes[0].shape[0], top_k_index.shape[1]
+    num_experts, top_k = codes[0].shape[0], top_k_index.shape[1]
     grid = (num_tokens * triton.cdiv(rank, config.block_r), 2)
     _mix_kernel[grid](
         *z,
@@ -177,42 +177,11 @@ def launch_mix(
         codes[0].shape[1],
         codes[2].shape[1],
         num_experts,
-        num_choices,
+        top_k,
         rank,
-        K_PAD=max(16, triton.next_power_of_2(num_choices)),
+        K_PAD=max(16, triton.next_power_of_2(top_k)),
         **config.launch(),
     )
-
-
-@torch.library.custom_op("globe::mix", mutates_args=())
-@on_its_device
-def mix(
-    z_gate: torch.Tensor,
-    z_up: torch.Tensor,
-    top_k_index: torch.Tensor,
-    gate_value: torch.Tensor,
-    gate_scale: torch.Tensor,
-    up_value: torch.Tensor,
-    up_scale: torch.Tensor,
-) -> torch.Tensor:
-    """(S, 2R) in the dtype of z, from z_gate and z_up (T, U, R), top_k_index (T, K) and the codes of the layer."""
-    z, codes = (z_gate, z_up), (gate_value, gate_scale, up_value, up_scale)
-    if not use_triton(z_gate):
-        return mix_ref(z, top_k_index, codes)
-    out = z_gate.new_empty(top_k_index.numel(), 2 * z_gate.shape[2])
-    if out.numel() > 0:
-        z = (z_gate.contiguous(), z_up.contiguous())
-        codes = (gate_value.contiguous(), gate_scale.contiguous(), up_value.contiguous(), up_scale.contiguous())
-        num_tokens, num_choices = top_k_index.shape
-        shape = MixShape(z_gate.shape[2], max(z_gate.shape[1], z_up.shape[1]), num_choices)
-        config = choose_mix(shape, num_tokens, z_gate.element_size(), z_gate.device)
-        launch_mix(z, top_k_index.contiguous(), codes, out, config)
-    return out
-
-
-@mix.register_fake
-def _(z_gate, z_up, top_k_index, *codes):
-    return z_gate.new_empty(top_k_index.numel(), 2 * z_gate.shape[2])
 
 
 def mix_ref(z: tuple[torch.Tensor, torch.Tensor], top_k_index: torch.Tensor, codes: Codes) -> torch.Tensor:

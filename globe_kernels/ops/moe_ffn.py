@@ -14,7 +14,7 @@ Why not one kernel: with one token there are K programs for the whole card, with
 the shared memory; three launches read every weight once in both cases.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,8 +22,9 @@ from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import Down, down_ref, launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
-from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import on_its_device, use_triton
+from globe_kernels.ops.registration import register_op
+from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 
@@ -60,32 +61,29 @@ class ExpertWeights(NamedTuple):
     basis: torch.Tensor  # (E, 2R, D), gate rows first
     from_rank: FromRank
 
+    def to_list(self) -> list[torch.Tensor | None]:
+        """Return the tensors in the order in which the op takes them."""
+        return [self.basis, *self.from_rank]
+
+    @classmethod
+    def from_list(cls, tensors: list[torch.Tensor | None]) -> "ExpertWeights":
+        """Undo `to_list`."""
+        basis, *from_rank = tensors
+        return cls(basis, FromRank(*from_rank))  # pyright: ignore[reportArgumentType]
+
     def contiguous(self) -> "ExpertWeights":
         return ExpertWeights(self.basis.contiguous(), self.from_rank.contiguous())
 
 
-@torch.library.custom_op("globe::moe_ffn", mutates_args=())
-@on_its_device
-def moe_ffn(
+def _run(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    weights: list[torch.Tensor | None],
     activation: str,
     deterministic: bool,
-    basis: torch.Tensor,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_bias: torch.Tensor | None = None,
-    up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere.
-
-    top_k_index, top_k_weights (T, K); the weights are those of ExpertWeights, in the dtype of `hidden`. Shapes are
-    checked by globe_kernels.functional.
-    """
-    w = ExpertWeights(basis, FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias))
+    w = ExpertWeights.from_list(weights)
     if not use_triton(hidden):
         count_call("moe_ffn_ref")
         return moe_ffn_ref(hidden, top_k_index, top_k_weights, w, activation)
@@ -95,9 +93,19 @@ def moe_ffn(
     return launch_moe_ffn(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
 
 
-@moe_ffn.register_fake
-def _(hidden, *rest):
+def fake_like_hidden(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
+    """Return an empty (T, D), the shape of the result of every layer op."""
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+# (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
+# weights: ExpertWeights.to_list, in the dtype of hidden. globe_kernels.functional checks the shapes.
+moe_ffn = register_op(
+    "moe_ffn(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor?[] weights, str activation, "
+    "bool deterministic) -> Tensor",
+    _run,
+    fake_like_hidden,
+)
 
 
 def launch_moe_ffn(

@@ -26,7 +26,7 @@ from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
 from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.mix import Codes, MixConfig, MixShape, choose_mix, launch_mix, mix_ref
-from globe_kernels.ops.moe_ffn import FromRank
+from globe_kernels.ops.moe_ffn import FromRank, fake_like_hidden
 from globe_kernels.ops.palette_in import (
     PaletteInConfig,
     PaletteInShape,
@@ -34,8 +34,9 @@ from globe_kernels.ops.palette_in import (
     launch_palette_in,
     palette_in_ref,
 )
-from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import on_its_device, use_triton
+from globe_kernels.ops.registration import register_op
+from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 WORKSPACE_BYTES = 256 * 2**20  # z of both families, for the tokens of one chunk
@@ -60,6 +61,11 @@ class BankFirstWeights(NamedTuple):
 
     def contiguous(self) -> "BankFirstWeights":
         return BankFirstWeights(*(part.contiguous() for part in self))  # pyright: ignore[reportArgumentType]
+
+    @property
+    def mixtures(self) -> tuple[torch.Tensor, ...]:
+        """Banks, palettes and codes, in the order in which the op takes them."""
+        return self[:-1]
 
     @property
     def shape(self) -> FfnShape:
@@ -95,46 +101,25 @@ class BankFirstConfig:
 
 def choose_bank_first(w: BankFirstWeights, top_k_index: torch.Tensor) -> BankFirstConfig:
     item_size, device = w.gate_bank.element_size(), w.gate_bank.device
-    (tokens, choices), palette = top_k_index.shape, max(w.gate_palette.numel(), w.up_palette.numel())
+    (tokens, top_k), palette = top_k_index.shape, max(w.gate_palette.numel(), w.up_palette.numel())
     call = (min(tokens, w.chunk_tokens()), item_size, device)
     return BankFirstConfig(
         choose_palette_in(PaletteInShape(w.gate_bank.shape[2], w.rank, palette), *call),
-        choose_mix(MixShape(w.rank, palette, choices), *call),
+        choose_mix(MixShape(w.rank, palette, top_k), *call),
         choose(w.shape, top_k_index.numel(), item_size, device),
     )
 
 
-@torch.library.custom_op("globe::moe_ffn_bank_first", mutates_args=())
-@on_its_device
-def moe_ffn_bank_first(
+def _run(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    mixtures: list[torch.Tensor],
+    from_rank: list[torch.Tensor | None],
     activation: str,
     deterministic: bool,
-    gate_bank: torch.Tensor,
-    up_bank: torch.Tensor,
-    gate_palette: torch.Tensor,
-    gate_value: torch.Tensor,
-    gate_scale: torch.Tensor,
-    up_palette: torch.Tensor,
-    up_value: torch.Tensor,
-    up_scale: torch.Tensor,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_bias: torch.Tensor | None = None,
-    up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere.
-
-    top_k_index, top_k_weights (T, K); the weights are those of BankFirstWeights, all but the codes in the dtype of
-    `hidden`. Shapes are checked by globe_kernels.functional.
-    """
-    codes = (gate_palette, gate_value, gate_scale, up_palette, up_value, up_scale)
-    from_rank = FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias)
-    w = BankFirstWeights(gate_bank, up_bank, *codes, from_rank)
+    w = BankFirstWeights(*mixtures, FromRank(*from_rank))  # pyright: ignore[reportCallIssue, reportArgumentType]
     if not use_triton(hidden):
         count_call("moe_ffn_bank_first_ref")
         return moe_ffn_bank_first_ref(hidden, top_k_index, top_k_weights, w, activation)
@@ -144,9 +129,15 @@ def moe_ffn_bank_first(
     return launch_moe_ffn_bank_first(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
 
 
-@moe_ffn_bank_first.register_fake
-def _(hidden, *rest):
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+# (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
+# mixtures: BankFirstWeights.mixtures, from_rank: FromRank; all but codes and palettes in the dtype of hidden.
+# globe_kernels.functional checks the shapes.
+moe_ffn_bank_first = register_op(
+    "moe_ffn_bank_first(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor[] mixtures, "
+    "Tensor?[] from_rank, str activation, bool deterministic) -> Tensor",
+    _run,
+    fake_like_hidden,
+)
 
 
 def launch_moe_ffn_bank_first(
@@ -162,11 +153,11 @@ def launch_moe_ffn_bank_first(
     num_tokens = hidden.shape[0]
     if num_tokens == 0:
         return torch.empty_like(hidden)
-    choices = top_k_index.shape[1]
-    h = hidden.new_empty(num_tokens * choices, 2 * w.rank)
+    top_k = top_k_index.shape[1]
+    h = hidden.new_empty(num_tokens * top_k, 2 * w.rank)
     for part in w.chunks(num_tokens):
-        own = h.view(num_tokens, choices, 2 * w.rank)[part]
-        _launch_mixed(hidden[part], top_k_index[part], w, config, own)
+        rows = h.view(num_tokens, top_k, 2 * w.rank)[part]
+        _launch_mixed(hidden[part], top_k_index[part], w, config, rows)
     plan = launch_routing_plan(top_k_index, w.shape.experts, config.ffn.block_m)
     y = launch_gate_up(h, plan, w.from_rank.adapters, activation, config.ffn.gate_up, gather=1)
     return launch_down(y, plan, w.from_rank.down, (top_k_index, top_k_weights), config.ffn.down, deterministic)

@@ -23,9 +23,10 @@ from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
 from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
-from globe_kernels.ops.moe_ffn import FromRank
-from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
-from globe_kernels.ops.triton_import import on_its_device, use_triton
+from globe_kernels.ops.moe_ffn import FromRank, fake_like_hidden
+from globe_kernels.ops.registration import register_op
+from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.triton_import import use_triton
 from globe_kernels.ops.tuning import FfnConfig, choose
 
 
@@ -39,47 +40,20 @@ class CachedWeights(NamedTuple):
         return CachedWeights(self.mixtures.contiguous(), self.from_rank.contiguous())
 
 
-@torch.library.custom_op(
-    "globe::moe_ffn_cached",
-    mutates_args=("pool", "slot_of", "owner", "referenced", "pinned", "uses", "registers"),
-)
-@on_its_device
-def moe_ffn_cached(
+def _run(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
+    cache: list[torch.Tensor],
+    mixtures: list[torch.Tensor],
+    from_rank: list[torch.Tensor | None],
     first_expert: int,
     phi: str,
     activation: str,
     deterministic: bool,
-    pool: torch.Tensor,
-    slot_of: torch.Tensor,
-    owner: torch.Tensor,
-    referenced: torch.Tensor,
-    pinned: torch.Tensor,
-    uses: torch.Tensor,
-    registers: torch.Tensor,
-    gate_bank: torch.Tensor,
-    up_bank: torch.Tensor,
-    gate_index: torch.Tensor,
-    gate_value: torch.Tensor,
-    up_index: torch.Tensor,
-    up_value: torch.Tensor,
-    gate_adapter: torch.Tensor,
-    up_adapter: torch.Tensor,
-    down_proj: torch.Tensor,
-    gate_bias: torch.Tensor | None = None,
-    up_bias: torch.Tensor | None = None,
-    down_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere.
-
-    top_k_index, top_k_weights (T, K); then a CacheState, which is brought up to date, and CachedWeights. The experts of
-    the layer are first_expert .. first_expert + E - 1 of the cache. Shapes are checked by globe_kernels.functional.
-    """
-    state = CacheState(pool, slot_of, owner, referenced, pinned, uses, registers)
-    mixtures = Mixtures(gate_bank, up_bank, gate_index, gate_value, up_index, up_value)
-    w = CachedWeights(mixtures, FromRank(gate_adapter, up_adapter, down_proj, gate_bias, up_bias, down_bias))
+    state = CacheState(*cache)
+    w = CachedWeights(Mixtures(*mixtures), FromRank(*from_rank))  # pyright: ignore[reportArgumentType]
     if not use_triton(hidden):
         count_call("moe_ffn_cached_ref")
         return moe_ffn_cached_ref(hidden, top_k_index, top_k_weights, w, state, first_expert, phi, activation)
@@ -89,9 +63,15 @@ def moe_ffn_cached(
     return launch_moe_ffn_cached(*case, first_expert, phi, activation, config, deterministic)
 
 
-@moe_ffn_cached.register_fake
-def _(hidden, *rest):
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+# (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
+# cache: a CacheState, which the op brings up to date; mixtures: Mixtures; from_rank: FromRank. The experts of the layer
+# are first_expert .. first_expert + E - 1 of the cache. globe_kernels.functional checks the shapes.
+moe_ffn_cached = register_op(
+    "moe_ffn_cached(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor(a!)[] cache, Tensor[] mixtures, "
+    "Tensor?[] from_rank, int first_expert, str phi, str activation, bool deterministic) -> Tensor",
+    _run,
+    fake_like_hidden,
+)
 
 
 def num_passes(num_rows: int, num_experts: int, num_slots: int) -> int:

@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 
 from globe_kernels.ops.grouped import accumulate, tile_of_program
-from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_triton
-from globe_kernels.ops.tuning import REMEMBERED, Card, GemmConfig, by_rows, card_of, fit_gemm, tuned
+from globe_kernels.ops.triton_import import tl, triton
+from globe_kernels.ops.tuning import REMEMBERED, GemmConfig, Target, by_rows, fit_gemm, target_of, tuned
 
 
 @dataclass(frozen=True)
@@ -56,15 +56,15 @@ CONFIGS = (
 )
 
 
-def default_palette_in(num_tokens: int, item_size: int, card: Card) -> PaletteInConfig:
-    """Measured on no card, cut to fit this one."""
+def default_palette_in(num_tokens: int, item_size: int, target: Target) -> PaletteInConfig:
+    """Measured on no card, cut to fit `target`."""
     config = by_rows(CONFIGS, num_tokens)
-    return replace(config, gemm=fit_gemm(config.gemm, config.block_m, item_size, card))
+    return replace(config, gemm=fit_gemm(config.gemm, config.block_m, item_size, target))
 
 
 @lru_cache(REMEMBERED)
 def choose_palette_in(shape: PaletteInShape, num_tokens: int, item_size: int, device: torch.device) -> PaletteInConfig:
-    default = default_palette_in(num_tokens, item_size, card_of(device))
+    default = default_palette_in(num_tokens, item_size, target_of(device))
     return tuned(default, "palette_in", shape, num_tokens, item_size, device)
 
 
@@ -126,24 +126,6 @@ def launch_palette_in(
         **config.gemm.launch(),
     )
     return out
-
-
-@torch.library.custom_op("globe::palette_in", mutates_args=())
-@on_its_device
-def palette_in(x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """(T, U, R) in the dtype of `x`, from x (T, D), palette (U,) int32 and bank (M, R, D)."""
-    if not use_triton(x):
-        return palette_in_ref(x, palette, bank)
-    if x.shape[0] == 0:
-        return x.new_empty(0, palette.numel(), bank.shape[1])
-    shape = PaletteInShape(x.shape[1], bank.shape[1], palette.numel())
-    config = choose_palette_in(shape, x.shape[0], x.element_size(), x.device)
-    return launch_palette_in(x.contiguous(), palette.contiguous(), bank.contiguous(), config)
-
-
-@palette_in.register_fake
-def _(x, palette, bank):
-    return x.new_empty(x.shape[0], palette.numel(), bank.shape[1])
 
 
 def palette_in_ref(x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:

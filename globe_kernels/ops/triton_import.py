@@ -62,17 +62,18 @@ def use_triton(tensor: torch.Tensor) -> bool:
 
 
 def on_its_device(function: _Function) -> _Function:
-    """`function` with the device of its first argument, a tensor, as the current one.
+    """Return `function`, run on the device of its first argument, which is a tensor or a list of tensors.
 
-    Triton launches on the current device. In a model that is spread over several GPUs that is not the tensors', and a
-    kernel that is launched on another one fails, or reads what it can reach of it.
+    Triton launches on the current device. In a model that is spread over several GPUs the current device need not hold
+    the tensors: a kernel that is launched elsewhere fails, or reads other memory.
     """
 
     @wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if not args[0].is_cuda:
+        first = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
+        if not first.is_cuda:
             return function(*args, **kwargs)
-        with torch.cuda.device(args[0].device):
+        with torch.cuda.device(first.device):
             return function(*args, **kwargs)
 
     return guarded  # pyright: ignore[reportReturnType]

@@ -26,25 +26,25 @@ TABLES = Path(__file__).parent / "tables"
 
 
 @dataclass(frozen=True)
-class Card:
-    """What one program may use on a card."""
+class Target:
+    """The resources of one program on a card."""
 
     shared_bytes: int
     accumulators: int = 64  # fp32 per thread, so that nothing spills: mma.sync holds its inputs in registers as well
 
 
 # By architecture. wgmma and tcgen05 read their inputs from shared memory and leave registers to accumulators.
-CARDS = {
-    "sm_80": Card(163 * 1024),
-    "sm_86": Card(99 * 1024),
-    "sm_87": Card(163 * 1024),
-    "sm_89": Card(99 * 1024),
-    "sm_90": Card(227 * 1024, accumulators=128),
-    "sm_100": Card(227 * 1024, accumulators=128),
-    "sm_120": Card(99 * 1024),
-    "gfx942": Card(64 * 1024),
+TARGETS = {
+    "sm_80": Target(163 * 1024),
+    "sm_86": Target(99 * 1024),
+    "sm_87": Target(163 * 1024),
+    "sm_89": Target(99 * 1024),
+    "sm_90": Target(227 * 1024, accumulators=128),
+    "sm_100": Target(227 * 1024, accumulators=128),
+    "sm_120": Target(99 * 1024),
+    "gfx942": Target(64 * 1024),
 }
-SMALLEST_CARD = Card(64 * 1024)  # what is not listed
+SMALLEST_TARGET = Target(64 * 1024)  # what is not listed
 # A tuned entry whose sizes are further than this factor from those of a call says nothing about it.
 _NEAR = 2.0
 # Calls whose choice is remembered: a server meets many numbers of tokens.
@@ -124,12 +124,12 @@ class FfnConfig:
 
 @dataclass(frozen=True)
 class FfnShape:
-    """The sizes of one layer that its best configuration depends on; None for a size that a single stage has not."""
+    """The sizes of one layer that its best configuration depends on."""
 
     experts: int  # E
-    hidden: int | None  # D
-    intermediate: int | None  # P
-    rank: int | None  # R
+    hidden: int  # D
+    intermediate: int  # P
+    rank: int  # R
 
 
 def _default(block_m: int, block_n: int, block_k: int, group_m: int, num_warps: int) -> FfnConfig:
@@ -150,20 +150,20 @@ DEFAULTS = (
 )
 
 
-def supports(config: Launches, item_size: int, card: Card) -> bool:
-    """Whether `card` can run `config` on values of `item_size` bytes, without spilling registers."""
+def supports(config: Launches, item_size: int, target: Target) -> bool:
+    """Whether `target` can run `config` on values of `item_size` bytes, without spilling registers."""
     return all(
-        accumulators <= card.accumulators and shared_bytes <= card.shared_bytes
+        accumulators <= target.accumulators and shared_bytes <= target.shared_bytes
         for accumulators, shared_bytes in config.needs(item_size)
     )
 
 
-def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, card: Card, count: int = 1) -> GemmConfig:
-    """`gemm`, whose tile of block_m rows has `count` accumulators, with as many columns as `card` has registers for,
+def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, target: Target, count: int = 1) -> GemmConfig:
+    """`gemm`, whose tile of block_m rows has `count` accumulators, with as many columns as `target` has registers for,
     then as many pipeline stages, then as deep a tile."""
-    while gemm.accumulators(block_m, count) > card.accumulators:
+    while gemm.accumulators(block_m, count) > target.accumulators:
         gemm = replace(gemm, block_n=gemm.block_n // 2)
-    while gemm.shared_bytes(block_m, item_size) > card.shared_bytes:
+    while gemm.shared_bytes(block_m, item_size) > target.shared_bytes:
         if gemm.num_stages > 2:
             gemm = replace(gemm, num_stages=gemm.num_stages - 1)
         else:
@@ -171,9 +171,9 @@ def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, card: Card, count: 
     return gemm
 
 
-def fit_to(config: FfnConfig, item_size: int, card: Card) -> FfnConfig:
+def fit_to(config: FfnConfig, item_size: int, target: Target) -> FfnConfig:
     """`config` with every stage cut by `fit_gemm`."""
-    stages = (fit_gemm(gemm, config.block_m, item_size, card, count) for _, gemm, count in config.stages())
+    stages = (fit_gemm(gemm, config.block_m, item_size, target, count) for _, gemm, count in config.stages())
     return FfnConfig(config.block_m, *stages)
 
 
@@ -186,39 +186,39 @@ def by_rows(defaults: tuple[tuple[int | None, AnyLaunches], ...], rows: int) -> 
     return next(config for limit, config in defaults if limit is None or rows <= limit)
 
 
-def default_config(rows: int, item_size: int, card: Card) -> FfnConfig:
-    """The configuration for `rows` rows per expert, measured on no card, cut to fit this one."""
-    return fit_to(by_rows(DEFAULTS, rows), item_size, card)
+def default_config(rows: int, item_size: int, target: Target) -> FfnConfig:
+    """The configuration for `rows` rows per expert, measured on no card, cut to fit `target`."""
+    return fit_to(by_rows(DEFAULTS, rows), item_size, target)
 
 
-def architecture_of(device: torch.device) -> str:
-    """What a GPU's compiler calls it: "sm_90", "gfx942"."""
+def compiler_name(device: torch.device) -> str:
+    """Return the name of a GPU for its compiler: "sm_90", "gfx942"."""
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
 @lru_cache
-def card_of(device: torch.device) -> Card:
-    return CARDS.get(architecture_of(device), SMALLEST_CARD) if device.type == "cuda" else SMALLEST_CARD
+def target_of(device: torch.device) -> Target:
+    return TARGETS.get(compiler_name(device), SMALLEST_TARGET) if device.type == "cuda" else SMALLEST_TARGET
 
 
 @lru_cache(REMEMBERED)
 def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device, op: str = "moe_ffn") -> FfnConfig:
     """The configuration for `num_rows` routed rows of a layer on `device`."""
-    odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size and size % 16}
+    odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size % 16}
     if odd and device.type == "cuda":
         sentence = f"{odd}: not multiples of 16, so the kernels load weights one value at a time, which is slow."
         _warn_once(sentence, sentence)
     rows = rows_per_expert(num_rows, shape.experts)
-    return tuned(default_config(rows, item_size, card_of(device)), op, shape, rows, item_size, device)
+    return tuned(default_config(rows, item_size, target_of(device)), op, shape, rows, item_size, device)
 
 
 def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, device: torch.device) -> AnyLaunches:
     """What the table of `device` holds for a call of `op`, else `default`. For a cached function: it reads a file.
 
-    `shape` is a dataclass of the sizes that matter, with None for one that the call has not; `rows` are rows per
-    expert, tokens, or 1 where a shape says all. The first call on a card that is not as tuned warns.
+    `shape` is a dataclass of the sizes that matter; `rows` are rows per expert, tokens, or 1 where a shape says all.
+    The first call on a card that is not as tuned warns.
     """
     if device.type != "cuda":
         return default
@@ -229,7 +229,7 @@ def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, 
             for entry in load_table(name)
             if entry["op"] == op
             and entry["item_size"] == item_size
-            and supports(read(entry["config"]), item_size, card_of(device))
+            and supports(read(entry["config"]), item_size, target_of(device))
         ],
         sizes,
         rows,
@@ -238,7 +238,7 @@ def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, 
         _warn_once(name, _untuned(name, op, sizes, "configurations that suit any card are used"))
         return default
     if any(_factors(entry, sizes)) or _minor(entry["triton"]) != _minor(triton.__version__):
-        used = f"those with {_said(entry['shape'])} and Triton {entry['triton']} are used"
+        used = f"those with {format_sizes(entry['shape'])} and Triton {entry['triton']} are used"
         _warn_once(name, _untuned(name, op, sizes, used))
     return read(entry["config"])
 
@@ -259,7 +259,7 @@ def load_table(device_name: str) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
 
 
-def nearest(entries: list[dict[str, Any]], sizes: dict[str, int | None], rows: int) -> dict[str, Any] | None:
+def nearest(entries: list[dict[str, Any]], sizes: dict[str, int], rows: int) -> dict[str, Any] | None:
     """The entry to use for a call: of the nearest shape, then of the nearest rows, then of this Triton.
 
     None when none lies within a factor of two in every size.
@@ -272,9 +272,9 @@ def nearest(entries: list[dict[str, Any]], sizes: dict[str, int | None], rows: i
     return min(usable, key=distance, default=None)
 
 
-def _factors(entry: dict[str, Any], sizes: dict[str, int | None]) -> list[float]:
-    """|log2| of the ratio of each size that the call has."""
-    return [_factor(entry["shape"][name], size) for name, size in sizes.items() if size is not None]
+def _factors(entry: dict[str, Any], sizes: dict[str, int]) -> list[float]:
+    """|log2| of the ratio of each size."""
+    return [_factor(entry["shape"][name], size) for name, size in sizes.items()]
 
 
 def _factor(own: int, other: int) -> float:
@@ -285,15 +285,15 @@ def _minor(version: str) -> list[str]:
     return version.split(".")[:2]
 
 
-def _untuned(device_name: str, op: str, sizes: dict[str, int | None], used: str) -> str:
+def _untuned(device_name: str, op: str, sizes: dict[str, int], used: str) -> str:
     return (
-        f"GloBE has no configurations of {op} with {_said(sizes)} tuned on {device_name} with Triton "
+        f"GloBE has no configurations of {op} with {format_sizes(sizes)} tuned on {device_name} with Triton "
         f"{triton.__version__}; {used}. Results are the same, speed may not be; benchmarks/tune.py measures and writes "
         "them. Other calls on this card may lack theirs as well: this is said once."
     )
 
 
-def _said(sizes: dict[str, int | None]) -> str:
+def format_sizes(sizes: dict[str, int]) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items())
 
 

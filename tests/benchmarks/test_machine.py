@@ -81,8 +81,8 @@ def test_the_constants_of_a_card(machine, monkeypatch):
     names = {"NVIDIA H100 80GB HBM3": ("h100", "H100"), "NVIDIA L40S": ("nvidia-l40s", "NVIDIA L40S")}
     for name, (listed_as, device) in names.items():
         monkeypatch.setattr(machine, "device_name", lambda _, name=name: name)
-        card = machine.measure("cuda", 3)
-        machine.write(card, machine.MACHINES)
+        target = machine.measure("cuda", 3)
+        machine.write(target, machine.MACHINES)
         found = machine_for(name)
         assert (found.name, found.device, found.item_size, found.references) == (listed_as, device, 2, None)
         assert (found.copy_gb_per_s, found.matmul_tflop_per_s, found.launch_us) == (2880, 701, 1.23)

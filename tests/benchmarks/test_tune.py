@@ -13,10 +13,10 @@ from globe_kernels.ops import tuning
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, ComposeConfig, ComposeShape, default_compose
 from globe_kernels.ops.mix import MixConfig, MixShape, default_mix
 from globe_kernels.ops.palette_in import PaletteInConfig, PaletteInShape, default_palette_in
-from globe_kernels.ops.tuning import CARDS, Card, FfnConfig, FfnShape, GemmConfig, default_config, nearest, supports
+from globe_kernels.ops.tuning import TARGETS, Target, FfnConfig, FfnShape, GemmConfig, default_config, nearest, supports
 from tests.kernels.cases import DEVICE, needs_kernels
 
-H100 = CARDS["sm_90"]
+H100 = TARGETS["sm_90"]
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def assert_whole(table: dict) -> None:
     for entry in table["entries"]:
         kind, shape = KINDS[entry["op"]]
         config = kind.from_dict(entry["config"])
-        assert supports(config, entry["item_size"], CARDS[table["architecture"]])
+        assert supports(config, entry["item_size"], TARGETS[table["architecture"]])
         assert PALETTE_PADDING % getattr(config, "block_u", 1) == 0
         assert all(size >= 1 for size in vars(shape(**entry["shape"])).values())
         assert entry["rows"] >= 1 and entry["median_us"] <= entry["default_us"]
@@ -99,7 +99,7 @@ def bench(tune, monkeypatch):
     monkeypatch.setattr(tune, "GEMM_AXES", ({"block_n": (32, 64), "block_k": (32,)}, {"num_stages": (2, 3)}))
     monkeypatch.setattr(tune, "MIX_AXES", ({"block_r": (16, 32), "num_warps": (4,)}, {"block_u": (16,)}))
     monkeypatch.setattr(tune, "COMPOSE_AXES", ({"block_e": (16,), "block_v": (32, 64)}, {"block_u": (16,)}))
-    return tune.Bench(DEVICE, Card(99 * 1024), repeats=1)
+    return tune.Bench(DEVICE, Target(99 * 1024), repeats=1)
 
 
 def small_layer(tune):
@@ -181,8 +181,8 @@ def test_where_the_default_is_the_fastest_it_is_what_is_written(tune, bench, mon
 
     monkeypatch.setattr(tune, "time_side_by_side", time_side_by_side)
     defaults = {
-        "moe_ffn": tuning.default_config(2, 4, bench.card),
-        "palette_in": default_palette_in(5, 4, bench.card),
+        "moe_ffn": tuning.default_config(2, 4, bench.target),
+        "palette_in": default_palette_in(5, 4, bench.target),
         "mix": default_mix(5),
         "compose_layer": default_compose(6),
     }

@@ -30,7 +30,7 @@ from globe_kernels.ops.palette_in import (
     palette_in,
     palette_in_ref,
 )
-from globe_kernels.ops.tuning import CARDS, SMALLEST_CARD, GemmConfig, fit_gemm
+from globe_kernels.ops.tuning import TARGETS, SMALLEST_TARGET, GemmConfig, fit_gemm
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import (
     DEVICE,
@@ -332,19 +332,19 @@ def test_refuses_what_does_not_fit():
             moe_ffn_bank_first(*wrong, w, "silu")
 
 
-@pytest.mark.parametrize("card", [*CARDS.values(), SMALLEST_CARD], ids=str)
+@pytest.mark.parametrize("card", [*TARGETS.values(), SMALLEST_TARGET], ids=str)
 @pytest.mark.parametrize("item_size", [2, 4])
-def test_every_card_has_a_tile_for_any_number_of_tokens(card, item_size):
+def test_every_card_has_a_tile_for_any_number_of_tokens(target, item_size):
     for _, config in CONFIGS:
-        gemm = fit_gemm(config.gemm, config.block_m, item_size, card)
-        assert gemm.shared_bytes(config.block_m, item_size) <= card.shared_bytes
-        assert gemm.accumulators(config.block_m, 1) <= card.accumulators
+        gemm = fit_gemm(config.gemm, config.block_m, item_size, target)
+        assert gemm.shared_bytes(config.block_m, item_size) <= target.shared_bytes
+        assert gemm.accumulators(config.block_m, 1) <= target.accumulators
         assert gemm.num_stages >= 2 and gemm.block_k >= 16 and gemm.block_n >= 16
     assert all(PALETTE_PADDING % config.block_u == 0 for _, config in MIX_CONFIGS)
 
 
 def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
-    tiles = [default_palette_in(tokens, 2, SMALLEST_CARD).block_m for tokens in (1, 17, 64, 65, 9999)]
+    tiles = [default_palette_in(tokens, 2, SMALLEST_TARGET).block_m for tokens in (1, 17, 64, 65, 9999)]
     assert tiles == [16, 32, 64, 128, 128]
     assert default_mix(1).block_r < default_mix(4096).block_r
     w, index = weights(), torch.zeros(2000, 2, dtype=torch.int64, device=DEVICE)

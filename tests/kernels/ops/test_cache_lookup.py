@@ -8,7 +8,7 @@ from globe_kernels.ops.cache_lookup import CacheMaps, cache_lookup, cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.ops.compose_slots import Mixtures, compose_slots, compose_slots_ref, launch_compose_slots
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in, low_rank_in_ref
-from globe_kernels.ops.routing_plan import routing_plan_ref
+from globe_kernels.ops.routing import routing_plan_ref
 from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from globe_kernels.ops.down import Down, down, down_ref, launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, gate_up, gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in, low_rank_in_ref
-from globe_kernels.ops.routing_plan import launch_routing_plan, routing_plan_ref
+from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.tuning import GemmConfig
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import DEVICE, KERNEL_DTYPES, ROUTINGS, E, needs_kernels

@@ -14,10 +14,10 @@ from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
 from globe_kernels.ops.mix import MixShape, choose_mix, default_mix
 from globe_kernels.ops.palette_in import PaletteInShape, choose_palette_in, default_palette_in
 from globe_kernels.ops.tuning import (
-    CARDS,
+    TARGETS,
     DEFAULTS,
-    SMALLEST_CARD,
-    Card,
+    SMALLEST_TARGET,
+    Target,
     FfnConfig,
     FfnShape,
     choose,
@@ -29,25 +29,25 @@ from globe_kernels.ops.tuning import (
 )
 
 QWEN = FfnShape(experts=128, hidden=2048, intermediate=768, rank=384)
-H100 = CARDS["sm_90"]
+H100 = TARGETS["sm_90"]
 
 
-@pytest.mark.parametrize("card", [*CARDS.values(), SMALLEST_CARD], ids=str)
+@pytest.mark.parametrize("card", [*TARGETS.values(), SMALLEST_TARGET], ids=str)
 @pytest.mark.parametrize("item_size", [2, 4])
-def test_every_card_runs_every_default(card, item_size):
+def test_every_card_runs_every_default(target, item_size):
     for _, config in DEFAULTS:
-        fitted = fit_to(config, item_size, card)
-        assert supports(fitted, item_size, card)
+        fitted = fit_to(config, item_size, target)
+        assert supports(fitted, item_size, target)
         assert fitted.block_m == config.block_m
         for _, gemm, _ in fitted.stages():
             assert gemm.num_stages >= 2 and gemm.block_k >= 16 and gemm.block_n >= 16
 
 
-@pytest.mark.parametrize("card", [*CARDS.values(), SMALLEST_CARD], ids=str)
-def test_every_card_runs_the_defaults_of_bank_first_and_of_the_composition(card):
-    first = (default_palette_in(tokens, 2, card) for tokens in (1, 32, 64, 256, 4096))
+@pytest.mark.parametrize("card", [*TARGETS.values(), SMALLEST_TARGET], ids=str)
+def test_every_card_runs_the_defaults_of_bank_first_and_of_the_composition(target):
+    first = (default_palette_in(tokens, 2, target) for tokens in (1, 32, 64, 256, 4096))
     fixed = (config for _, config in (*MIX_CONFIGS, *COMPOSE_CONFIGS))
-    assert all(supports(config, 2, card) for config in (*first, *fixed))
+    assert all(supports(config, 2, target) for config in (*first, *fixed))
 
 
 def test_a_card_that_is_large_enough_gets_the_default_unchanged():
@@ -58,7 +58,7 @@ def test_a_card_that_is_large_enough_gets_the_default_unchanged():
 def test_what_a_card_cannot_run():
     config = DEFAULTS[-1][1]
     assert supports(config, 2, H100)
-    assert not supports(config, 2, Card(64 * 1024, accumulators=128))  # shared memory
+    assert not supports(config, 2, Target(64 * 1024, accumulators=128))  # shared memory
     wide = replace(config, gate_up=replace(config.gate_up, block_n=256))
     assert not supports(wide, 2, H100)  # registers
     for config, tile in ((default_mix(64), "block_r"), (default_compose(128), "block_v")):
@@ -224,9 +224,9 @@ def test_an_entry_that_the_card_cannot_run_is_not_used(h100, op, monkeypatch):
 
 def test_an_entry_that_the_card_has_no_memory_for_is_not_used(h100, monkeypatch):
     h100.write_text(json.dumps({"entries": [entry(QWEN, 4, 32, None)]}))
-    monkeypatch.setattr(tuning, "card_of", lambda device: Card(16 * 1024))
+    monkeypatch.setattr(tuning, "card_of", lambda device: Target(16 * 1024))
     config, caught = chosen()
-    assert config == default_config(4, 2, Card(16 * 1024)) and len(caught) == 1
+    assert config == default_config(4, 2, Target(16 * 1024)) and len(caught) == 1
 
 
 def test_a_card_without_a_table_warns_once_for_all_its_stages(h100):

@@ -15,7 +15,7 @@ from globe_kernels.model.cache import BasisCache
 from globe_kernels.ops.compose_layer import layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
-from globe_kernels.ops.tuning import SMALLEST_CARD, default_config
+from globe_kernels.ops.tuning import SMALLEST_TARGET, default_config
 from globe_kernels.strategies.budget import (
     Choice,
     atoms_on_cards,
@@ -115,7 +115,7 @@ def test_the_workspace_is_what_a_call_allocates():
     index = torch.arange(tokens * choices).view(tokens, choices) % experts
     x, routing_weights = torch.randn(tokens, width), torch.rand(tokens, choices)
     with _Allocated() as allocated:
-        launch_moe_ffn(x, index, routing_weights, weights, "silu", default_config(2, item, SMALLEST_CARD))
+        launch_moe_ffn(x, index, routing_weights, weights, "silu", default_config(2, item, SMALLEST_TARGET))
     assert allocated.bytes == workspace(SMALL, ("composed",), tokens, choices, item)
 
 

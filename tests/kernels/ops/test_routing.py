@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from globe_kernels.ops.routing import RoutingPlan, max_tiles
-from globe_kernels.ops.routing_plan import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
+from globe_kernels.ops.routing import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
 from tests.kernels.cases import DEVICE, needs_kernels
 
 BUILDERS = [
@@ -25,7 +25,7 @@ def test_example_of_the_docstring(build):
     assert plan.starts.tolist() == [0, 2, 2, 3]
     assert plan.tile_expert.tolist()[:4] == [0, 0, 2, -1]
     assert plan.tile_first.tolist()[:4] == [0, 1, 2, 0]
-    assert plan.num_choices == 2
+    assert plan.top_k == 2
 
 
 def check(plan: RoutingPlan, index: torch.Tensor, experts: int, block_m: int) -> None:

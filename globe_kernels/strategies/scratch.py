@@ -1,0 +1,59 @@
+"""scratch: a call composes all bases of its layer, runs from them as `composed` does, and forgets them.
+
+    compose the layer -> x -> basis_e x -> adapters and activation -> down
+
+Suits long prefills. On a GPU the next layer is composed meanwhile on a side stream: globe_kernels.model.scratch.
+"""
+
+import torch
+
+from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.ops.compose_layer import compose_bases_into
+from globe_kernels.strategies.base import Layer, LayerSizes, Pool, Residents, Stage, Storage, Strategy, routing_stage
+from globe_kernels.strategies.composed import compose, run_from_bases, stages_after_composing
+from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_code, palette_code_bytes
+
+
+class Scratch(Strategy):
+    """Hold the bank, and for the length of a call the bases of one layer."""
+
+    name = "scratch"
+    composes = True
+    takes_buffers = True
+
+    def resident(self, storage: Storage) -> Residents:
+        return storage.residents(needs_bank=True, palette_codes=palette_code_bytes(storage))
+
+    def workspace(self, storage: Storage, tokens: int, top_k: int, *, on_gpu: bool) -> int:
+        buffers = 2 if on_gpu else 1  # one layer runs while the next is composed
+        experts = max(storage.config.base.num_experts.values())
+        bases = buffers * experts * 2 * storage.atom_values * storage.item_size
+        return storage.row_bytes(tokens, top_k) + bases
+
+    def stages(self, sizes: LayerSizes, tokens: int, pool: Pool | None) -> list[Stage]:
+        values = 2 * (sizes.palette + sizes.experts) * sizes.rank * sizes.hidden
+        products = 1 if sizes.item_size == 4 else 2  # 16-bit atoms are multiplied twice (ops/compose_layer.py)
+        mixed = 4 * products * sizes.experts * sizes.palette * sizes.rank * sizes.hidden
+        composing = Stage(values, mixed, {"layer": 1}, launches=2)
+        return [composing, routing_stage(sizes, tokens), *stages_after_composing(sizes, tokens)]
+
+    def hold(self, layer: Layer) -> None:
+        hold_palette_codes(layer)
+
+    def run(
+        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        def experts(basis: torch.Tensor) -> torch.Tensor:
+            return run_from_bases(layer, basis, hidden, top_k_index, top_k_weights)
+
+        buffers = layer.device_bank.scratch
+        if buffers.can_run(hidden):
+            return buffers.run(layer, hidden, experts)
+        gate, up = (kept_palette_code(layer, family) for family in FAMILIES)
+        return experts(compose(layer, gate, up))
+
+
+def compose_into(layer: Layer, out: torch.Tensor) -> None:
+    """Compose the bases of `layer` into `out` (E, 2R, D), on the stream of the caller."""
+    bank, codes = layer.device_bank, (kept_palette_code(layer, "gate"), kept_palette_code(layer, "up"))
+    compose_bases_into(out, codes, (bank.gate, bank.up), layer.phi)
