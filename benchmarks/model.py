@@ -307,8 +307,8 @@ def run(subject: Subject, args: argparse.Namespace, dtype: torch.dtype) -> list[
     sizes = check_bytes(subject, chosen, dtype)
     models = {variant.name: build(subject, variant, dtype) for variant in chosen}
     runners = {_REFERENCE: Runner(subject.dense)}
-    runners |= {_dense(name): Runner(models[DENSE], name) for name in _IMPLEMENTATIONS}
-    runners |= {name: Runner(model) for name, model in models.items() if name != DENSE}
+    runners |= {_dense(name): Runner(models[DENSE.name], name) for name in _IMPLEMENTATIONS}
+    runners |= {name: Runner(model) for name, model in models.items() if name != DENSE.name}
 
     def running(tokens: int) -> dict[str, Runner]:
         # it copies a matrix for every row

@@ -11,8 +11,9 @@ import pytest
 import torch
 from tests.kernels.test_benchmarks import BENCHMARKS, run
 
-from globe_kernels.strategies import cost as strategy
-from globe_kernels.strategies.cost import DENSE, LayerSizes, Machine, machine_for, machine_named, predict
+from globe_kernels.strategies import DENSE, cost
+from globe_kernels.strategies.base import LayerSizes
+from globe_kernels.strategies.cost import Machine, machine_for, machine_named, predict
 from tests.kernels.cases import DEVICE
 
 SIZES = LayerSizes(16, 4, 64, 48, 16, 4, 8, "identity", 4)
@@ -37,12 +38,12 @@ def measured(benchmark_module) -> Machine:
 @pytest.fixture
 def machine(benchmark_module, monkeypatch, tmp_path):
     """The benchmark, beside a machines.json of its own."""
-    path = Path(shutil.copy(strategy.MACHINES, tmp_path))
-    for module in (strategy, benchmark_module):
+    path = Path(shutil.copy(cost.MACHINES, tmp_path))
+    for module in (cost, benchmark_module):
         monkeypatch.setattr(module, "MACHINES", path)
-    strategy.machines.cache_clear()
+    cost.machines.cache_clear()
     yield benchmark_module
-    strategy.machines.cache_clear()
+    cost.machines.cache_clear()
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_the_constants_of_a_card(machine, monkeypatch):
     monkeypatch.setattr(machine, "measure_ceilings", lambda *_: Ceilings(2876.54, 701.2))
     monkeypatch.setattr(machine, "launches_us", lambda *_: (1.234, 5.67))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=85 * 10**9))
-    before = [*strategy.machines()]
+    before = [*cost.machines()]
     names = {"NVIDIA H100 80GB HBM3": ("h100", "H100"), "NVIDIA L40S": ("nvidia-l40s", "NVIDIA L40S")}
     for name, (listed_as, device) in names.items():
         monkeypatch.setattr(machine, "device_name", lambda _, name=name: name)
@@ -87,7 +88,7 @@ def test_the_constants_of_a_card(machine, monkeypatch):
         assert (found.name, found.device, found.item_size, found.references) == (listed_as, device, 2, None)
         assert (found.copy_gb_per_s, found.matmul_tflop_per_s, found.launch_us) == (2880, 701, 1.23)
         assert found.memory_gb == 85 and name in found.origin and "as calls of torch 5.7 us each" in found.origin
-    assert list(strategy.machines()) == [*before, "nvidia-l40s"]
+    assert list(cost.machines()) == [*before, "nvidia-l40s"]
 
 
 def test_what_is_written_decides(machine, main):

@@ -13,7 +13,7 @@ from globe_kernels.ops import tuning
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, ComposeConfig, ComposeShape, default_compose
 from globe_kernels.ops.mix import MixConfig, MixShape, default_mix
 from globe_kernels.ops.palette_in import PaletteInConfig, PaletteInShape, default_palette_in
-from globe_kernels.ops.tuning import TARGETS, Target, FfnConfig, FfnShape, GemmConfig, default_config, nearest, supports
+from globe_kernels.ops.tuning import TARGETS, FfnConfig, FfnShape, GemmConfig, Target, default_config, nearest, supports
 from tests.kernels.cases import DEVICE, needs_kernels
 
 H100 = TARGETS["sm_90"]
@@ -113,7 +113,7 @@ SHAPES = {
     "moe_ffn": FfnShape(experts=6, hidden=40, intermediate=24, rank=9),
     "dense_twin": FfnShape(experts=6, hidden=40, intermediate=24, rank=24),
     "palette_in": PaletteInShape(hidden=40, rank=9, palette=13),
-    "mix": MixShape(rank=9, palette=13, choices=2),
+    "mix": MixShape(rank=9, palette=13, top_k=2),
     "compose_layer": ComposeShape(experts=6, palette=13, values=9 * 40),
 }
 

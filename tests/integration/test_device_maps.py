@@ -10,8 +10,9 @@ from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.model.patching import resident_bytes
 from globe_kernels.model.targets import globe_modules
-from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
-from globe_kernels.strategies.cost import PATHS
+from globe_kernels.strategies import STRATEGIES
+from globe_kernels.strategies.budget import palettes_of, resident
+from globe_kernels.strategies.cached import pool_bytes
 from globe_kernels.testing import assert_close, tiny_model
 from tests.integration.test_patching import logits
 
@@ -32,7 +33,7 @@ def test_layers_may_be_offloaded_to_disk(bank, export_tiny, tmp_path):
     )
     first, *others = globe_modules(model).values()
     assert not first.gate_adapter.is_meta and all(module.gate_adapter.is_meta for module in others)
-    for strategy in ("auto", *PATHS):
+    for strategy in ("auto", *STRATEGIES):
         globe_kernels.set_strategy(model, strategy)
         before = globe_kernels.call_counts()
         assert_close(logits(model), expected, rms=1e-6, peak=1e-5)
@@ -76,16 +77,16 @@ def test_layers_on_two_devices_run_by_every_strategy(spread, checkpoint):
     used = {(layer, f): set(checkpoint.code(layer, f).index.flatten().tolist()) for layer in range(3) for f in FAMILIES}
     bank_atoms = sum(len(used[0, f] | used[2, f]) + len(used[1, f]) for f in FAMILIES)
     assert bank_atoms < 4 * checkpoint.config.num_atoms, "no device needs all: else the test shows nothing"
-    for strategy in PATHS:
+    for strategy in STRATEGIES:
         arrangement = globe_kernels.set_strategy(model, strategy, cache_bytes=pool_bytes(checkpoint.config, 7, 4))
-        assert arrangement.paths == (strategy,)
+        assert arrangement.strategies == (strategy,)
         assert_close(logits(model), expected, rms=1e-6, peak=1e-5)
         assert list(model.state_dict()) == keys, "copies of the bank are not saved"
         if strategy == "composed":
             continue
         planned = resident(
             checkpoint.config,
-            arrangement.paths,
+            arrangement.strategies,
             item_size=4,
             cache_bytes=arrangement.cache_bytes,
             palettes=palettes_of(checkpoint),
@@ -96,7 +97,7 @@ def test_layers_on_two_devices_run_by_every_strategy(spread, checkpoint):
         held = resident_bytes(model) - planned.host  # on a CPU the parked bank counts
         assert planned.host > 0 and planned.total - held == (unused if strategy == "cached" else 0)
     first, second, third = globe_modules(model).values()
-    assert first.place is third.place and second.place is not first.place
+    assert first.device_bank is third.device_bank and second.device_bank is not first.device_bank
 
 
 def test_a_cache_on_two_devices_is_one_to_the_user(spread, checkpoint):
@@ -131,7 +132,7 @@ def test_codes_that_are_offloaded_are_refused(spread, monkeypatch):
     monkeypatch.setattr(GlobeMoEFFN, "device", property(lambda module: torch.device("meta")))
     with pytest.raises(RequestError, match="The codes of some experts are offloaded; load the model with offload_buf"):
         globe_kernels.set_strategy(model, "bank_first")
-    assert model.globe_bank.arrangement.paths == ("scratch",)
+    assert model.globe_bank.arrangement.strategies == ("scratch",)
 
 
 @pytest.mark.parametrize("strategy", ["bank_first", "scratch", "cached"])

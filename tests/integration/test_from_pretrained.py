@@ -54,7 +54,7 @@ def test_the_bank_is_stored_once(export_tiny, fit_tiny):
 def test_loads_in_bf16_with_fp32_codes(export_tiny):
     model = load(export_tiny(), torch.bfloat16)
     module = next(module for module in model.modules() if isinstance(module, GlobeMoEFFN))
-    assert module.place.gate.dtype == module.gate_adapter.dtype == module.down_proj.dtype == torch.bfloat16
+    assert module.device_bank.gate.dtype == module.gate_adapter.dtype == module.down_proj.dtype == torch.bfloat16
     assert module.gate_code_value.dtype == torch.float32
     assert_close(logits(model), logits(load(export_tiny())), rms=5e-2, peak=1e-1)
 

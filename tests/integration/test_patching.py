@@ -165,7 +165,7 @@ def test_a_failure_while_building_touches_nothing(fit_tiny, monkeypatch):
         if built == 3:
             raise MemoryError
 
-    monkeypatch.setattr(GlobeMoEFFN, "run_from", fail_late)
+    monkeypatch.setattr(GlobeMoEFFN, "hold", fail_late)
     with pytest.raises(MemoryError):
         globe_kernels.patch(model, fit_tiny()[0])
     assert not is_patched(model)

@@ -1,4 +1,4 @@
-"""Every strategy computes the same model, by the path that it names and from the bytes that the plan says."""
+"""Every strategy computes the same model, by the op of its name and from the bytes that the plan says."""
 
 import copy
 import warnings
@@ -12,19 +12,20 @@ from transformers import AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.result import reconstruct
-from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
+from globe_kernels import GlobeCheckpoint, RequestError
 from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.model import scratch
+from globe_kernels.model import arrange, scratch
 from globe_kernels.model.scratch import Scratch
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.strategies.budget import palettes_of, pool_bytes, resident
-from globe_kernels.strategies.cost import PATHS
+from globe_kernels.strategies import STRATEGIES, bank_first, composed
+from globe_kernels.strategies.budget import palettes_of, resident
+from globe_kernels.strategies.cached import pool_bytes
 from globe_kernels.testing import relative_errors, tiny_model
 from tests.kernels.cases import needs_kernels, same_tiles
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
-CHOICES = 2  # experts per token of the tiny models
+TOP_K = 2  # experts per token of the tiny models
 
 # strategy, and the share of all composed bases that the cache holds; None: as many slots as a token has experts
 RUNS = {
@@ -44,7 +45,7 @@ def options(run: str, path) -> dict:
     if strategy != "cached":
         return {"strategy": strategy}
     config = GlobeCheckpoint(path).config
-    slots = CHOICES if share is None else round(share * config.base.total_experts)
+    slots = TOP_K if share is None else round(share * config.base.total_experts)
     return {"strategy": strategy, "cache_bytes": pool_bytes(config, slots, 4)}
 
 
@@ -57,9 +58,9 @@ def logits(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 def routed(model):
     """The experts (T, K) that each layer is given inside, in the order of the layers."""
     seen: list[torch.Tensor] = []
-    paths = [path for _, path in ARCHITECTURES[model.config.model_type].live_experts(model)]
+    names = [name for _, name in ARCHITECTURES[model.config.model_type].live_experts(model)]
     hooks = [
-        model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for path in paths
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for name in names
     ]
     yield seen
     for hook in hooks:
@@ -108,7 +109,7 @@ def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, run, fit_
         found, expected = logits(model), logits(dense)
     after = globe_kernels.call_counts()
     ran = {name: after[name] - before.get(name, 0) for name in after if after[name] != before.get(name, 0)}
-    assert ran == {op: layers} and layers > 0, "another path ran"
+    assert ran == {op: layers} and layers > 0, "another op ran"
     # where two experts tie to rounding, the router may take either
     alike = torch.stack([(a.sort().values == b.sort().values).all(1) for a, b in zip(own, others, strict=True)]).all(0)
     assert alike.sum() >= len(alike) - 1
@@ -144,7 +145,7 @@ def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
     model, tokens = patched(path, model_type, run), TOKENS[:, :40]
     expected, op = logits(model, tokens), OPS[RUNS[run][0]]
     if run.startswith("cached"):
-        model.globe_bank.places[0].cache.clear()
+        model.globe_bank.device_banks[0].cache.clear()
     for module in (moe_ffn, moe_ffn_bank_first, moe_ffn_cached, compose_layer):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     for module in (moe_ffn, moe_ffn_cached):
@@ -169,11 +170,11 @@ def test_a_layer_is_composed_ahead(fit_tiny, reconstructions, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    model, done = patched(fit_tiny()[0], run="scratch"), []
-    compose_into, run = GlobeMoEFFN.compose_into, moe_ffn.moe_ffn_ref
+    done, compose_into, run = [], arrange.compose_into, moe_ffn.moe_ffn_ref
     monkeypatch.setattr(
-        GlobeMoEFFN, "compose_into", lambda module, out: (done.append(module.layer), compose_into(module, out))
+        arrange, "compose_into", lambda layer, out: (done.append(layer.layer), compose_into(layer, out))
     )
+    model = patched(fit_tiny()[0], run="scratch")
     monkeypatch.setattr(moe_ffn, "moe_ffn_ref", lambda *args: (done.append("experts"), run(*args))[1])
     assert (logits(model) - logits(reconstructions("qwen3_moe"))).abs().max() <= 1e-4
     assert done == [0, "experts", 1, "experts", 2, "experts"]
@@ -190,27 +191,30 @@ def test_a_strategy_can_be_changed_at_any_time(fit_tiny, reconstructions):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "A layer of this checkpoint uses")
             arrangement = globe_kernels.set_strategy(model, **options(run, path))
-        assert arrangement.paths == (RUNS[run][0],)
+        assert arrangement.strategies == (RUNS[run][0],)
         assert (logits(model) - expected).abs().max() <= 1e-4
         assert list(model.state_dict()) == keys
         planned = resident(
-            config, arrangement.paths, item_size=4, cache_bytes=arrangement.cache_bytes, palettes=palettes
+            config, arrangement.strategies, item_size=4, cache_bytes=arrangement.cache_bytes, palettes=palettes
         )
         # on a CPU the bank that is parked in host memory is on the device of the model; it was cast to fp32 once
         parked = sum(atoms.nbytes for atoms in model.globe_bank.parameters()) if run == "composed" else 0
         assert globe_kernels.model.patching.resident_bytes(model) == planned.total + parked
 
 
-def test_auto_takes_the_path_that_explain_names(fit_tiny):
+def test_auto_takes_the_strategy_that_explain_names(fit_tiny):
     path, _ = fit_tiny()
     model = tiny_model("qwen3_moe")
     report = globe_kernels.patch(model, path, cache_bytes="1MB")
-    assert set(report.paths) == {"bank_first", "cached", "scratch"}
+    assert set(report.strategies) == {"bank_first", "cached", "scratch"}
     for tokens in (1, 16, 256):
         text = globe_kernels.explain(model, tokens)
         name = text.splitlines()[0].rpartition(" ")[2]
-        assert name in report.paths and f"{tokens} tokens, 3 layers such as model.layers.0.mlp.experts: {name}" in text
-        assert all(f"  {other} " in text for other in ("dense", *PATHS))
+        assert (
+            name in report.strategies
+            and f"{tokens} tokens, 3 layers such as model.layers.0.mlp.experts: {name}" in text
+        )
+        assert all(f"  {other} " in text for other in ("dense", *STRATEGIES))
         assert "not held" in next(line for line in text.splitlines() if line.startswith("  composed"))
         before = globe_kernels.call_counts().get(f"{OPS[name]}_ref", 0)
         logits(model, TOKENS[:, :tokens])
@@ -273,7 +277,7 @@ def test_a_warm_cache_misses_less(fit_tiny):
     globe_kernels.set_strategy(model, **options("cached, a quarter", path))
     globe_kernels.warm_cache(model, uses)
     assert globe_kernels.cache_stats(model).misses == 0
-    held = (model.globe_bank.places[0].cache.owner >= 0).sum()
+    held = (model.globe_bank.device_banks[0].cache.owner >= 0).sum()
     assert held == 6, "a quarter of 24 experts"
     expected = logits(patched(path))
     assert (logits(model) - expected).abs().max() <= 1e-4
@@ -293,40 +297,40 @@ def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, 
         globe_kernels.cache_stats(model)
     with pytest.raises(RequestError, match="does not run on GloBE experts"):
         globe_kernels.explain(tiny_model("qwen3_moe"), 1)
-    assert model.globe_bank.arrangement.paths == ("composed",) and torch.isfinite(logits(model)).all()
+    assert model.globe_bank.arrangement.strategies == ("composed",) and torch.isfinite(logits(model)).all()
     source = ExpertSource(save_tiny("qwen3_moe"))
     save_fit(fit(source, FitConfig(ratio=0.8, support=4, phi="tanh", varpro=VarProConfig(steps=2))), source, tmp_path)
     with pytest.raises(RequestError, match="bank_first needs phi identity and this checkpoint has phi tanh"):
         globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path, strategy="bank_first")
     report = globe_kernels.patch(tiny_model("qwen3_moe"), tmp_path)
-    assert set(report.paths) <= {"cached", "scratch"}
+    assert set(report.strategies) <= {"cached", "scratch"}
 
 
 def test_memory_that_runs_out_under_way_leaves_a_model_that_says_so(fit_tiny, reconstructions, monkeypatch):
     """The old pool is gone before the new one is allocated, so that two need not fit."""
     path, _ = fit_tiny()
     model = patched(path, run="cached, all bases")
-    pool, compose, done = weakref.ref(model.globe_bank.caches[0].pool), GlobeMoEFFN._compose, []
+    pool, compose, done = weakref.ref(model.globe_bank.caches[0].pool), composed.compose, []
 
-    def fails(module, codes):
+    def fails(layer, *codes):
         done.append(pool())
-        if module.layer == 1:
+        if layer.layer == 1:
             raise MemoryError
-        return compose(module, codes)
+        return compose(layer, *codes)
 
-    monkeypatch.setattr(GlobeMoEFFN, "_compose", fails)
+    monkeypatch.setattr(composed, "compose", fails)
     with pytest.raises(MemoryError):
         globe_kernels.set_strategy(model, "composed")
     assert done == [None, None]
     with pytest.raises(RuntimeError, match=r"is not arranged; call globe_kernels.set_strategy\(model"):
         logits(model)
-    assert all(module.basis is None for module in globe_modules(model).values())
+    assert not any(hasattr(module, "basis") for module in globe_modules(model).values())
     monkeypatch.undo()
     globe_kernels.set_strategy(model, "composed")
     assert (logits(model) - logits(reconstructions("qwen3_moe"))).abs().max() <= 1e-4
 
 
 def test_without_a_palette_bank_first_says_what_it_costs(fit_tiny, monkeypatch):
-    monkeypatch.setattr(globe_kernels.model.arrange, "_SLOW", 0.0)
+    monkeypatch.setattr(bank_first, "_SLOW", 0.0)
     with pytest.warns(UserWarning, match=r"uses \d+ atoms per family, and bank_first multiplies every token with all"):
         globe_kernels.patch(tiny_model("qwen3_moe"), fit_tiny()[0], strategy="bank_first")

@@ -153,7 +153,16 @@ def test_opcheck():
     cached, w = cache(2), layers(bias=True)[8]
     torch.library.opcheck(
         moe_ffn_cached_op,
-        (*inputs(ROUTINGS["one token"]), E, "tanh", "silu", True, *cached.state, *w.mixtures, *w.from_rank),
+        (
+            *inputs(ROUTINGS["one token"]),
+            list(cached.state),
+            list(w.mixtures),
+            list(w.from_rank),
+            E,
+            "tanh",
+            "silu",
+            True,
+        ),
     )
 
 
@@ -185,7 +194,9 @@ def test_refuses_what_does_not_fit():
     w, rest = layers()[3], ("tanh", "silu")
     with pytest.raises(ValueError, match=r"hidden_states has shape \(1, 19\)"):
         moe_ffn_cached(hidden[:, 1:], index, scale, w, cache(2).state, 0, *rest)
-    with pytest.raises(ValueError, match=r"torch.float16 \(14, 20\) and those of the layer torch.float32 \(14, 20\)"):
+    with pytest.raises(
+        ValueError, match=r"torch.float16 \(14, 20\) and the bases of the layer torch.float32 \(14, 20\)"
+    ):
         moe_ffn_cached(hidden, index, scale, w, cache(2, torch.float16).state, 0, *rest)
     with pytest.raises(ValueError, match="first_expert is 6 with 5 experts in the layer and 10 in the cache"):
         moe_ffn_cached(hidden, index, scale, w, cache(2).state, 6, *rest)

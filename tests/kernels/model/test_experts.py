@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
-from globe_kernels.model.bank import GlobeBank, Place
+from globe_kernels.model.bank import DeviceBank, GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.testing import assert_close
 
@@ -34,15 +34,15 @@ def module(bank) -> GlobeMoEFFN:
         code = module.code(family)
         code.index.copy_(torch.randint(CONFIG.num_atoms, code.index.shape))
         torch.nn.init.normal_(code.value)
-    module.run_from(Place(bank), ("composed",), 2)
+    module.hold(DeviceBank(bank), ("composed",), 2)
     return module
 
 
 INPUTS = (torch.randn(3, 16), torch.tensor([[0, 1], [3, 2], [1, 1]]), torch.rand(3, 2))
 
 
-def test_forward_needs_a_bank():
-    with pytest.raises(RuntimeError, match=r"run_from\(place, paths, choices\)"):
+def test_forward_needs_an_arrangement():
+    with pytest.raises(RuntimeError, match=r"hold\(device_bank, strategies, top_k\)"):
         GlobeMoEFFN(CONFIG, 2, "silu", torch.float32)(*INPUTS)
 
 

@@ -83,13 +83,13 @@ def gpu(monkeypatch):
 class Layer:
     """Bases of one value each; its experts note what they read."""
 
-    def __init__(self, gpu: Gpu, layer: int, experts: int = 2, path: str = "scratch"):
-        self.gpu, self.layer, self.taken = gpu, layer, path
+    def __init__(self, gpu: Gpu, layer: int, experts: int = 2, composes_ahead: bool = True):
+        self.gpu, self.layer, self.takes_bases = gpu, layer, composes_ahead
         self.basis_shape = (experts, 2, 1)
         self.composed = 0
 
-    def path(self, tokens: int) -> str:
-        return self.taken
+    def composes_ahead(self, tokens: int) -> bool:
+        return self.takes_bases
 
     def compose_into(self, out: torch.Tensor) -> None:
         assert tuple(out.shape) == self.basis_shape
@@ -112,6 +112,10 @@ class Layer:
         return run
 
 
+def buffers(layers: list[Layer]) -> Scratch:
+    return Scratch(layers, lambda layer, out: layer.compose_into(out))
+
+
 def forward(ahead: Scratch, layers: list[Layer], read: list[tuple[int, float]]) -> None:
     for layer in layers:
         layer.gpu.current.launch(lambda: None)  # attention
@@ -125,7 +129,7 @@ def wrong(read: list[tuple[int, float]]) -> list[tuple[int, float]]:
 @pytest.mark.parametrize("seed", range(40))
 def test_every_layer_reads_its_own_bases(gpu, seed):
     layers = [Layer(gpu, number, experts=2 + number % 3) for number in range(6)]
-    ahead, read = Scratch(layers), []
+    ahead, read = buffers(layers), []
     for _ in range(2):
         forward(ahead, layers, read)
     gpu.run(seed)
@@ -137,7 +141,7 @@ def test_every_layer_reads_its_own_bases(gpu, seed):
 def test_the_simulation_would_show_a_race(gpu):
     gpu.ignores_events = True
     layers = [Layer(gpu, number) for number in range(6)]
-    forward(Scratch(layers), layers, read := [])
+    forward(buffers(layers), layers, read := [])
     gpu.run(seed=0)
     assert wrong(read)
 
@@ -145,7 +149,7 @@ def test_the_simulation_would_show_a_race(gpu):
 def test_a_layer_is_composed_while_the_one_before_it_runs(gpu):
     """Some order that is allowed composes layer 1 within the experts of layer 0; none composes into what they read."""
     layers = [Layer(gpu, number) for number in range(3)]
-    forward(Scratch(layers), layers, [])
+    forward(buffers(layers), layers, [])
     orders = []
     for seed in range(40):
         gpu.log.clear()
@@ -159,7 +163,7 @@ def test_a_layer_is_composed_while_the_one_before_it_runs(gpu):
 @pytest.mark.parametrize("seed", range(20))
 def test_a_forward_that_stopped_half_way_spoils_nothing(gpu, seed):
     layers = [Layer(gpu, number) for number in range(5)]
-    ahead, read = Scratch(layers), []
+    ahead, read = buffers(layers), []
     forward(ahead, layers[:3], read)
     forward(ahead, layers, read)
     gpu.run(seed)
@@ -170,7 +174,7 @@ def test_a_forward_that_stopped_half_way_spoils_nothing(gpu, seed):
 def test_two_streams_may_take_turns(gpu, seed):
     """What one stream had composed for a layer, the other may take."""
     layers = [Layer(gpu, number) for number in range(6)]
-    ahead, read, turns = Scratch(layers), [], random.Random(seed)
+    ahead, read, turns = buffers(layers), [], random.Random(seed)
     places = {gpu.main: 0, gpu.other: 0}
     while any(place < len(layers) for place in places.values()):
         stream = turns.choice([stream for stream, place in places.items() if place < len(layers)])
@@ -181,9 +185,9 @@ def test_two_streams_may_take_turns(gpu, seed):
     assert len(read) == 2 * 2 * 6 and not wrong(read)
 
 
-def test_a_layer_that_takes_another_path_is_not_composed(gpu):
-    layers = [Layer(gpu, 0), Layer(gpu, 1, path="composed"), Layer(gpu, 2)]
-    ahead = Scratch(layers)
+def test_a_layer_that_runs_by_another_strategy_is_not_composed(gpu):
+    layers = [Layer(gpu, 0), Layer(gpu, 1, composes_ahead=False), Layer(gpu, 2)]
+    ahead = buffers(layers)
     for layer in (layers[0], layers[2]):
         ahead.run(layer, torch.zeros(3, 1), layer.experts(read := []))
     gpu.run(0)
@@ -193,7 +197,7 @@ def test_a_layer_that_takes_another_path_is_not_composed(gpu):
 def test_memory_that_the_side_stream_may_still_write_is_not_given_away(gpu):
     """And only that: what a stream waited for can be used again at once, though the host is far ahead."""
     layers = [Layer(gpu, 0), Layer(gpu, 1)]
-    ahead = Scratch(layers)
+    ahead = buffers(layers)
     forward(ahead, layers, [])
     assert gpu.recorded == [gpu.main] * 2, "both buffers, by the stream that took them"
     forward(ahead, layers[:1], [])
@@ -204,7 +208,7 @@ def test_memory_that_the_side_stream_may_still_write_is_not_given_away(gpu):
 
 def test_a_copy_starts_with_nothing_composed(gpu):
     layers = [Layer(gpu, 0), Layer(gpu, 1)]
-    ahead = Scratch(layers)
+    ahead = buffers(layers)
     forward(ahead, layers[:1], [])
     assert list(ahead._ahead) == [1] and not copy.copy(ahead)._ahead
 
@@ -213,12 +217,12 @@ def test_what_fails_half_way_is_not_given_away_either(gpu):
     layers = [Layer(gpu, 0), Layer(gpu, 1)]
     layers[1].compose_into = lambda out: (_ for _ in ()).throw(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
-        forward(Scratch(layers), layers[:1], [])
+        forward(buffers(layers), layers[:1], [])
     assert gpu.recorded == [gpu.side] * 2
 
 
 def test_nothing_is_composed_ahead_where_a_compiler_or_a_graph_looks(gpu, monkeypatch):
-    ahead, on_card = Scratch([Layer(gpu, 0)]), SimpleNamespace(is_cuda=True)
+    ahead, on_card = buffers([Layer(gpu, 0)]), SimpleNamespace(is_cuda=True)
     for capturing, compiling in ((False, False), (True, False), (False, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=capturing: c)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda c=compiling: c)
@@ -226,4 +230,4 @@ def test_nothing_is_composed_ahead_where_a_compiler_or_a_graph_looks(gpu, monkey
 
 
 def test_a_cpu_composes_when_a_layer_is_called(gpu):
-    assert not Scratch([Layer(gpu, 0)]).can_run(torch.zeros(3, 1))
+    assert not buffers([Layer(gpu, 0)]).can_run(torch.zeros(3, 1))

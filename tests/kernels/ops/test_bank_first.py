@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from globe_kernels.functional import moe_ffn_bank_first
-from globe_kernels.ops import mix as op_mix
 from globe_kernels.ops import moe_ffn_bank_first as module
-from globe_kernels.ops import palette_in as op_palette_in
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
-from globe_kernels.ops.mix import MixConfig, MixShape, default_mix, launch_mix, mix, mix_ref
+from globe_kernels.ops.mix import MixConfig, MixShape, default_mix, launch_mix, mix_ref
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.ops.moe_ffn_bank_first import (
     BankFirstConfig,
@@ -27,10 +25,9 @@ from globe_kernels.ops.palette_in import (
     PaletteInShape,
     default_palette_in,
     launch_palette_in,
-    palette_in,
     palette_in_ref,
 )
-from globe_kernels.ops.tuning import TARGETS, SMALLEST_TARGET, GemmConfig, fit_gemm
+from globe_kernels.ops.tuning import SMALLEST_TARGET, TARGETS, GemmConfig, fit_gemm
 from globe_kernels.testing import assert_close
 from tests.kernels.cases import (
     DEVICE,
@@ -111,7 +108,6 @@ def by_token(hidden, index, scale, w: BankFirstWeights, join=silu_gated) -> torc
 # "op": what torch.ops.globe runs here; on a CPU the reference
 PALETTE_IN = [
     pytest.param(palette_in_ref, id="reference"),
-    pytest.param(palette_in, id="op"),
     pytest.param(lambda *case: launch_palette_in(*case, SMALL_IN), id="small tiles", marks=needs_kernels),
     pytest.param(lambda *case: launch_palette_in(*case, LARGE_IN), id="large tiles", marks=needs_kernels),
 ]
@@ -144,7 +140,6 @@ def run_mix(config: MixConfig):
 
 MIX = [
     pytest.param(mix_ref, id="reference"),
-    pytest.param(lambda z, index, codes: mix(*z, index, *codes), id="op"),
     pytest.param(run_mix(SMALL_MIX), id="small tiles", marks=needs_kernels),
     pytest.param(run_mix(LARGE_MIX), id="large tiles", marks=needs_kernels),
 ]
@@ -255,13 +250,6 @@ def test_no_tokens(run):
     assert run(hidden, empty.long(), empty, weights(), "silu").shape == (0, D)
 
 
-def test_no_tokens_in_the_stages():
-    w, index = weights(), torch.zeros(0, 2, device=DEVICE).long()
-    z = [palette_in(torch.randn(0, D, device=DEVICE), w.gate_palette, w.gate_bank) for _ in range(2)]
-    assert z[0].shape == (0, GATE_ATOMS, R)
-    assert mix(*z, index, w.gate_value, w.gate_scale, w.gate_value, w.gate_scale).shape == (0, 2 * R)
-
-
 @pytest.mark.parametrize("run", RUNNERS)
 def test_a_sentinel_adds_nothing_whatever_its_weight(run):
     index = torch.tensor([[1, E], [-7, 2], [2**31, E]], device=DEVICE)
@@ -289,23 +277,9 @@ def test_strides_and_index_dtype_do_not_matter():
     assert_close(moe_ffn_bank_first(*case, strided, "silu"), expected, rms=1e-6, peak=2e-6)
 
 
-def op_cases():
-    """{op: (its function, arguments)}"""
+def test_opcheck():
     case, w = inputs("one token"), weights(bias=True)
-    z = (draw(1, GATE_ATOMS, R), draw(1, UP_ATOMS, R))
-    return {
-        "palette_in": (palette_in, (case[0], w.gate_palette, w.gate_bank)),
-        "mix": (mix, (*z, case[1], *w.codes)),
-        "moe_ffn_bank_first": (moe_ffn_bank_first_op, (*case, "silu", True, *w[:-1], *w.from_rank)),
-    }
-
-
-@pytest.mark.parametrize("name", ["palette_in", "mix", "moe_ffn_bank_first"])
-def test_opcheck_and_one_graph(name):
-    op, arguments = op_cases()[name]
-    torch.library.opcheck(op, arguments)
-    compiled = torch.compile(lambda *args: op(*args), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(*arguments), op(*arguments))
+    torch.library.opcheck(moe_ffn_bank_first_op, (*case, list(w.mixtures), list(w.from_rank), "silu", True))
 
 
 def test_the_public_function_compiles_into_one_graph():
@@ -332,7 +306,7 @@ def test_refuses_what_does_not_fit():
             moe_ffn_bank_first(*wrong, w, "silu")
 
 
-@pytest.mark.parametrize("card", [*TARGETS.values(), SMALLEST_TARGET], ids=str)
+@pytest.mark.parametrize("target", [*TARGETS.values(), SMALLEST_TARGET], ids=str)
 @pytest.mark.parametrize("item_size", [2, 4])
 def test_every_card_has_a_tile_for_any_number_of_tokens(target, item_size):
     for _, config in CONFIGS:
@@ -348,7 +322,7 @@ def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
     assert tiles == [16, 32, 64, 128, 128]
     assert default_mix(1).block_r < default_mix(4096).block_r
     w, index = weights(), torch.zeros(2000, 2, dtype=torch.int64, device=DEVICE)
-    palette_in, mix = PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, choices=2)
+    palette_in, mix = PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, top_k=2)
     monkeypatch.setattr(module, "choose_palette_in", lambda *call: call)
     monkeypatch.setattr(module, "choose_mix", lambda *call: call)
     config = choose_bank_first(w, index)
@@ -359,19 +333,3 @@ def test_the_tiles_follow_the_tokens_of_a_chunk(monkeypatch):
     assert config.palette_in == (palette_in, 1, 4, w.gate_bank.device)
     assert config.mix == (mix, 1, 4, w.gate_bank.device)
     assert config.ffn.block_m == 128
-
-
-@needs_kernels
-def test_stages_on_their_own_ask_for_their_sizes(monkeypatch):
-    asked = []
-    for op, name, config in ((op_palette_in, "choose_palette_in", SMALL_IN), (op_mix, "choose_mix", SMALL_MIX)):
-        monkeypatch.setattr(op, "use_triton", lambda tensor: True)
-        monkeypatch.setattr(op, name, lambda *call, config=config: asked.append(call) or config)
-    (hidden, index, _), w = inputs(RAGGED), weights()
-    z = (palette_in(hidden, w.gate_palette, w.gate_bank), palette_in(hidden, w.up_palette, w.up_bank))
-    h = mix(*z, index, *w.codes)
-    exact = [palette_in_ref(hidden, w.gate_palette, w.gate_bank), palette_in_ref(hidden, w.up_palette, w.up_bank)]
-    assert_close(h, mix_ref((exact[0], exact[1]), index, w.codes), *LIMITS[torch.float32])
-    call = (len(hidden), 4, hidden.device)
-    shapes = [PaletteInShape(D, R, GATE_ATOMS), PaletteInShape(D, R, UP_ATOMS), MixShape(R, UP_ATOMS, index.shape[1])]
-    assert asked == [(shape, *call) for shape in shapes]

@@ -8,7 +8,7 @@ from globe_kernels.ops.compose_layer import (
     ComposeConfig,
     ComposeShape,
     compose_bases,
-    compose_layer,
+    compose_family,
     compose_layer_ref,
     default_compose,
     launch_compose_layer,
@@ -52,7 +52,7 @@ RUNNERS = [
     pytest.param(
         lambda code, bank, phi, dtype: compose_layer_ref(code, bank, phi, empty(code, bank, dtype)), id="reference"
     ),
-    pytest.param(lambda code, bank, phi, dtype: compose_layer(*code, bank, phi, dtype), id="op"),
+    pytest.param(lambda code, bank, phi, dtype: compose_family(code, bank, phi, empty(code, bank, dtype)), id="family"),
     pytest.param(
         lambda code, bank, phi, dtype: launch_compose_layer(code, bank, phi, empty(code, bank, dtype), SMALL),
         id="kernel",
@@ -109,9 +109,8 @@ def test_every_number_of_experts_has_a_configuration():
 
 def test_opcheck():
     index, value, bank = random_case()
-    torch.library.opcheck(compose_layer, (*layer_code(index, value), bank, "tanh", torch.float16))
-    both = (*layer_code(index, value), *layer_code(index, -value), bank, 2 * bank)
-    torch.library.opcheck(compose_bases, (*both, "silu", torch.float32))
+    codes = [*layer_code(index, value), *layer_code(index, -value)]
+    torch.library.opcheck(compose_bases, (codes, [bank, 2 * bank], "silu", torch.float32))
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_kernels)], ids=["reference", "kernel"])
@@ -122,7 +121,7 @@ def test_both_families_lie_in_one_tensor(kernel, monkeypatch):
         monkeypatch.setattr(ops_compose_layer, "choose_compose", lambda *call: calls.append(call) or SMALL)
     index, value, bank = random_case("ragged in experts, atoms and values")
     other = (index.flip(0), 3 * value, -bank)
-    both = compose_bases(*layer_code(index, value), *layer_code(*other[:2]), bank, other[2], "tanh", torch.float32)
+    both = compose_bases([*layer_code(index, value), *layer_code(*other[:2])], [bank, other[2]], "tanh", torch.float32)
     rank = bank.shape[1]
     if kernel:
         palette = len(index.unique())

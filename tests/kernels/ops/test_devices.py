@@ -1,32 +1,25 @@
 """Kernels are launched where their tensors are, whatever the current device is."""
 
-import importlib
-import pkgutil
 from contextlib import contextmanager
 
 import pytest
 import torch
-from torch._library.custom_ops import CustomOpDef
 
-from globe_kernels import ops
 from globe_kernels.functional import moe_ffn
+from globe_kernels.ops import registration
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank
 from globe_kernels.ops.triton_import import on_its_device
 
-OPS = {
-    value._name: value
-    for module in pkgutil.iter_modules(ops.__path__)
-    for value in vars(importlib.import_module(f"{ops.__name__}.{module.name}")).values()
-    if isinstance(value, CustomOpDef)
-}
 
+def test_every_op_runs_on_the_device_of_its_tensors(monkeypatch):
+    guarded = []
+    monkeypatch.setattr(registration, "on_its_device", lambda run: guarded.append(run) or run)
 
-@pytest.mark.parametrize("name", sorted(OPS))
-def test_every_op_runs_on_the_device_of_its_tensors(name):
-    if name == "batched_spd_solve":
-        pytest.skip("its kernels are not Triton's: csrc/batched_spd_solve.cu does the same")
-    assert len(OPS) > 10
-    assert hasattr(OPS[name]._init_fn, "__wrapped__"), "no @on_its_device under torch.library.custom_op"
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    op = registration.register_op("guarded_in_a_test(Tensor x) -> Tensor", run, torch.empty_like)
+    assert guarded == [run] and op(torch.zeros(2)).tolist() == [1, 1]
 
 
 class OnCard:
@@ -48,6 +41,7 @@ def test_the_device_of_the_first_tensor_is_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     seen = on_its_device(lambda tensor, *, more: (current[0], more))
     assert seen(OnCard(), more=3) == (1, 3) and current == [0]
+    assert on_its_device(lambda tensors: current[0])([OnCard(), OnCard()]) == 1, "a list of tensors"
     assert seen(torch.zeros(1), more=3) == (0, 3), "a CPU has no current device"
 
 

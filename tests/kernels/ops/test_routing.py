@@ -3,8 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from globe_kernels.ops.routing import RoutingPlan, max_tiles
-from globe_kernels.ops.routing import _BLOCK, launch_routing_plan, routing_plan, routing_plan_ref
+from globe_kernels.ops.routing import (
+    _BLOCK,
+    RoutingPlan,
+    launch_routing_plan,
+    max_tiles,
+    routing_plan_ref,
+)
 from tests.kernels.cases import DEVICE, needs_kernels
 
 BUILDERS = [
@@ -91,7 +96,3 @@ def test_the_tile_bound_holds_in_the_extremes(build, experts, chosen):
     used = int((plan.tile_expert >= 0).sum())
     assert used <= plan.num_tiles == max_tiles(index.numel(), experts, block_m)
     check(plan, index, experts, block_m)
-
-
-def test_opcheck():
-    torch.library.opcheck(routing_plan, (torch.tensor([[2, 0], [0, 9]], device=DEVICE), 3, 16))

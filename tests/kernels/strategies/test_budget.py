@@ -16,21 +16,21 @@ from globe_kernels.ops.compose_layer import layer_code
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES
 from globe_kernels.ops.tuning import SMALLEST_TARGET, default_config
+from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.budget import (
     Choice,
-    atoms_on_cards,
+    atoms_on_devices,
     choose_residents,
     expected_palettes,
     layer_sizes,
     palettes_of,
     parse_bytes,
-    pool_bytes,
-    pool_slots,
     resident,
-    why_not_composed,
+    strategies_of,
     workspace,
 )
-from globe_kernels.strategies.cost import DENSE, paths_of
+from globe_kernels.strategies.cached import pool_bytes, pool_slots
+from globe_kernels.strategies.composed import Composed
 from globe_kernels.testing import tiny_model
 from tests.kernels.cases import H100
 
@@ -42,10 +42,12 @@ QWEN = GlobeConfig(
 
 
 def strategies_that_fit(config: GlobeConfig, budget: int, *, item_size: int) -> tuple[str, ...]:
-    """The paths whose residents are at most `budget` bytes; of the cached one with one slot."""
+    """The strategies whose residents are at most `budget` bytes; a pool has one slot."""
     one_slot = pool_bytes(config, 1, item_size)
-    held = {path: resident(config, (path,), item_size=item_size, cache_bytes=one_slot) for path in paths_of(config.phi)}
-    return tuple(path for path, one in held.items() if one.total <= budget)
+    held = {
+        name: resident(config, (name,), item_size=item_size, cache_bytes=one_slot) for name in strategies_of(config)
+    }
+    return tuple(name for name, residents in held.items() if residents.total <= budget)
 
 
 def choose(config: GlobeConfig, budget: int | None = None, strategy: str = "auto", **options) -> Choice:
@@ -58,7 +60,7 @@ def test_a_patched_model_takes_what_the_model_says(fit_tiny, save_tiny, model_ty
     path, _ = fit_tiny(model_type)
     config, model = GlobeCheckpoint(path).config, tiny_model(model_type)
     report = patch(model, path, strategy="composed")
-    assert report.bytes_before == resident(config, (DENSE,), item_size=4).total
+    assert report.bytes_before == resident(config, (DENSE.name,), item_size=4).total
     composed = resident(config, ("composed",), item_size=4)
     # on a CPU the bank that is parked in host memory is on the device of the model
     assert report.bytes_after == composed.total + composed.host
@@ -107,24 +109,24 @@ class _Allocated(TorchDispatchMode):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the launcher allocates in the interpreter")
 def test_the_workspace_is_what_a_call_allocates():
-    tokens, choices, item = 5, 2, 4
+    tokens, top_k, item = 5, 2, 4
     experts, width, inner = 8, BASE.hidden_size, BASE.intermediate_size
     shapes = ((2 * SMALL.rank, width), (inner, SMALL.rank), (inner, SMALL.rank), (width, inner))
     basis, *others = (torch.randn(experts, *shape) / 8 for shape in shapes)
     weights = ExpertWeights(basis, FromRank(*others))
-    index = torch.arange(tokens * choices).view(tokens, choices) % experts
-    x, routing_weights = torch.randn(tokens, width), torch.rand(tokens, choices)
+    index = torch.arange(tokens * top_k).view(tokens, top_k) % experts
+    x, routing_weights = torch.randn(tokens, width), torch.rand(tokens, top_k)
     with _Allocated() as allocated:
         launch_moe_ffn(x, index, routing_weights, weights, "silu", default_config(2, item, SMALLEST_TARGET))
-    assert allocated.bytes == workspace(SMALL, ("composed",), tokens, choices, item)
+    assert allocated.bytes == workspace(SMALL, ("composed",), tokens, top_k, item)
 
 
 def test_cards_hold_the_atoms_of_their_layers():
     palettes = {layer: {"gate": 30.0, "up": 20.5} for layer in range(10)}
     config = replace(QWEN, num_atoms=100)
-    assert atoms_on_cards(config, palettes, 1) is None
+    assert atoms_on_devices(config, palettes, 1) is None
     # three, three and four layers: 90, 90 and all 100 atoms of gate; 63, 63 and 84 of up
-    assert atoms_on_cards(config, palettes, 3) == 90 + 90 + 100 + 63 + 63 + 84
+    assert atoms_on_devices(config, palettes, 3) == 90 + 90 + 100 + 63 + 63 + 84
     one = resident(QWEN, ("cached",), item_size=2)
     three = resident(QWEN, ("cached",), item_size=2, bank_atoms=3 * QWEN.num_atoms)
     assert three.bank * 2 == one.bank * 3 and three.codes * 2 == one.codes * 3
@@ -138,10 +140,10 @@ def test_the_workspace_of_a_long_prefill_is_bounded_in_z():
     assert few - rows[64] == 64 * z_of_token
     assert 0 <= WORKSPACE_BYTES - (many - rows[65536]) < z_of_token
     bases = 128 * 2 * 768 * 2048 * 2
-    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2) == few + 2 * bases, (
-        "one layer runs, the next is composed"
-    )
-    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2, on_gpu=False) == few + bases
+    scratch, on_cpu = (workspace(QWEN, ("scratch",), 64, 8, 2, on_gpu=on_gpu) for on_gpu in (True, False))
+    assert scratch == rows[64] + 2 * bases, "one layer runs, the next is composed"
+    assert on_cpu == rows[64] + bases
+    assert workspace(QWEN, ("scratch", "bank_first"), 64, 8, 2) == max(scratch, few), "a call runs by one of them"
 
 
 def test_expected_palettes():
@@ -158,35 +160,38 @@ def test_composed_where_it_saves_and_nowhere_else():
     assert choose(low) == Choice(("composed",), 0)
     assert choose(low, 2**36) == Choice(("composed", "bank_first"), 0), "the bank too, for decoding in batches"
     assert choose(replace(low, phi="tanh"), 2**36) == Choice(("composed",), 0)
-    assert why_not_composed(low) is None and why_not_composed(replace(QWEN, rank=558)) is None
-    sentence = why_not_composed(QWEN)
+    wastes = Composed().wastes
+    assert wastes(low) is None and wastes(replace(QWEN, rank=558)) is None
+    sentence = wastes(QWEN)
     assert sentence is not None and "holds 4.33 M values" in sentence and "the dense matrices 3.15 M" in sentence
-    assert "composed" not in choose(QWEN).paths
-    assert "composed" not in choose(QWEN, 2**50).paths
+    assert "composed" not in choose(QWEN).strategies
+    assert "composed" not in choose(QWEN, 2**50).strategies
     assert choose(QWEN, strategy="composed") == Choice(("composed",), 0), "asked for by name"
 
 
 def test_auto_holds_what_some_call_uses_and_never_more_than_the_budget():
-    dense = resident(QWEN, (DENSE,), item_size=2).total
-    assert choose(QWEN).paths == ("bank_first", "scratch"), "at uniform routing few bases would be found in a cache"
+    dense = resident(QWEN, (DENSE.name,), item_size=2).total
+    assert choose(QWEN).strategies == ("bank_first", "scratch"), (
+        "at uniform routing few bases would be found in a cache"
+    )
     least = resident(QWEN, ("bank_first",), item_size=2).total
     assert choose(QWEN, least) == Choice(("bank_first", "scratch"), 0)
     assert choose(QWEN) == Choice(("bank_first", "scratch"), 0), "a cache of half of what is saved would not pay"
     whole = choose(QWEN, 2**37)
-    assert "cached" in whole.paths and pool_slots(QWEN, whole.cache_bytes, 2) == 6144
+    assert "cached" in whole.strategies and pool_slots(QWEN, whole.cache_bytes, 2) == 6144
     for budget in (least, least + 2**30, dense, 2**36, 2**37):
         choice = choose(QWEN, budget)
-        found = resident(QWEN, choice.paths, item_size=2, cache_bytes=choice.cache_bytes).total
+        found = resident(QWEN, choice.strategies, item_size=2, cache_bytes=choice.cache_bytes).total
         assert found <= budget
     asked = choose(QWEN, cache_bytes=2**30)
-    assert "cached" in asked.paths and 2**30 - 2 * 768 * 2048 * 2 - 16 < asked.cache_bytes <= 2**30
+    assert "cached" in asked.strategies and 2**30 - 2 * 768 * 2048 * 2 - 16 < asked.cache_bytes <= 2**30
 
 
 def test_without_identity_something_is_composed():
     tanh = replace(QWEN, phi="tanh")
     usual = choose(tanh)
-    dense, least = (resident(tanh, (path,), item_size=2).total for path in (DENSE, "scratch"))
-    assert usual.paths == ("cached", "scratch")
+    dense, least = (resident(tanh, (name,), item_size=2).total for name in (DENSE.name, "scratch"))
+    assert usual.strategies == ("cached", "scratch")
     assert 0.4 * (dense - least) < usual.cache_bytes <= (dense - least) / 2
     assert choose(tanh, least) == Choice(("scratch",), 0)
     with pytest.raises(RequestError, match="smallest way to run this checkpoint holds"):
@@ -211,7 +216,7 @@ def test_what_fits():
 
 def test_a_cache_of_its_own_size():
     choice = choose(QWEN, strategy="cached", cache_bytes=2**30)
-    assert choice.paths == ("cached",) and pool_slots(QWEN, choice.cache_bytes, 2) == 170
+    assert choice.strategies == ("cached",) and pool_slots(QWEN, choice.cache_bytes, 2) == 170
     pool = choice.pool(QWEN, 2, miss_rate=0.1)
     assert pool is not None and (pool.slots, pool.experts, pool.miss_rate) == (170, 6144, 0.1)
     assert Choice(("composed",), 0).pool(QWEN, 2) is None
