@@ -23,8 +23,9 @@ def main() -> None:
     parser.add_argument("--calibrate", help="a text file, or self: the model writes the text")
     args = parser.parse_args()
 
-    steps = args.steps if args.steps or args.config else 50
-    config = FitConfig.from_options(args.config, {"steps": steps})
+    if args.steps is None and args.config is None:
+        args.steps = 50
+    config = FitConfig.from_options(args.config, {"steps": args.steps})
 
     def on_step(record: dict) -> None:
         if record["step"] % 10 == 0:
@@ -33,8 +34,7 @@ def main() -> None:
     result = compress(args.model_dir, args.out, config, calibrate=args.calibrate, on_step=on_step)
     for family, report in result.report["families"].items():
         print(
-            f"{family}: error {report['relative_error']:.4f} as stored, {report['svd_equal_bytes']:.4f} of an SVD in the "
-            "same bytes"
+            f"{family}: error {report['relative_error']:.4f}, {report['svd_equal_bytes']:.4f} of an SVD in equal bytes"
         )
     print(f"{result.status.advice} The checkpoint is in {args.out}.")
 

@@ -36,10 +36,10 @@ def main() -> None:
     print("dense:", generate())
     report = globe_kernels.patch(model, args.globe, strategy=args.strategy)
     print("GloBE:", generate())
-    print(
-        f"Experts: {report.bytes_before} bytes before, {report.bytes_after} after, {report.bytes_peak} at the peak of a "
-        f"call, {report.bytes_on_disk} on disk (without down)."
+    before, after, peak = (
+        f"{size / 1e6:.2f} MB" for size in (report.bytes_before, report.bytes_after, report.bytes_peak)
     )
+    print(f"Experts: {before} dense, {after} as GloBE, {peak} at the peak of a long call (predicted).")
     print(globe_kernels.explain(model, tokens=1))
 
 
