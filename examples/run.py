@@ -6,6 +6,7 @@ python examples/run.py
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -26,7 +27,7 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
-    model = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype="auto").to(device)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
 
     def generate() -> str:
