@@ -27,7 +27,8 @@ def main() -> None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model_dir)
-    model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype="auto").to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(args.model_dir, dtype="auto")
+    model.to(device)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
 
     def generate() -> str:
