@@ -15,7 +15,7 @@ gate and up experts are what each method stands for.
 average. "globe_self" and "globe_tanh_self" are fitted to what the experts compute on what the model itself writes,
 which takes no data, "globe_calibrated" and "globe_tanh_calibrated" on a text: their errors are of the weights all the
 same, and not what they minimise.
-"alternating" is the classic recipe corrected, "literal" as it is usually told (examples/literal.toml).
+"alternating" is the classic recipe corrected, "literal" as it is usually told (benchmarks/literal.toml).
 """
 
 import argparse
@@ -52,7 +52,7 @@ from globe_kernels.format.architectures import FAMILIES
 
 # Rounds for about the seconds of the default solver.
 _ALTERNATING = FitConfig(solver="alternating", alternating=AlternatingConfig(steps=150))
-_LITERAL = Path(__file__).parent.parent / "examples" / "literal.toml"
+_LITERAL = Path(__file__).parent / "literal.toml"
 
 Trace = list[tuple[float, float]]  # (seconds, relative error)
 

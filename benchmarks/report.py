@@ -1,10 +1,11 @@
-"""The ledger as tables and rooflines: the block of README.md, and per device a page and a plot of each model.
+"""Turn the ledger into tables and rooflines: a section of README.md, and per device a page and a plot of each model.
 
     python benchmarks/report.py                    writes them: README.md, benchmarks/results/<device>/
-    python benchmarks/report.py --check            exit code 1 when they are not what the ledger yields
+    python benchmarks/report.py --check            exit code 1 when the files differ from the ledger
 
-Of each (device, op, model, shape, provider) the newest row counts. README.md has room for the model and rank of the
-newest layer measured on each device; the page of the device has everything.
+Of each (device, op, model, shape, provider) the newest row counts. README.md shows the model and the rank of the newest
+layer measured on each device; the page of the device shows everything. Without such a layer README.md has no section:
+its two markers follow each other.
 """
 
 import argparse
@@ -19,14 +20,14 @@ from globe_kernels.ops.tuning import slug
 
 _BEGIN, _END = "<!-- ledger:begin -->", "<!-- ledger:end -->"
 _README_LINES = 149
-_EMPTY = "No GPU measurement has been recorded yet: `make gpu`, on a machine with a GPU, records it here."
+_HEADING = "## Speed"
 _LEGEND = (
-    "Written by `make report` from the rows that the benchmarks record. A ratio above 1 says that GloBE is faster; "
-    "`dense_twin` is GloBE's own kernels on the dense weights; copy and matmul were measured in the same run; the "
-    "error is the relative rms error of GloBE, checked before anything is timed."
+    "`make report` writes this from the rows that the benchmarks record. Above 1, a ratio says that GloBE is faster. "
+    "`dense_twin` runs the kernels of GloBE on the dense weights. The same run measured copy and matmul. The error is "
+    "the relative rms error of GloBE; the benchmark checks it before it times anything."
 )
 _MARKERS = "osD^vP*X"
-_WAYS = {"globe": "composed", "globe_bank_first": "bank_first"}  # providers that have lines of their own
+_STRATEGIES = {"globe": "composed", "globe_bank_first": "bank_first"}  # of the providers that get a line each
 
 Line = tuple[dict, dict[str, str]]  # a row that says of which run the line is, and its cells by column
 
@@ -36,14 +37,14 @@ def _run(row: dict) -> tuple[str, str]:
 
 
 def latest(rows: list[dict]) -> list[dict]:
-    """The newest row of each measured thing, oldest first."""
-    things = ("device", "op", "model", "shape", "provider")
-    newest = {json.dumps([row[name] for name in things], sort_keys=True): row for row in sorted(rows, key=_run)}
+    """Keep the newest row of each measurement; the oldest of them comes first."""
+    keys = ("device", "op", "model", "shape", "provider")
+    newest = {json.dumps([row[name] for name in keys], sort_keys=True): row for row in sorted(rows, key=_run)}
     return sorted(newest.values(), key=_run)
 
 
 def grouped(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each table: all that differ in tokens, share of a cache and provider only."""
+    """Split the rows into tables: the rows of a table differ only in tokens, share of a cache and provider."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(json.dumps([row["op"], row["model"], _layer(row)], sort_keys=True), []).append(row)
@@ -51,12 +52,12 @@ def grouped(rows: list[dict]) -> list[list[dict]]:
 
 
 def _is_ffn(row: dict) -> bool:
-    """Whole layers, called one by one or replayed as a CUDA graph."""
+    """Whether a row measures a whole layer, called directly or replayed as a CUDA graph."""
     return row["op"].startswith("moe_ffn")
 
 
 def _on_page_only(row: dict) -> bool:
-    """What README.md has no room for, and whole models where no kernel ran."""
+    """Whether README.md leaves a row out: it has no room for fits and caches, and on a CPU no kernel ran."""
     return row["op"] in ("fit", "cache_curve") or (row["op"].startswith("model_") and row["device"] == "cpu")
 
 
@@ -73,22 +74,22 @@ def _percent_of_copy(row: dict) -> str:
 
 
 def _ffn_lines(rows: list[dict]) -> list[Line]:
-    """One line per number of tokens and way to run GloBE, against what was timed in the same run."""
+    """Compare GloBE with the other providers of its run: a line per number of tokens and strategy."""
     lines = []
-    own_rows = [row for row in rows if row["provider"] in _WAYS]
-    for globe in sorted(own_rows, key=lambda row: (row["shape"]["tokens"], row["provider"])):
+    globe_rows = [row for row in rows if row["provider"] in _STRATEGIES]
+    for globe in sorted(globe_rows, key=lambda row: (row["shape"]["tokens"], row["provider"])):
         same = [row for row in rows if row["shape"] == globe["shape"] and _run(row) == _run(globe)]
         dense = {row["provider"]: row["median_us"] for row in same if not row["provider"].startswith("globe")}
         best = min(dense, key=dense.__getitem__, default="")
-        own, twin = globe["median_us"], dense.get("dense_twin")
+        us, twin = globe["median_us"], dense.get("dense_twin")
         cells = {
             "tokens": str(globe["shape"]["tokens"]),
-            "by": _WAYS[globe["provider"]],
+            "strategy": _STRATEGIES[globe["provider"]],
             "best other, us": f"{best} {dense[best]:.1f}" if best else "-",
             "twin, us": f"{twin:.1f}" if twin else "-",
-            "GloBE, us": f"{own:.1f}",
-            "vs best": f"{dense[best] / own:.2f}x" if best else "-",
-            "vs twin": f"{twin / own:.2f}x" if twin else "-",
+            "GloBE, us": f"{us:.1f}",
+            "vs best": f"{dense[best] / us:.2f}x" if best else "-",
+            "vs twin": f"{twin / us:.2f}x" if twin else "-",
             "% copy": _percent_of_copy(globe),
             "% matmul": f"{100 * globe['tflop_per_s'] / globe['matmul_tflop_per_s']:.0f}",
             "error": f"{globe['relative_error']:.1e}",
@@ -98,7 +99,7 @@ def _ffn_lines(rows: list[dict]) -> list[Line]:
 
 
 def _fit_cells(row: dict) -> dict[str, str]:
-    """A quality that was not measured, or an error that was never reached, is a dash."""
+    """Name the cells of a fit; a dash stands for a quality without a measurement and for an error out of reach."""
     columns = {
         "error, gate": ("gate_error", ".4f"),
         "error, up": ("up_error", ".4f"),
@@ -117,7 +118,7 @@ def _fit_cells(row: dict) -> dict[str, str]:
 
 
 def _model_cells(row: dict) -> dict[str, str]:
-    """Predicted is what all layers of experts take."""
+    """Name the cells of a whole model; the prediction is the time of all its layers of experts."""
     return {
         "tokens": str(row["shape"]["tokens"]),
         "strategy": " ".join(filter(None, (row["provider"], row.get("implementation"), row.get("graph") and "graph"))),
@@ -133,7 +134,7 @@ def _model_cells(row: dict) -> dict[str, str]:
 
 
 def _curve_cells(row: dict) -> dict[str, str]:
-    """Of one routing and size of the cache."""
+    """Name the cells of one routing and one size of the cache."""
     return {
         "routing": row["provider"],
         "slots, % of bases": f"{row['shape']['share']:g}",
@@ -160,14 +161,14 @@ _CELLS = {"fit": _fit_cells, "model_prefill": _model_cells, "model_decode": _mod
 
 
 def _lines(rows: list[dict]) -> list[Line]:
-    """Lines of GloBE where it stands against others, else one per row, few tokens first."""
+    """Compare GloBE where the rows allow it, else take a line per row; few tokens come first."""
     compared = _ffn_lines(rows) if _is_ffn(rows[0]) else []
     cells = _CELLS.get(rows[0]["op"], _other_cells)
     return compared or [(row, cells(row)) for row in sorted(rows, key=lambda row: row["shape"].get("tokens", 0))]
 
 
 def table(rows: list[dict]) -> list[str]:
-    """One table in Markdown, with the conditions of its runs."""
+    """Write one table in Markdown, with the conditions of its runs."""
     first = rows[0]
     lines = _lines(rows)
     runs = {_run(row): row for row, _ in lines}
@@ -194,17 +195,17 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def page(device: str, groups: list[list[dict]], plots: list[str]) -> str:
-    """Everything that was measured on a device."""
+    """Write the page of a device: every table and every plot."""
     images = [line for name in plots for line in (f"![{name}]({name})", "")]
     tables = [line for rows in groups for line in table(rows)]
     return "\n".join([f"# {device}", "", _LEGEND, "", *images, *tables])
 
 
 def block(devices: dict[str, list[list[dict]]], links: dict[str, str], room: int) -> str:
-    """What stands between the markers of README.md, in at most `room` lines if there is a line for each device."""
+    """Write the section of README.md, empty without a device; it leaves out a table that exceeds `room` lines."""
     if not devices:
-        return _EMPTY + "\n"
-    lines = [_LEGEND, ""]
+        return ""
+    lines = [_HEADING, "", _LEGEND, ""]
     room -= len(lines) + 2 * len(devices) - 1  # the last blank line ends the one before it
     for device, groups in devices.items():
         lines += [f"**{device}** ([all tables and rooflines]({links[device]}))", ""]
@@ -222,7 +223,7 @@ def _subject(row: dict) -> tuple:
 
 
 def draw(path: Path, rows: list[dict]) -> None:
-    """The roofline of one layer: what each provider reaches, below the ceilings of each run, the newest one's solid."""
+    """Draw the roofline of one layer: the rate of each provider, below the ceilings of each run (newest run: solid)."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -262,7 +263,7 @@ def draw(path: Path, rows: list[dict]) -> None:
 
 
 def _label_tokens(axes, places: dict[int, float]) -> None:
-    """A guide per number of tokens, labelled above the plot; in further rows where guides stand close."""
+    """Draw a guide per number of tokens and label it above the plot; labels that would touch take further rows."""
     axes.annotate("tokens", (0, 1), (0, 3), "axes fraction", textcoords="offset points", fontsize=8)
     ends: list[float] = []  # of the last label in each row
     left, right = (math.log10(end) for end in axes.get_xlim())
@@ -302,9 +303,9 @@ def main() -> None:
     for device, groups in devices.items():
         folder = args.results / slug(device)
         ffn = sorted((group for group in groups if group[0]["op"] == "moe_ffn"), key=lambda group: _run(group[-1]))
-        own_plots = {f"roofline-{slug(group[0]['model'])}.png": group for group in ffn}
-        plots |= {folder / name: group for name, group in own_plots.items()}
-        texts[folder / "README.md"] = page(device, groups, list(own_plots))
+        device_plots = {f"roofline-{slug(group[0]['model'])}.png": group for group in ffn}
+        plots |= {folder / name: group for name, group in device_plots.items()}
+        texts[folder / "README.md"] = page(device, groups, list(device_plots))
         links[device] = Path(os.path.relpath(folder / "README.md", args.readme.parent)).as_posix()
     room = _README_LINES - len(f"{head}{begin}\n{end}{tail}".splitlines())
     timed = {device: [rows for rows in groups if not _on_page_only(rows[0])] for device, groups in devices.items()}
@@ -314,7 +315,7 @@ def main() -> None:
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if args.check:
         if stale := stale + [path for path in plots if not path.is_file()]:
-            raise SystemExit(f"report: {stale[0]} is not what the ledger yields; `make report` writes it.")
+            raise SystemExit(f"report: {stale[0]} differs from the ledger; `make report` writes it again.")
         return
     for path, group in plots.items():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
 # Share of the byte budget that the adapters get when neither rank nor atoms are given, measured best on two models at
-# ratios from 0.4 to 0.75 (LOG.md). At ratio 0.625 it makes rank = p for p/d up to 0.42.
+# ratios from 0.4 to 0.75 (docs/log.md). At ratio 0.625 it makes rank = p for p/d up to 0.42.
 _ADAPTER_SHARE = 2 / 3
 _RANK_MULTIPLE = 16
 _CODE_BYTES = 8  # int32 index + float32 value

@@ -14,9 +14,6 @@ from globe_kernels.strategies import DENSE, STRATEGIES
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("globe_kernels", "globe_fit")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-README = ROOT / "README.md"
-GUIDES = [README, *sorted((ROOT / "docs").glob("*.md"))]  # whose code runs
-DOCUMENTS = [*GUIDES, ROOT / "CONTRIBUTING.md"]
 
 # Inside globe_kernels a room imports from itself and from the rooms above it.
 ROOMS = [("errors", "version"), ("format",), ("ops",), ("functional",), ("strategies",), ("model",), ("testing",)]
@@ -133,53 +130,3 @@ def test_the_product_calls_every_registered_op():
     assert len(registered) == 5
     for name, home in registered.items():
         assert any(name in imports(path) for path in SOURCES if path != home), f"no part of the product calls {name}"
-
-
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_documented_paths_exist(document):
-    names = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|toml|md|txt))`", document.read_text(encoding="utf-8"))
-    written_by_programs = ("out/", "benchmarks/results")
-    assert names
-    for name in names:
-        if not name.startswith(written_by_programs):
-            assert (ROOT / name).exists(), f"{document.name} names {name}"
-
-
-def test_the_readme_is_finished_and_short():
-    assert "@@" not in README.read_text(encoding="utf-8")
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
-
-
-def blocks(language: str, documents: list[Path]) -> list[str]:
-    texts = (document.read_text(encoding="utf-8") for document in documents)
-    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
-
-
-def test_the_code_of_the_guides_runs(tmp_path):
-    """The shell block of README.md makes the files that the Python blocks use; all run in one empty directory."""
-    model, text = ROOT / "examples" / "tiny_moe", ROOT / "examples" / "tiny_moe" / "heldout.txt"
-    (tmp_path / "MODEL_DIR").symlink_to(model)
-    (tmp_path / "TEXT").write_text(text.read_text(encoding="utf-8")[:8000], encoding="utf-8")
-    (tmp_path / "fit.toml").write_text("[varpro]\nsteps = 4\n")
-    commands = [line for block in blocks("bash", GUIDES) for line in block.splitlines() if line.startswith("globe ")]
-    assert len(commands) >= 4
-    for command in commands:
-        words = [word for word in command.split("#")[0].split() if word]
-        if words[1] in ("fit", "sweep"):
-            words += ["--config", "fit.toml"]
-        if words[1] == "demo":
-            continue  # tests/test_end_to_end.py runs it
-        done = subprocess.run(
-            [sys.executable, "-m", "globe_fit", *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
-    python = blocks("python", GUIDES)
-    assert len(python) >= 5
-    for block in python:
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
-
-
-def test_the_test_command_of_the_readme_is_what_ci_runs():
-    assert "make check" in (ROOT / ".ci" / "run").read_text()
-    assert any("make check" in block for block in blocks("bash", [README]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as LOG.md has figures of; other numbers were not tried
+WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as docs/log.md has figures of; other numbers were not tried
 AT_ONCE = 64  # a batch, whose keys and values are kept
 
 

@@ -113,25 +113,22 @@ def cells(text: str) -> list[list[str]]:
     return [line for line in lines if line[0] != "---"]
 
 
-def test_the_readme_of_the_repository_is_what_its_ledger_yields():
+def test_the_readme_of_the_repository_agrees_with_its_ledger():
     done = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-def test_an_empty_ledger_is_said_in_one_sentence(place):
+def test_an_empty_ledger_leaves_no_section(place):
     assert not place.report()
-    text = place.readme.read_text()
-    block = text.partition(BEGIN)[2].partition(END)[0]
-    assert block.count("\n") == 2 and "No GPU measurement has been recorded yet" in block and "`make gpu`" in block
+    assert place.readme.read_text() == f"# Title\n\nabove\n\n{BEGIN}\n{END}\n\nbelow\n"
     assert list(place.files()) == ["README.md"]
-    assert block in (ROOT / "README.md").read_text() or list((BENCHMARKS / "results").rglob("*.jsonl"))
 
 
 def test_the_tables_hold_the_newest_rows(place):
     place.put(run_of(LATE, scale=2) + run_of(EARLY) + run_of(EARLY, shape={"tokens": 16}))
     assert not place.report()
     header, first, second = cells(place.readme.read_text())
-    assert header[:5] == ["tokens", "by", "best other, us", "twin, us", "GloBE, us"] and header[-1] == "run"
+    assert header[:5] == ["tokens", "strategy", "best other, us", "twin, us", "GloBE, us"] and header[-1] == "run"
     assert first == [
         "4",
         "composed",
@@ -170,7 +167,7 @@ def test_a_line_compares_within_one_run(place):
     assert line[:7] == ["4", "composed", "-", "-", "10.0", "-", "-"]
 
 
-def test_each_way_to_run_globe_has_a_line(place):
+def test_each_strategy_has_a_line(place):
     place.put([*run_of(), row("globe_bank_first", 40.0)])
     assert not place.report()
     _, composed, bank_first = cells(place.readme.read_text())
@@ -226,7 +223,7 @@ def test_the_page_has_all_models_and_the_readme_those_of_the_newest_run(place):
 def test_fits_are_on_the_page_only(place):
     place.put([fit_row("globe"), fit_row("svd", kl=0.0579)], f"{FOLDER}/fit.jsonl")
     assert not place.report()
-    assert "No GPU measurement" in place.readme.read_text() and not cells(place.readme.read_text())
+    assert f"{BEGIN}\n{END}" in place.readme.read_text()
     page = (place.results / FOLDER / "README.md").read_text()
     _, globe, svd = cells(page)
     assert globe == ["globe", "0.0300", "0.0200", "5.0", "1.5", "-", "366", "-", "-", "-"]
@@ -234,7 +231,8 @@ def test_fits_are_on_the_page_only(place):
     assert f"{DEVICE}, torch 2.0, triton 3.0, commit abc1234, {EARLY}: 5 steps." in page
     place.put(run_of())
     assert not place.report()
-    assert "`moe_ffn`" in place.readme.read_text() and "`fit`" not in place.readme.read_text()
+    text = place.readme.read_text()
+    assert f"{BEGIN}\n## Speed\n" in text and "`moe_ffn`" in text and "`fit`" not in text
 
 
 def test_whole_models(place):
@@ -279,7 +277,7 @@ def test_the_readme_stays_short(place):
 def test_check(place):
     place.put(run_of())
     stale, files = place.report("--check"), place.files()
-    assert "README.md is not what the ledger yields" in stale
+    assert "README.md differs from the ledger" in stale
     assert list(files) == list(place.files()) and b"old" in files["README.md"]
     place.report()
     assert not place.report("--check")

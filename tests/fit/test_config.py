@@ -139,7 +139,7 @@ def test_each_solver_has_its_table(tmp_path):
 
 
 def test_the_literal_recipe_is_a_valid_file():
-    config = FitConfig.from_options(ROOT / "examples" / "literal.toml", {})
+    config = FitConfig.from_options(ROOT / "benchmarks" / "literal.toml", {})
     assert config.solver == "alternating" and config.alternating.targets == "svd" and config.steps == 25
 
 

@@ -1,0 +1,113 @@
+"""The documents agree with the code: their files exist, their code runs, their generated parts are current."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from globe_fit import FitConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+LOG = ROOT / "docs" / "log.md"  # its entries name files as they were on their date
+GUIDES = [README, *sorted(set((ROOT / "docs").glob("*.md")) - {LOG})]  # their code runs
+DOCUMENTS = [*GUIDES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "csrc" / "README.md"]
+EXAMPLES = ROOT / "examples"
+
+
+def name_of(document: Path) -> str:
+    return document.relative_to(ROOT).as_posix()
+
+
+def blocks(language: str, documents: list[Path]) -> list[str]:
+    texts = (document.read_text(encoding="utf-8") for document in documents)
+    return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def run(*arguments: object, cwd: Path) -> None:
+    """Run Python with `arguments`; a failure shows its output."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_documented_files_exist(document):
+    """A file in backticks is named from the root; a table of the files of one folder names them from that folder."""
+    text = document.read_text(encoding="utf-8")
+    names = re.findall(r"`([\w./-]+/[\w./-]*|[\w-]+\.(?:py|toml|md|txt))`", text)
+    written_by_programs = ("out/", "benchmarks/results")
+    for name in names:
+        if not name.startswith(written_by_programs):
+            assert (ROOT / name).exists() or (document.parent / name).exists(), f"{name_of(document)} names {name}"
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, LOG, EXAMPLES / "README.md"], ids=name_of)
+def test_links_lead_to_files_and_headings(document):
+    for target, _, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(#?)([^)\s]*)\)", document.read_text("utf-8")):
+        path = document.parent / target if target else document
+        assert path.exists(), f"{name_of(document)} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+            assert heading in anchors, f"{name_of(document)} links to {target}#{heading}"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_every_title_of_the_log_has_a_date_and_a_verdict():
+    titles = re.findall(r"^## (.*)$", LOG.read_text(encoding="utf-8"), re.MULTILINE)
+    assert titles
+    for title in titles:
+        assert re.match(r"20\d\d-\d\d-\d\d: .+: .*(confirmed|rejected|mixed)", title), title
+
+
+def test_the_page_of_the_api_is_current():
+    run("docs/generate_api.py", "--check", cwd=ROOT)
+
+
+def test_the_figures_are_current(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "figures"))
+    import draw  # type: ignore[import-not-found]
+
+    for drawing in (draw.method, draw.fit, draw.strategies):
+        path = ROOT / "docs" / "figures" / f"{drawing.__name__}.svg"
+        assert path.read_text(encoding="utf-8") == drawing().svg(), (
+            "python docs/figures/draw.py draws the figures again"
+        )
+
+
+def test_the_code_of_the_guides_runs(tmp_path):
+    """The shell block of README.md makes the files that the Python blocks use; all run in one empty directory."""
+    model, text = EXAMPLES / "tiny_moe", EXAMPLES / "tiny_moe" / "heldout.txt"
+    (tmp_path / "MODEL_DIR").symlink_to(model)
+    (tmp_path / "TEXT").write_text(text.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    (tmp_path / "fit.toml").write_text("[varpro]\nsteps = 4\n")
+    commands = [line for block in blocks("bash", GUIDES) for line in block.splitlines() if line.startswith("globe ")]
+    assert len(commands) >= 9
+    # README.md first: the other pages use the checkpoint that its commands make
+    commands.sort(key=lambda command: command not in README.read_text(encoding="utf-8"))
+    for command in commands:
+        words = command.split("#")[0].split()
+        if words[1] in ("fit", "sweep"):
+            words += ["--config", "fit.toml"]
+        run("-m", "globe_fit", *words[1:], cwd=tmp_path)
+    pages = [page for page in GUIDES if blocks("python", [page])]
+    assert len(pages) >= 4
+    for page in pages:
+        run("-c", "\n".join(blocks("python", [page])), cwd=tmp_path)
+
+
+def test_the_examples_run(tmp_path):
+    run(EXAMPLES / "compress.py", "--steps", 4, cwd=tmp_path)
+    run(EXAMPLES / "run.py", "--tokens", 4, cwd=tmp_path)
+    assert FitConfig.from_options(EXAMPLES / "calibrated.toml", {}).phi == "tanh"
+
+
+def test_the_test_command_of_the_readme_is_the_command_of_ci():
+    assert "make check" in (ROOT / ".ci" / "run").read_text()
+    assert any("make check" in block for block in blocks("bash", [README]))
