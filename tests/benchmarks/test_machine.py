@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.kernels.test_benchmarks import BENCHMARKS, run
+from tests.benchmarks.test_benchmarks import BENCHMARKS, run
 
 from globe_kernels.strategies import DENSE, cost
 from globe_kernels.strategies.base import LayerSizes

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tests.kernels.test_benchmarks import BENCHMARKS
+from tests.benchmarks.test_benchmarks import BENCHMARKS
 
 from globe_kernels.ops import tuning
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, ComposeConfig, ComposeShape, default_compose
