@@ -1,4 +1,4 @@
-"""The errors a user can meet: one sentence with what was found, what was expected and what to do next."""
+"""The errors that a user can meet: a sentence says what was found, what was expected and what to do next."""
 
 
 class GlobeError(ValueError):

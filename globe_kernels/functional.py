@@ -82,7 +82,7 @@ def moe_ffn_cached(
 def _check_inputs(
     hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, down_proj: torch.Tensor
 ) -> None:
-    """Raises ValueError when shapes or dtypes of a call do not fit the weights."""
+    """Raise ValueError when shapes or dtypes of a call do not fit the weights."""
     _, width, _ = down_proj.shape
     if hidden_states.ndim != 2 or hidden_states.shape[1] != width:
         raise ValueError(

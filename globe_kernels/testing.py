@@ -55,7 +55,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
-    """A random causal language model of the given architecture in fp32, small enough for a test."""
+    """Build a random causal language model of the given architecture in fp32, small enough for a test."""
     from transformers import AutoConfig, AutoModelForCausalLM  # globe_kernels must import without transformers
 
     torch.manual_seed(seed)
@@ -68,7 +68,7 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
 
 
 def relative_errors(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """(rms, peak): both relative to the rms and the peak of `expected`; an all-zero `actual` scores 1 and 1."""
+    """Return (rms, peak), relative to the rms and the peak of `expected`; an all-zero `actual` scores 1 and 1."""
     difference = (actual.double() - expected.double()).abs()
     reference = expected.double().abs()
     rms = (difference.square().mean().sqrt() / reference.square().mean().sqrt()).item()

@@ -1,4 +1,4 @@
-"""Where each Mixture-of-Experts architecture keeps its experts: on disk, in config.json, in the live model.
+"""Name the experts of each Mixture-of-Experts architecture: on disk, in config.json, in the live model.
 
 One registry entry per architecture; nothing else in the code base names one.
 """
@@ -47,7 +47,7 @@ class Architecture:
     activation: str | None = None  # None: hidden_act of the configuration names it
 
     def parse_key(self, key: str) -> ExpertKey | None:
-        """The routed-expert tensor that `key` names in a checkpoint, or None (router, shared expert, ...)."""
+        """Return the routed-expert tensor that `key` names in a checkpoint; None for any other tensor."""
         match = re.fullmatch(
             rf"(?:model\.)?layers\.(\d+)\.(?:mlp|{self.block})\.experts\."
             rf"(?:(\d+)\.({self.gate}|{self.up}|{self.down})\.weight|((?:gate_up_proj|down_proj)(?:_bias)?))",
@@ -62,15 +62,15 @@ class Architecture:
         return ExpertKey(int(layer), int(expert), matrix)
 
     def router_key(self, expert_key: str) -> str:
-        """The weights (E, D) of the router beside an expert tensor on disk."""
+        """Return the key of the router's weights (E, D), which stand beside an expert tensor on disk."""
         return f"{expert_key.partition('.experts.')[0]}.{self.router}.weight"
 
     def live_key(self, key: str) -> str:
-        """`key` as the live base model names it: transformers renames blocks and the prefix when it saves."""
+        """Return `key` as the live base model names it: transformers renames blocks and the prefix when it saves."""
         return key.replace(f".{self.block}.experts.", ".mlp.experts.").removeprefix("model.")
 
     def fused_shapes(self, num_experts: int, inner: int, width: int) -> dict[str, tuple[int, ...]]:
-        """{name: shape} of one layer's experts, in a live module and in a fused checkpoint."""
+        """Return {name: shape} of one layer's experts, in a live module and in a fused checkpoint."""
         shapes: dict[str, tuple[int, ...]] = {
             "gate_up_proj": (num_experts, 2 * inner, width),
             "down_proj": (num_experts, width, inner),
@@ -82,17 +82,17 @@ class Architecture:
         return shapes
 
     def canonical(self, weights: torch.Tensor) -> torch.Tensor:
-        """A view of fused weights with the output dimension first: (E, 2P, D) or (E, D, P)."""
+        """View fused weights with the output dimension first: (E, 2P, D) or (E, D, P)."""
         return weights.mT if self.transposed else weights
 
     def part(self, fused: torch.Tensor, family: str) -> torch.Tensor:
-        """A family's view of `gate_up_proj`, (E, P, D), or of its bias, (E, P)."""
+        """View one family of `gate_up_proj`, (E, P, D), or of its bias, (E, P)."""
         rows = self.canonical(fused) if fused.ndim == 3 else fused
         place = FAMILIES.index(family)
         return rows[:, place::2] if self.interleaved else rows.chunk(2, dim=1)[place]
 
     def kept(self, name: str, fused: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is not compressed, as GlobeMoEFFN has it: {its parameter: view} of the fused tensor `name`."""
+        """View the fused tensor `name`, which is not compressed, as {parameter of GlobeMoEFFN: view}."""
         if name == "gate_up_proj_bias":
             return {f"{family}_bias": self.part(fused, family) for family in FAMILIES}
         return {"down_bias": fused} if name == "down_proj_bias" else {"down_proj": self.canonical(fused)}
@@ -114,7 +114,7 @@ class Architecture:
         return int(config[self.intermediate_key])
 
     def moe_layers(self, config: dict) -> list[int]:
-        """Ids of the layers that hold routed experts, by the rules of the configuration."""
+        """List the ids of the layers that hold routed experts, by the rules of the configuration."""
         dense = set(config.get("mlp_only_layers") or ())
         step = config.get("decoder_sparse_step") or 1
         first = config.get("first_k_dense_replace") or 0
@@ -129,7 +129,7 @@ class Architecture:
         ]
 
     def live_experts(self, model) -> Iterator[tuple[int, str]]:
-        """(layer id, module path) of every routed-experts module of a live transformers model."""
+        """Yield (layer id, module name) of every routed-experts module of a live transformers model."""
         for path, _ in model.named_modules():
             match = _LIVE.search(path)
             if match:
@@ -167,7 +167,7 @@ ARCHITECTURES = {
 
 
 def architecture_of(model_type: str | None) -> Architecture:
-    """The registry entry of a `model_type`; raises RequestError for a model GloBE cannot take apart."""
+    """Return the registry entry of a `model_type`. Raises RequestError for a model that GloBE cannot take apart."""
     architecture = ARCHITECTURES.get(model_type or "")
     if architecture is None:
         raise RequestError(

@@ -1,4 +1,4 @@
-"""The GloBE checkpoint, format version 1. This module is the only owner of the format.
+"""Read and write the GloBE checkpoint, format version 1. This module is the only owner of the format.
 
 A directory with
 
@@ -8,13 +8,13 @@ A directory with
                          layers.{l}.{family}_adapter            (E, P, R)
                          layers.{l}.{family}_code_index         (E, C) int32
                          layers.{l}.{family}_code_value         (E, C) float32
-    fit_report.json      what the fit measured: errors per layer and family, baselines
+    fit_report.json      measurements of the fit: errors per layer and family, baselines
     metrics.jsonl        the metric stream of the fit, one JSON object a line
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
 index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
-and `exported_bank_key`, and the same configuration as `quantization_config`; what was fused in the base beside gate and
-up stands there as GlobeMoEFFN has it: down_proj (E, D, P), {family}_bias (E, P), down_bias (E, D).
+and `exported_bank_key`, and the same configuration as `quantization_config`. Tensors that the base fuses beside gate
+and up have the layout of GlobeMoEFFN there: down_proj (E, D, P), {family}_bias (E, P), down_bias (E, D).
 
 Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
 """
@@ -46,7 +46,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The dense model that a checkpoint stands for, as far as its experts go."""
+    """The dense model that a checkpoint stands for: the facts about its experts."""
 
     name: str  # id or path, for people
     model_type: str
@@ -68,7 +68,7 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class GlobeConfig:
-    """What a GloBE checkpoint is: its base model and the sizes of its factors."""
+    """The configuration of a GloBE checkpoint: its base model and the sizes of its factors."""
 
     base: BaseModel
     rank: int  # R
@@ -88,7 +88,7 @@ class GlobeConfig:
         return (self.num_atoms, self.rank, self.base.hidden_size)
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """{name of the tensor within its layer: (shape, dtype)}."""
+        """Return {name of a tensor within its layer: (shape, dtype)}."""
         num_experts = self.base.num_experts[layer]
         code = (num_experts, self.support)
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
@@ -100,7 +100,7 @@ class GlobeConfig:
         return shapes
 
     def tensor_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """{tensor name: (shape, dtype)} of every tensor of the checkpoint."""
+        """Return {tensor name: (shape, dtype)} of every tensor of the checkpoint."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             f"bank.{family}": (self.bank_shape(), self.torch_dtype) for family in FAMILIES
         }
@@ -119,8 +119,8 @@ class GlobeConfig:
         base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
         if not self.base.left_dense:  # a file without such layers is as it was before there were any
             del base["left_dense"]
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
-        return {"format_version": FORMAT_VERSION, "families": list(FAMILIES), "base": base, **own}
+        others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
+        return {"format_version": FORMAT_VERSION, "families": list(FAMILIES), "base": base, **others}
 
     @classmethod
     def from_dict(cls, data: dict, where: str) -> "GlobeConfig":
@@ -154,7 +154,7 @@ class GlobeConfig:
 
 
 def exported_key(layer: int, name: str) -> str:
-    """Key of a layer's GloBE tensor in an exported Hugging Face directory."""
+    """Return the key of a layer's GloBE tensor in an exported Hugging Face directory."""
     return f"model.layers.{layer}.mlp.experts.{name}"
 
 
@@ -172,7 +172,7 @@ class Code:
 
 @dataclass(frozen=True)
 class LayerFactors:
-    """Everything of one layer and family beside the bank."""
+    """The factors of one layer and family, without the bank."""
 
     adapter: torch.Tensor  # (E, P, R)
     code: Code
@@ -233,7 +233,7 @@ class GlobeCheckpoint:
                 )
 
     def verify(self) -> None:
-        """Compare the sha256 of every tensor file with the one recorded when it was written."""
+        """Compare the sha256 of every tensor file with the recorded sha256."""
         for name, expected in self._files.items():
             found = sha256(self.path / name)
             if found != expected:
@@ -243,15 +243,15 @@ class GlobeCheckpoint:
                 )
 
     def bank(self, family: str) -> torch.Tensor:
-        """(M, R, D)"""
+        """Read the atoms (M, R, D) of a family."""
         return self._tensor(f"bank.{family}")
 
     def layer(self, layer: int, family: str) -> LayerFactors:
-        """Factors of the layer with id `layer`. Raises GlobeError when a code points outside the bank."""
+        """Read the factors of the layer with id `layer`. Raises GlobeError when a code points outside the bank."""
         return LayerFactors(self._tensor(f"layers.{layer}.{family}_adapter"), self.code(layer, family))
 
     def code(self, layer: int, family: str) -> Code:
-        """As in `layer`, without reading the adapters."""
+        """Read the codes of a layer without its adapters."""
         index, value = (self._tensor(f"layers.{layer}.{family}_code_{part}") for part in ("index", "value"))
         check_codes(index, self.config.num_atoms, f"layers.{layer}.{family}_code_index in {self.path}")
         return Code(index, value)
@@ -265,7 +265,7 @@ class GlobeCheckpoint:
         return sum((self.path / name).stat().st_size for name in self._files)
 
     def report(self) -> dict:
-        """What the fit measured (fit_report.json), or {} when the checkpoint came without it."""
+        """Return fit_report.json, the measurements of the fit; {} when the checkpoint came without it."""
         path = self.path / REPORT_NAME
         return read_json(path, "restore the file or fit again") if path.is_file() else {}
 
@@ -279,7 +279,7 @@ _TORCH_DTYPES = {
 
 
 def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
-    """Every code index must name an atom: an index outside the bank would be read out of bounds on a GPU."""
+    """Raise GlobeError when a code index names no atom: a GPU would read outside the bank."""
     low, high = int(index.min()), int(index.max())
     if low < 0 or high >= num_atoms:
         raise GlobeError(
@@ -289,7 +289,7 @@ def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
 
 
 class CheckpointWriter:
-    """Adds the factors of a checkpoint one by one; used through `writing_checkpoint`."""
+    """Add the factors of a checkpoint layer by layer; `writing_checkpoint` makes one."""
 
     def __init__(self, staging: Path, config: GlobeConfig, banks: dict[str, torch.Tensor]):
         self._config = config
@@ -345,7 +345,7 @@ def writing_checkpoint(
 
 
 def _listed_files(directory: Path) -> set[str]:
-    """Names of the tensor files of the checkpoint in `directory`; none when there is none that can be read."""
+    """Return the names of the tensor files of the checkpoint in `directory`; none when no checkpoint can be read."""
     try:
         files = read_json(directory / CONFIG_NAME, "restore the file").get("files", {})
     except (OSError, GlobeError):

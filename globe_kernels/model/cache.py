@@ -146,7 +146,7 @@ class BasisCache(nn.Module):
         counts = torch.cat([uses.get(layer, zeros).cpu() for layer, zeros in unused.items()])
         most = counts.argsort(descending=True, stable=True)[: self.owner.numel()]
         most = most[counts[most] > 0]
-        # the hand starts at slot 0: empty slots go first, then those of the least used experts
+        # the hand starts at slot 0: empty slots go first, then the slots of the least used experts
         slots = self.owner.numel() - 1 - torch.arange(most.numel())
         most, slots = most.int().to(self.pool.device), slots.int().to(self.pool.device)
         for layer, size in self.num_experts.items():

@@ -28,7 +28,7 @@ def set_strategy(
 ) -> Arrangement:
     """Run the GloBE experts of `model` by another strategy from now on; weights and results stay.
 
-    The arguments are those of `globe_kernels.patch`. Raises RequestError, and changes nothing, when they cannot be met.
+    Takes the arguments of `globe_kernels.patch`. Raises RequestError, and changes nothing, when they cannot be met.
     """
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))

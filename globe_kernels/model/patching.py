@@ -33,7 +33,7 @@ _DENSE_NAME = "_globe_dense_experts"
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch` did.
+    """The outcome of `patch`.
 
     `replaced` and `skipped` are names of modules, `strategies` the names of the strategies by which calls may run.
     Bytes are those of the experts of the replaced layers (gate, up, down and biases). Before: the dense experts. After:
@@ -130,7 +130,7 @@ def resident_bytes(model: nn.Module) -> int:
 def peak_workspace(model: nn.Module, strategies: tuple[str, ...] | None = None) -> int:
     """Predict the bytes of the temporaries of one layer's call with PEAK_TOKENS tokens.
 
-    `strategies`: names, by default those by which the model may run; ("dense",) for the dense experts.
+    `strategies`: names, by default of the strategies by which the model may run; ("dense",) for the dense experts.
     """
     modules = list(globe_modules(model).values())
     adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
@@ -184,7 +184,7 @@ def _check_shapes(target: DenseExperts, config: GlobeConfig) -> None:
 
 
 def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> None:
-    """A least-squares fit explains some of its own weights; factors of other weights only add error to them.
+    """Refuse factors of other weights: a least-squares fit explains some of its weights, and only adds error to others.
 
     One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
     """

@@ -73,7 +73,7 @@ class GlobeHfQuantizer(HfQuantizer):
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.globe.num_atoms, name)
-            # transformers 5.17 leaves what its converters merge (down_proj) in the dtype of the file
+            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
         modules = list(globe_modules(model).values())
         arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), AUTO))

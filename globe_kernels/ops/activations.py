@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""How gated experts join gate and up, for torch and inside kernels.
+"""Join gate and up of an expert by its activation, for torch and inside kernels.
 
 y = act(gate) * up                                           under the names of transformers
 y = g sigmoid(1.702 g) (u + 1),  g = min(gate, 7),  u = clamp(up, -7, 7)     "clamped_swiglu", of GPT-OSS
@@ -31,13 +31,13 @@ GATED_ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor
     "clamped_swiglu": _clamped_swiglu,
 }
 
-# What a model's configuration must say of an activation, where it says anything.
+# The settings of an activation that a model's configuration must have, where it names any.
 ACTIVATION_SETTINGS = {"clamped_swiglu": {"swiglu_alpha": SWIGLU_ALPHA, "swiglu_limit": SWIGLU_LIMIT}}
 
 
 @triton.jit
 def apply_gated(gate, up, ACTIVATION: tl.constexpr):
-    """The gated activation of that name on two float32 blocks."""
+    """Apply the activation of that name to two float32 blocks."""
     if ACTIVATION == "silu" or ACTIVATION == "swish":
         y = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "gelu":

@@ -1,15 +1,15 @@
 # pyright: reportInvalidTypeForm=false
-"""Which experts of a layer have their basis in the pool of a cache, and which slots the others get: CLOCK.
+"""Look up the bases of a layer's experts in the pool of a cache, and give slots to the missing bases: CLOCK.
 
-The experts of one pass are those of rank pass_number * slots .. (pass_number + 1) * slots - 1 among the active ones of
-the layer (those with rows in the plan), so that a pool of any size serves every layer, in one pass or more.
+An expert is active when it has rows in the plan. A pass takes the active experts number pass_number * slots to
+(pass_number + 1) * slots - 1 of the layer, so that a pool of any size serves every layer, in one pass or more.
 
-    hit      the slot is marked as referenced, and belongs to this pass
-    miss     the hand walks the slots in a circle, past those of this pass: a referenced slot loses its mark and keeps
-             its basis until the hand comes again, one without mark is the victim
+    hit      the slot is marked as referenced, and belongs to this pass miss     the hand walks the slots in a circle,
+    past the slots of this pass: a referenced slot loses its mark and keeps
+             its basis until the hand comes again, a slot without mark is the victim
 
-One after the other, as in the textbook, or all misses at once, as here, give the same victims: the first ones without
-mark in the order of the walk; where there are too few, everything has lost its mark and the walk goes around again.
+Misses one after the other, as in the textbook, or all at once, as here, find the same victims: the first slots without
+mark in the order of the walk. Where there are too few, all slots have lost their mark and the walk goes around again.
 
 Shapes: E experts of the layer, n experts of all layers one after the other, W = min(E, slots).
 """
@@ -24,7 +24,7 @@ _BLOCK = 512  # slots that the hand passes at once: more than a step misses, onc
 
 
 class CacheMaps(NamedTuple):
-    """What is where in the pool, on the device of the pool. All are written by a lookup."""
+    """The contents of the pool, on its device. A lookup writes all of these tensors."""
 
     slot_of: torch.Tensor  # (n,) int32, -1 for an expert that is not in the pool
     owner: torch.Tensor  # (slots,) int32, the number of the expert among all, or -1
@@ -51,7 +51,7 @@ class CacheState(NamedTuple):
 
 
 class Lookup(NamedTuple):
-    """Where the experts of a pass are, once the worklist is composed."""
+    """The slots of the experts of a pass, and the worklist that must be composed first."""
 
     slots: torch.Tensor  # (E,) int32, -1 for an expert that this pass leaves out
     miss_expert: torch.Tensor  # (W,) int32, the worklist: numbers within the layer, -1 past its end
@@ -143,7 +143,7 @@ def _cache_lookup_kernel(
 
 
 def launch_cache_lookup(starts: torch.Tensor, first_expert: int, pass_number: int, maps: CacheMaps) -> Lookup:
-    """The kernel on contiguous inputs, without waiting for the device."""
+    """Launch the kernel on contiguous inputs, without waiting for the device."""
     (num_experts, worklist, _), num_slots = _sizes(starts, maps.owner), maps.owner.numel()
     lookup = Lookup(*(starts.new_empty(size) for size in _sizes(starts, maps.owner)))
     _cache_lookup_kernel[(1,)](
@@ -163,14 +163,14 @@ def launch_cache_lookup(starts: torch.Tensor, first_expert: int, pass_number: in
 
 
 def _sizes(starts: torch.Tensor, owner: torch.Tensor) -> tuple[int, int, int]:
-    """Of the tensors of a Lookup."""
+    """Return the sizes of the tensors of a Lookup."""
     num_experts = starts.shape[0] - 1
     worklist = min(num_experts, owner.shape[0])
     return num_experts, worklist, worklist
 
 
 def cache_lookup_ref(starts: torch.Tensor, first_expert: int, pass_number: int, maps: CacheMaps) -> Lookup:
-    """As `cache_lookup`. Nothing here waits for a device: a write that must not happen goes past the end."""
+    """Compute what `launch_cache_lookup` computes, without waiting for a device."""
     (num_experts, worklist, _), num_slots = _sizes(starts, maps.owner), maps.owner.numel()
     tick, hand = maps.registers[0] + 1, maps.registers[1]
     slot_of, uses = (t[first_expert : first_expert + num_experts] for t in (maps.slot_of, maps.uses))
@@ -213,7 +213,7 @@ def cache_lookup_ref(starts: torch.Tensor, first_expert: int, pass_number: int, 
 
 
 def _written(base: torch.Tensor, mask: torch.Tensor, index: torch.Tensor, value: torch.Tensor | int) -> torch.Tensor:
-    """A copy of `base` with value[i] at index[i] wherever mask[i]."""
+    """Return a copy of `base` with value[i] at index[i] wherever mask[i]; other writes go past the end."""
     longer = torch.cat([base, base[:1]])
     values = torch.as_tensor(value, dtype=base.dtype, device=base.device).expand(index.shape)
     longer.scatter_(0, torch.where(mask, index, base.numel()).long(), values)

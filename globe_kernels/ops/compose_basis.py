@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""Compose the bases of some experts from the bank, each on its own; whole layers: ops/compose_layer.py.
+"""Compose the bases of some experts from the bank, each by itself; ops/compose_layer.py composes whole layers.
 
     basis[e] = phi(sum_c code_value[e, c] * bank[code_index[e, c]])
 
@@ -25,7 +25,7 @@ _CPU_VALUES, _GPU_VALUES = 2**14, 2**20
 
 @triton.jit
 def apply_phi(mixture, PHI: tl.constexpr):
-    """phi of a float32 block."""
+    """Apply phi to a float32 block."""
     if PHI == "silu":
         y = mixture * tl.sigmoid(mixture)
     elif PHI == "tanh":
@@ -83,7 +83,7 @@ def _compose_basis_kernel(
 def launch_compose_basis(
     code_index: torch.Tensor, code_value: torch.Tensor, bank: torch.Tensor, phi: str, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs."""
+    """Launch the kernel on contiguous inputs; return (E, R, D) in `out_dtype`."""
     num_experts, support = code_index.shape
     out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype, device=bank.device)
     num_values = bank.shape[1] * bank.shape[2]
@@ -100,7 +100,7 @@ def compose_basis_ref(
     phi: str,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """(E, R, D) in `out_dtype`, by default the bank's. One expert at a time, from C atoms."""
+    """Compose (E, R, D) in `out_dtype`, by default the dtype of the bank: one expert at a time, from C atoms."""
     out = torch.empty(code_index.shape[0], *bank.shape[1:], dtype=out_dtype or bank.dtype, device=bank.device)
     flat, bases = bank.flatten(1), out.flatten(1)
     for expert, index in enumerate(code_index):
@@ -109,7 +109,7 @@ def compose_basis_ref(
 
 
 def mix_atoms(value: torch.Tensor, atoms: torch.Tensor, bank: torch.Tensor, phi: str, out: torch.Tensor) -> None:
-    """phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V), into `out` (E, V)."""
+    """Write phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V) into `out` (E, V)."""
     step = _CPU_VALUES if bank.device.type == "cpu" else _GPU_VALUES
     for start in range(0, bank.shape[1], step):
         part = slice(start, start + step)

@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""Compose the bases of all experts of one layer, each atom read once: a matrix product over the layer's palette.
+"""Compose the bases of all experts of one layer as a matrix product over its palette: each atom is read once.
 
     basis[e] = phi(scale[e] * sum_u value[e, u] * bank[palette[u]])
 
@@ -34,7 +34,7 @@ class LayerCode(NamedTuple):
 
 
 def layer_code(code_index: torch.Tensor, code_value: torch.Tensor) -> LayerCode:
-    """From code_index (E, C) int32 and code_value (E, C) float32. Waits for the device: done when a model is loaded."""
+    """Build a LayerCode from code_index (E, C) int32 and code_value (E, C) float32; waits for the device."""
     palette, place = code_index.unique(return_inverse=True)
     padded = -(-palette.numel() // PALETTE_PADDING) * PALETTE_PADDING
     value = code_value.new_zeros(code_index.shape[0], padded)
@@ -46,7 +46,7 @@ def layer_code(code_index: torch.Tensor, code_value: torch.Tensor) -> LayerCode:
 
 @dataclass(frozen=True)
 class ComposeConfig:
-    """Tile sizes: experts, values of a basis, atoms."""
+    """Tile sizes, in experts, in values of a basis, in atoms, and launch options."""
 
     block_e: int
     block_v: int
@@ -85,8 +85,8 @@ class ComposeShape:
     values: int  # of one basis, R * D
 
 
-# By experts: (up to this many, configuration). A tile of all experts of most models; those with more visit a slice of
-# the atoms again while it is in the L2 cache.
+# By experts: (up to this many, configuration). A tile holds all experts of most models; a model with more experts
+# visits a slice of the atoms again while it is in the L2 cache.
 CONFIGS = (
     (16, ComposeConfig(block_e=16, block_v=256, block_u=32, num_warps=4, num_stages=3)),
     (64, ComposeConfig(block_e=64, block_v=128, block_u=32, num_warps=4, num_stages=3)),
@@ -109,7 +109,7 @@ def dot_codes(
     values,  # (atoms, columns)
     acc,  # (rows, columns) float32
 ):
-    """acc + code @ values, with codes in full precision beside 16-bit values too."""
+    """Return acc + code @ values, with codes in full precision beside 16-bit values too."""
     if values.dtype == tl.float32:
         acc = tl.dot(code, values, acc, input_precision="ieee")
     else:
@@ -163,7 +163,7 @@ def _compose_layer_kernel(
 def launch_compose_layer(
     code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor, config: ComposeConfig
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given, into `out` (E, R, D), contiguous in an expert."""
+    """Launch the kernel on contiguous inputs in `config`, into `out` (E, R, D), contiguous in an expert."""
     num_experts, padded = code.value.shape
     num_values = bank.shape[1] * bank.shape[2]
     grid = (triton.cdiv(num_experts, config.block_e) * triton.cdiv(num_values, config.block_v),)
@@ -211,7 +211,7 @@ def compose_bases_into(
 
 
 def compose_family(code: LayerCode, bank: torch.Tensor, phi: str, out: torch.Tensor) -> torch.Tensor:
-    """Fill `out` (E, R, D), contiguous in an expert, with the bases of one family: the kernel on a GPU, else the reference."""
+    """Fill `out` (E, R, D), contiguous in an expert: by the kernel on a GPU, else by the reference."""
     code = LayerCode(*(tensor.contiguous() for tensor in code))
     if use_triton(bank):
         shape = ComposeShape(out.shape[0], code.palette.numel(), out.shape[1] * out.shape[2])

@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""Compose the bases that a cache misses, each into its slot of the pool, gate and up in one launch.
+"""Compose the bases that a cache misses into their slots of the pool, gate and up in one launch.
 
     pool[miss_slot[w]] = [basis_gate[e]; basis_up[e]]       e = miss_expert[w], for every w of the worklist
     basis_f[e] = phi(sum_c value_f[e, c] * bank_f[index_f[e, c]])
@@ -16,13 +16,13 @@ from globe_kernels.ops.registration import register_op
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
 _BLOCK = 2048
-# About what the largest cards run at once; the length of the worklist is known on the device alone, and one launch for
-# its longest would be thousands of programs that find nothing to do.
+# About as many programs as the largest cards run at once; the length of the worklist is known on the device alone, and
+# one launch for its longest would be thousands of programs that find nothing to do.
 _PROGRAMS = 1024
 
 
 class Mixtures(NamedTuple):
-    """What the bases of one layer are mixed from."""
+    """Banks and codes of one layer, from which its bases are mixed."""
 
     gate_bank: torch.Tensor  # (M, R, D)
     up_bank: torch.Tensor  # (M, R, D)
@@ -76,7 +76,7 @@ def _compose_slots_kernel(
 def launch_compose_slots(
     miss_expert: torch.Tensor, miss_slot: torch.Tensor, pool: torch.Tensor, mixtures: Mixtures, phi: str
 ) -> None:
-    """The kernel on contiguous inputs, without waiting for the device."""
+    """Launch the kernel on contiguous inputs, without waiting for the device."""
     worklist, support = miss_expert.numel(), mixtures.gate_index.shape[1]
     num_values = mixtures.gate_bank[0].numel()
     _compose_slots_kernel[(min(_PROGRAMS, 2 * triton.cdiv(num_values, _BLOCK) * worklist),)](
@@ -115,7 +115,7 @@ compose_slots = register_op(
 def compose_slots_ref(
     miss_expert: torch.Tensor, miss_slot: torch.Tensor, pool: torch.Tensor, mixtures: Mixtures, phi: str
 ) -> None:
-    """As `compose_slots`; waits for the device."""
+    """Compose as `launch_compose_slots` does; waits for the device."""
     m = mixtures
     families = ((m.gate_index, m.gate_value, m.gate_bank), (m.up_index, m.up_value, m.up_bank))
     for expert, slot in zip(miss_expert.tolist(), miss_slot.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""How often each op ran: lets a test, or a user, prove which path produced a result."""
+"""Count how often each op ran: a test, or a user, can prove which op produced a result."""
 
 from collections import Counter
 
@@ -10,5 +10,5 @@ def count_call(op: str) -> None:
 
 
 def call_counts() -> dict[str, int]:
-    """{name of the op: times it ran in this process}"""
+    """Return {name of the op: times it ran in this process}."""
     return dict(_calls)

@@ -1,12 +1,12 @@
 # pyright: reportInvalidTypeForm=false
-"""S3: the down projection, weighted by the router and summed over the choices of each token.
+"""S3: project down, weight by the router, and sum over the experts of each token.
 
     out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias[e])     s the routed row of token t and choice k
 
 Shapes: T tokens, K choices, S = T * K routed rows in the order of the plan, E experts, P intermediate size, D hidden
 size; the bias (E, D) is optional. A choice that names no expert is left out of the sum. Two ways to sum, both in fp32:
 
-    deterministic   every routed row writes its own output row, then K rows are summed in the order of k
+    deterministic   every routed row writes an output row, then K rows are summed in the order of k
     atomic          every routed row adds to its token: no rows to write and read again, and the last bits of the
                     result depend on the order in which programs run
 """
@@ -26,7 +26,7 @@ _SUM_BLOCK = 1024
 
 
 class Down(NamedTuple):
-    """Of one layer: what leads back to the hidden size."""
+    """The weights of one layer from the intermediate size to the hidden size."""
 
     weight: torch.Tensor  # (E, D, P)
     bias: torch.Tensor | None = None  # (E, D)
@@ -112,7 +112,7 @@ def _sum_choices_kernel(
 
 
 def atomic_config(config: GemmConfig) -> GemmConfig:
-    """256 columns leave no registers for the addresses of the atomics."""
+    """Narrow the tile of a GEMM that ends in atomics: 256 columns leave no registers for their addresses."""
     return replace(config, block_n=min(128, config.block_n))
 
 
@@ -124,7 +124,7 @@ def launch_down(
     config: GemmConfig,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The kernels on contiguous inputs, in the configuration given."""
+    """Launch the kernels on contiguous inputs in `config`; return (T, D)."""
     num_experts, columns, depth = down.weight.shape
     top_k_index, top_k_weights = routing
     num_tokens = top_k_index.shape[0]
@@ -145,7 +145,7 @@ def launch_down(
 
 
 def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """As `down`. The weighted rows stay fp32: a sum of K bf16 terms of alternating sign loses the low bits."""
+    """Compute what `launch_down` computes, with weighted rows in fp32."""
     width = down.weight.shape[1]
     out = y.new_zeros(plan.num_rows, width, dtype=torch.float32)
     row_weights = top_k_weights.flatten().float()

@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""S2: from the rank back to the intermediate size, gate and up at once, with the gated activation.
+"""S2: project from the rank to the intermediate size, gate and up at once, and apply the gated activation.
 
     y[s] = act(adapter_gate[e(s)] h_gate[s] + bias_gate[e(s)], adapter_up[e(s)] h_up[s] + bias_up[e(s)])
 
@@ -21,7 +21,7 @@ from globe_kernels.ops.tuning import GemmConfig
 
 
 class GatedAdapters(NamedTuple):
-    """Of one layer: what leads from the rank to the intermediate size. Both biases or neither."""
+    """The weights of one layer from the rank to the intermediate size. Both biases or neither."""
 
     gate: torch.Tensor  # (E, P, R)
     up: torch.Tensor  # (E, P, R)
@@ -91,7 +91,7 @@ def launch_gate_up(
     config: GemmConfig,
     gather: int | None = None,
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given.
+    """Launch the kernel on contiguous inputs in `config`; return (S, P).
 
     With `gather`, h is not in the order of the plan: row order[s] // gather of it belongs to routed row s. Gate takes
     the first R columns and up the last R.
@@ -117,16 +117,16 @@ def launch_gate_up(
 def gate_up_ref(
     h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, gather: int | None = None
 ) -> torch.Tensor:
-    """As `gate_up`, and `gather` as in `launch_gate_up`; rows that belong to no expert are zero."""
+    """Compute what `launch_gate_up` computes; rows that belong to no expert are zero."""
     rank, act = adapters.gate.shape[2], GATED_ACTIVATIONS[activation]
     out = h.new_zeros(plan.num_rows, adapters.gate.shape[1])
     for expert, rows in plan.rows_by_expert():
-        own = h[rows] if gather is None else h[plan.order[rows] // gather]
+        source = h[rows] if gather is None else h[plan.order[rows] // gather]
         gate, up = (
             F.linear(half, adapter[expert], None if bias is None else bias[expert])
             for half, adapter, bias in (
-                (own[:, :rank], adapters.gate, adapters.gate_bias),
-                (own[:, -rank:], adapters.up, adapters.up_bias),
+                (source[:, :rank], adapters.gate, adapters.gate_bias),
+                (source[:, -rank:], adapters.up, adapters.up_bias),
             )
         )
         out[rows] = act(gate, up)

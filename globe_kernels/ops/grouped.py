@@ -1,5 +1,5 @@
 # pyright: reportInvalidTypeForm=false
-"""What the GEMMs share: the launch of a grouped one, what a program owns, and the accumulation over K.
+"""The parts that all GEMMs share: the grouped launch, the tile of a program, the accumulation over K.
 
 A grouped GEMM multiplies the rows of each expert with that expert's matrix. Rows are in the order of a RoutingPlan
 (sorted by expert, tiles of BLOCK_M rows that never span two experts); programs past the last tile exit.
@@ -15,7 +15,7 @@ from globe_kernels.ops.tuning import GemmConfig
 def grouped_launch(
     plan: RoutingPlan, columns: int, depth: int, config: GemmConfig
 ) -> tuple[tuple[int], tuple, dict[str, Any]]:
-    """(grid, arguments from order_ptr to depth, options) of a grouped GEMM over K = `depth`."""
+    """Return (grid, arguments from order_ptr to depth, options) of a grouped GEMM over K = `depth`."""
     grid = (plan.num_tiles * triton.cdiv(columns, config.block_n),)
     options = {"EVEN_K": depth % config.block_k == 0, "BLOCK_M": plan.block_m, **config.launch()}
     return grid, (*plan.schedule, columns, depth), options
@@ -23,7 +23,7 @@ def grouped_launch(
 
 @triton.jit
 def tile_of_program(num_tiles, num_columns, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """(row tile, columns) of this program in a grid of num_tiles * cdiv(num_columns, BLOCK_N).
+    """Return (row tile, columns) of this program in a grid of num_tiles * cdiv(num_columns, BLOCK_N).
 
     GROUP_M row tiles share a column tile in turn, for L2.
     """
@@ -46,7 +46,7 @@ def program_tile(
     BLOCK_N: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """What this program owns: (expert or -1, rows, which of them exist, columns, which of them exist).
+    """Return the tile of this program: (expert or -1, rows, mask of rows, columns, mask of columns).
 
     The expert is int64: it starts every weight address.
     """
@@ -67,7 +67,7 @@ def accumulate(
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + rows @ weights^T over K, in fp32; fp32 inputs are multiplied in full precision."""
+    """Return acc + rows @ weights^T over K, in fp32; fp32 inputs are multiplied in full precision."""
     k = tl.arange(0, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:

@@ -71,7 +71,7 @@ def launch_low_rank_in(
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given, into `out` where there is one."""
+    """Launch the kernel on contiguous inputs in `config`, into `out` (S, N) where it is given."""
     depth, columns = x.shape[1], basis.shape[1]
     out = x.new_empty(plan.num_rows, columns) if out is None else out
     grid, schedule, options = grouped_launch(plan, columns, depth, config)
@@ -86,7 +86,7 @@ def low_rank_in_ref(
     slots: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As `low_rank_in`, into `out` where there is one; in a new result, rows that belong to no expert are zero."""
+    """Compute what `launch_low_rank_in` computes; in a new result, rows that belong to no expert are zero."""
     out = x.new_zeros(plan.num_rows, basis.shape[1]) if out is None else out
     matrices = range(plan.starts.numel() - 1) if slots is None else slots.tolist()
     for expert, rows in plan.rows_by_expert():

@@ -1,10 +1,10 @@
 # pyright: reportInvalidTypeForm=false
-"""Mix of `bank_first`: from what the atoms make of a token to what the bases of its experts make of it.
+"""Mix of `bank_first`: turn the products of a token with the atoms into its products with the bases of its experts.
 
     h[t * K + k, f] = scale_f[e] * sum_u value_f[e, u] z_f[t, u]        e = top_k_index[t, k], f in gate, up
 
 Shapes: T tokens, K choices, S = T * K routed rows in the order of tokens and choices, E experts, U atoms of a family's
-palette, R rank; z_f (T, U, R), h (S, 2R) with gate first. Codes are those of LayerCode (ops/compose_layer.py): value
+palette, R rank; z_f (T, U, R), h (S, 2R) with gate first. Codes are a LayerCode (ops/compose_layer.py): value
 (E, U padded) and scale (E,), float32. Accumulates in fp32, and 16-bit z meets codes in full precision.
 """
 
@@ -21,12 +21,12 @@ from globe_kernels.ops.tuning import REMEMBERED, by_rows, tuned
 
 # value and scale of gate, value and scale of up
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_CHOICES = 32  # the most that a token has, in what a launch is said to need
+_CHOICES = 32  # experts per token: the most that `needs` counts with
 
 
 @dataclass(frozen=True)
 class MixConfig:
-    """Tile sizes: atoms, which divide the padding of codes, and values of the rank."""
+    """Tile sizes, in atoms, which divide the padding of codes, and in values of the rank."""
 
     block_u: int
     block_r: int
@@ -42,7 +42,7 @@ class MixConfig:
         }
 
     def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
-        """For up to 32 choices. Each family has a pipeline of its own, and all stages but the last hold its tiles."""
+        """Count for up to 32 choices. Each family has its pipeline, and all stages but the last hold its tiles."""
         stage = self.block_u * (self.block_r * item_size + _CHOICES * 4)
         yield _CHOICES * self.block_r / (32 * self.num_warps), (2 * self.num_stages - 1) * stage
 
@@ -95,7 +95,7 @@ def _mix_family(
     BLOCK_U: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """The choices of one token, BLOCK_R columns of one family."""
+    """Mix BLOCK_R columns of one family for all choices of one token."""
     rank_mask = ranks < rank
     acc = tl.zeros((K_PAD, BLOCK_R), dtype=tl.float32)
     for start in range(0, num_atoms, BLOCK_U):
@@ -163,7 +163,7 @@ def launch_mix(
     out: torch.Tensor,  # (S, 2R)
     config: MixConfig,
 ) -> None:
-    """The kernel on contiguous inputs, in the configuration given, into `out`."""
+    """Launch the kernel on contiguous inputs in `config`, into `out`."""
     (num_tokens, gate_atoms, rank), up_atoms = z[0].shape, z[1].shape[1]
     num_experts, top_k = codes[0].shape[0], top_k_index.shape[1]
     grid = (num_tokens * triton.cdiv(rank, config.block_r), 2)
@@ -185,11 +185,11 @@ def launch_mix(
 
 
 def mix_ref(z: tuple[torch.Tensor, torch.Tensor], top_k_index: torch.Tensor, codes: Codes) -> torch.Tensor:
-    """As `mix`; rows of ids that name no expert are zero."""
+    """Compute what `launch_mix` computes; rows of ids that name no expert are zero."""
     routed = (top_k_index >= 0) & (top_k_index < codes[0].shape[0])
     expert = torch.where(routed, top_k_index, 0)
     mixed = []
-    for own, value, scale in zip(z, codes[::2], codes[1::2], strict=True):
-        code = value[expert, : own.shape[1]] * (scale[expert] * routed)[..., None]
-        mixed.append(torch.bmm(code, own.float()).to(own.dtype))
+    for product, value, scale in zip(z, codes[::2], codes[1::2], strict=True):
+        code = value[expert, : product.shape[1]] * (scale[expert] * routed)[..., None]
+        mixed.append(torch.bmm(code, product.float()).to(product.dtype))
     return torch.cat(mixed, dim=2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The experts of one layer from composed bases, all tokens at once: three grouped GEMMs behind one op.
+"""Run the experts of one layer from composed bases, all tokens at once: three grouped GEMMs behind one op.
 
 For routed row s = (token t, choice k) with expert e = top_k_index[t, k] and x = hidden[t]:
 
@@ -29,7 +29,7 @@ from globe_kernels.ops.tuning import FfnConfig, FfnShape, choose
 
 
 class FromRank(NamedTuple):
-    """Of one layer: what leads from the rank back to the hidden size, in one dtype on one device."""
+    """The weights of one layer from the rank back to the hidden size, in one dtype on one device."""
 
     gate_adapter: torch.Tensor  # (E, P, R)
     up_adapter: torch.Tensor  # (E, P, R)
@@ -56,7 +56,7 @@ class FromRank(NamedTuple):
 
 
 class ExpertWeights(NamedTuple):
-    """Everything that the experts of one layer multiply with, in one dtype on one device."""
+    """All weights of the experts of one layer, in one dtype on one device."""
 
     basis: torch.Tensor  # (E, 2R, D), gate rows first
     from_rank: FromRank
@@ -117,7 +117,7 @@ def launch_moe_ffn(
     config: FfnConfig,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
+    """Launch the kernels on contiguous inputs in `config`, without waiting for the device."""
     if hidden.shape[0] == 0:
         return torch.empty_like(hidden)
     plan = launch_routing_plan(top_k_index, w.basis.shape[0], config.block_m)
@@ -129,7 +129,7 @@ def launch_moe_ffn(
 def moe_ffn_ref(
     hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, w: ExpertWeights, activation: str
 ) -> torch.Tensor:
-    """As `moe_ffn`: the references of the three stages, one pass over the experts that have rows in each."""
+    """Run the references of the three stages, each in one pass over the experts that have rows."""
     plan = routing_plan_ref(top_k_index, w.basis.shape[0], block_m=16)
     h = low_rank_in_ref(hidden, plan, w.basis)
     y = gate_up_ref(h, plan, w.from_rank.adapters, activation)

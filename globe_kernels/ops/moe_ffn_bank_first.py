@@ -1,4 +1,4 @@
-"""The experts of one layer straight from the bank, with nothing composed: for phi = identity.
+"""Run the experts of one layer straight from the bank, with nothing composed: for phi = identity.
 
 For token t, routed row s = (t, choice k) with expert e = top_k_index[t, k], and f in gate, up:
 
@@ -44,9 +44,9 @@ _TILE = 128  # tokens: no chunk but the last ends within a tile of S1
 
 
 class BankFirstWeights(NamedTuple):
-    """Everything that the experts of one layer multiply with, on one device.
+    """All weights of the experts of one layer, on one device.
 
-    Palettes and codes are those of a LayerCode, the rest has one dtype.
+    Palettes and codes come from a LayerCode; all other tensors have one dtype.
     """
 
     gate_bank: torch.Tensor  # (M, R, D)
@@ -80,7 +80,7 @@ class BankFirstWeights(NamedTuple):
         return self.gate_value, self.gate_scale, self.up_value, self.up_scale
 
     def chunk_tokens(self) -> int:
-        """As many tokens as the workspace has room for."""
+        """Return as many tokens as the workspace has room for."""
         atoms = self.gate_palette.numel() + self.up_palette.numel()
         room = max(1, WORKSPACE_BYTES // (atoms * self.rank * self.gate_bank.element_size()))
         return room - room % _TILE or room
@@ -149,7 +149,7 @@ def launch_moe_ffn_bank_first(
     config: BankFirstConfig,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
+    """Launch the kernels on contiguous inputs in `config`, without waiting for the device."""
     num_tokens = hidden.shape[0]
     if num_tokens == 0:
         return torch.empty_like(hidden)
@@ -166,7 +166,7 @@ def launch_moe_ffn_bank_first(
 def _launch_mixed(
     hidden: torch.Tensor, top_k_index: torch.Tensor, w: BankFirstWeights, config: BankFirstConfig, out: torch.Tensor
 ) -> None:
-    """S1 and mix of one chunk: a function of its own, so that the next chunk gets the memory of this one's z."""
+    """Run S1 and mix for one chunk: a function, so that the next chunk gets the memory of z of this chunk."""
     gate = launch_palette_in(hidden, w.gate_palette, w.gate_bank, config.palette_in)
     up = launch_palette_in(hidden, w.up_palette, w.up_bank, config.palette_in)
     launch_mix((gate, up), top_k_index, w.codes, out, config.mix)
@@ -179,7 +179,7 @@ def moe_ffn_bank_first_ref(
     w: BankFirstWeights,
     activation: str,
 ) -> torch.Tensor:
-    """As `moe_ffn_bank_first`: the references of the stages."""
+    """Run the references of the stages."""
     h = hidden.new_empty(top_k_index.numel(), 2 * w.rank)
     rows = h.view(-1, top_k_index.shape[1], 2 * w.rank)
     for part in w.chunks(hidden.shape[0]):

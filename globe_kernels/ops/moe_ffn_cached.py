@@ -1,4 +1,4 @@
-"""The experts of one layer from a bounded pool of bases, which all layers share, and the bank for what is not there.
+"""Run the experts of one layer from a bounded pool of bases, and from the bank where the pool lacks a basis.
 
 As `ops/moe_ffn.py`, with S1 in passes over the active experts, as many at a time as the pool has slots:
 
@@ -6,8 +6,8 @@ As `ops/moe_ffn.py`, with S1 in passes over the active experts, as many at a tim
     compose   the others, from the bank into their slots                            (ops/compose_slots.py)
     S1        the rows of the experts of the pass                                   (ops/low_rank_in.py)
 
-So the result does not depend on the size of the pool or on what it held before, and the time does. The number of passes
-comes from the numbers of tokens and choices, and is one unless the pool is smaller than what they may activate.
+The result does not depend on the size or the earlier contents of the pool; the time does. A call takes one pass, unless
+the pool has fewer slots than T * K routed rows may activate experts.
 
 Shapes: T tokens, K choices, E experts, C support, M atoms, P intermediate size, D hidden size, R rank. Deterministic.
 Calls that share a state must follow each other on one stream.
@@ -31,7 +31,7 @@ from globe_kernels.ops.tuning import FfnConfig, choose
 
 
 class CachedWeights(NamedTuple):
-    """Everything that the experts of one layer need beside a cache, on one device, in one dtype but for the codes."""
+    """All weights of the experts of one layer beside the pool, on one device, in one dtype except for the codes."""
 
     mixtures: Mixtures
     from_rank: FromRank
@@ -75,7 +75,7 @@ moe_ffn_cached = register_op(
 
 
 def num_passes(num_rows: int, num_experts: int, num_slots: int) -> int:
-    """Enough for the most experts that so many routed rows can activate."""
+    """Return how many passes serve the most experts that `num_rows` routed rows can activate."""
     return -(-min(num_rows, num_experts) // num_slots)
 
 
@@ -91,7 +91,7 @@ def launch_moe_ffn_cached(
     config: FfnConfig,
     deterministic: bool = True,
 ) -> torch.Tensor:
-    """The kernels on contiguous inputs, in the configuration given, without waiting for the device."""
+    """Launch the kernels on contiguous inputs in `config`, without waiting for the device."""
     if hidden.shape[0] == 0:
         return torch.empty_like(hidden)
     num_experts = w.from_rank.shape.experts
@@ -115,7 +115,7 @@ def moe_ffn_cached_ref(
     phi: str,
     activation: str,
 ) -> torch.Tensor:
-    """As `moe_ffn_cached`: the references of its stages."""
+    """Run the references of the stages."""
     num_experts = w.from_rank.shape.experts
     plan = routing_plan_ref(top_k_index, num_experts, block_m=16)
     h = hidden.new_zeros(plan.num_rows, state.pool.shape[1])

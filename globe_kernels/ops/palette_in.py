@@ -22,7 +22,7 @@ from globe_kernels.ops.tuning import REMEMBERED, GemmConfig, Target, by_rows, fi
 
 @dataclass(frozen=True)
 class PaletteInConfig:
-    """One launch: the rows of a tile and the rest."""
+    """One launch: the rows of a tile and the GEMM."""
 
     block_m: int
     gemm: GemmConfig
@@ -57,7 +57,7 @@ CONFIGS = (
 
 
 def default_palette_in(num_tokens: int, item_size: int, target: Target) -> PaletteInConfig:
-    """Measured on no card, cut to fit `target`."""
+    """Return a configuration that no card was measured for, cut to fit `target`."""
     config = by_rows(CONFIGS, num_tokens)
     return replace(config, gemm=fit_gemm(config.gemm, config.block_m, item_size, target))
 
@@ -107,7 +107,7 @@ def _palette_in_kernel(
 def launch_palette_in(
     x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor, config: PaletteInConfig
 ) -> torch.Tensor:
-    """The kernel on contiguous inputs, in the configuration given."""
+    """Launch the kernel on contiguous inputs in `config`; return z (T, U, R)."""
     num_tokens, (_, rank, depth) = x.shape[0], bank.shape
     out = x.new_empty(num_tokens, palette.numel(), rank)
     columns = palette.numel() * rank
@@ -129,7 +129,7 @@ def launch_palette_in(
 
 
 def palette_in_ref(x: torch.Tensor, palette: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """As `palette_in`: one product per atom, straight from the bank into its place; waits for the device."""
+    """Compute what `launch_palette_in` computes, one product per atom; waits for the device."""
     z = x.new_empty(x.shape[0], palette.numel(), bank.shape[1])
     for place, atom in enumerate(palette.tolist()):
         torch.mm(x, bank[atom].T, out=z[:, place])

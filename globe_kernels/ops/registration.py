@@ -17,7 +17,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define `torch.ops.globe.<schema>`, run by `run` with the device of its tensors as the current one; return the op.
+    """Define `torch.ops.globe.<schema>`, which calls `run` on the device of its tensors, and return the op.
 
     `schema` is that of a torch operator, such as "scale(Tensor x, float by) -> Tensor"; `fake` returns empty results of
     the right shape, dtype and device. The op has no gradient: a backward through its result raises RuntimeError.

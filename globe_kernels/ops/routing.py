@@ -27,7 +27,7 @@ class RoutingPlan:
     A routed row is one (token, choice) pair; row `t * K + k` is choice k of token t, S = T * K rows.
 
         top_k_index = [[2, 0], [0, 9]] with E = 3 (id 9 is a sentinel: no expert), block_m = 1
-        order       = [1, 2, 0, .]       rows by expert, stable; what follows starts[E] means nothing
+        order       = [1, 2, 0, .]       rows by expert, stable; values past starts[E] mean nothing
         starts      = [0, 2, 2, 3]       rows of expert e are order[starts[e]:starts[e + 1]]
         tile_expert = [0, 0, 2, -1, ...] a tile is block_m rows of one expert, the last of each may be ragged
         tile_first  = [0, 1, 2, 0, ...]  place in `order` of its first row
@@ -54,11 +54,11 @@ class RoutingPlan:
 
     @property
     def schedule(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """What every kernel takes of a plan: order, starts, tile_expert, tile_first, num_tiles."""
+        """The tensors of a plan that every kernel takes: order, starts, tile_expert, tile_first, num_tiles."""
         return self.order, self.starts, self.tile_expert, self.tile_first, self.num_tiles
 
     def rows_by_expert(self) -> Iterator[tuple[int, slice]]:
-        """(expert, its places in `order`) of every expert that has rows; waits for the device."""
+        """Yield (expert, its places in `order`) of every expert that has rows; waits for the device."""
         starts = self.starts.tolist()
         for expert, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
             if start < stop:
@@ -66,13 +66,13 @@ class RoutingPlan:
 
 
 def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
-    """The most tiles that any routing needs: every full tile, and a ragged one for each expert that can have rows."""
+    """Return the most tiles that any routing needs: all full tiles, and a ragged tile per expert that can have rows."""
     return num_rows // block_m + min(num_rows, num_experts)
 
 
 @triton.jit
 def _load_ids(index_ptr, rows, num_rows, num_experts):
-    """Expert of each row; num_experts where there is none."""
+    """Load the expert of each row; num_experts where a row has none."""
     ids = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int32)
     return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
 
@@ -88,16 +88,16 @@ def _write_tiles(
     BLOCK_M: tl.constexpr,
     TILE_BLOCK: tl.constexpr,
 ):
-    """Entries first_tile .. first_tile + TILE_BLOCK of the schedule."""
+    """Write entries first_tile .. first_tile + TILE_BLOCK of the schedule."""
     experts = tl.arange(0, E_PAD)
     starts = tl.cumsum(counts, 0) - counts
     tiles = (counts + BLOCK_M - 1) // BLOCK_M
     ends = tl.cumsum(tiles, 0)
     tile = first_tile + tl.arange(0, TILE_BLOCK)
     expert = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)
-    own = experts[None, :] == expert[:, None]
-    before = tl.sum(tl.where(own, (ends - tiles)[None, :], 0), 1)
-    start = tl.sum(tl.where(own, starts[None, :], 0), 1)
+    owns = experts[None, :] == expert[:, None]
+    before = tl.sum(tl.where(owns, (ends - tiles)[None, :], 0), 1)
+    start = tl.sum(tl.where(owns, starts[None, :], 0), 1)
     used = tile < tl.sum(tiles, 0)
     tl.store(tile_expert_ptr + tile, tl.where(used, expert, -1), mask=tile < num_tiles)
     tl.store(tile_first_ptr + tile, tl.where(used, start + (tile - before) * BLOCK_M, 0), mask=tile < num_tiles)
@@ -215,7 +215,7 @@ def _scatter_kernel(
 
 
 def launch_routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:
-    """The plan of top_k_index (T, K), contiguous, without waiting for the device."""
+    """Build the plan of top_k_index (T, K), contiguous, without waiting for the device."""
     num_rows, top_k = top_k_index.numel(), top_k_index.shape[1]
     num_tiles = max_tiles(num_rows, num_experts, block_m)
 
@@ -265,7 +265,7 @@ def launch_routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: in
 
 
 def warps(e_pad: int) -> int:
-    """Warps of the kernels that hold a table of rows or tiles by experts in registers."""
+    """Return the warps of the kernels that hold a table of rows or tiles by experts in registers."""
     return 4 if e_pad <= 128 else 8
 
 
@@ -282,8 +282,8 @@ def routing_plan_ref(top_k_index: torch.Tensor, num_experts: int, block_m: int) 
     ends = tiles.cumsum(0)
     expert = torch.searchsorted(ends, tile, right=True)
     used = expert < num_experts
-    own = expert.clamp_max(num_experts - 1)
-    first = starts[own] + (tile - (ends - tiles)[own]) * block_m
+    owner = expert.clamp_max(num_experts - 1)
+    first = starts[owner] + (tile - (ends - tiles)[owner]) * block_m
     return RoutingPlan(
         order.int(),
         starts.int(),

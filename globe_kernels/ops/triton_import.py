@@ -1,4 +1,4 @@
-"""Triton, or a stand-in that lets the files with kernels be imported where there is none, and where kernels run."""
+"""Import Triton, or a stand-in that lets files with kernels be imported without it; decide where kernels run."""
 
 import warnings
 from collections.abc import Callable
@@ -11,7 +11,7 @@ _Function = TypeVar("_Function", bound=Callable)
 
 
 class _Missing:
-    """Takes the place of `triton` and `triton.language`: every attribute and every call is another stand-in."""
+    """Stand in for `triton` and `triton.language`: every attribute and every call is another stand-in."""
 
     def __getattr__(self, name: str) -> "_Missing":
         if name.startswith("__"):

@@ -1,11 +1,11 @@
-"""Launch configurations: which exist, which a card can run, which one a call gets.
+"""Choose the launch configuration of a call, among the configurations that its card can run.
 
 Nothing is tuned while a user waits. `benchmarks/tune.py` measures on a card and writes `tables/<device>.json`; `tuned`
 gives a call the entry nearest to its shape and rows, and without one the default of its op. `supports` decides what a
 card can run: one predicate for the tuner, the launcher and the tests.
 
-The grouped GEMMs of experts have their configurations here, other ops in their own files: a frozen dataclass of sizes
-(the shape), one of launches (a Launches), and defaults by rows.
+The configurations of the grouped GEMMs of experts are here, the configurations of another op in its file: a frozen
+dataclass of sizes (the shape), a frozen dataclass of launches (a Launches), and defaults by rows.
 """
 
 import json
@@ -44,8 +44,8 @@ TARGETS = {
     "sm_120": Target(99 * 1024),
     "gfx942": Target(64 * 1024),
 }
-SMALLEST_TARGET = Target(64 * 1024)  # what is not listed
-# A tuned entry whose sizes are further than this factor from those of a call says nothing about it.
+SMALLEST_TARGET = Target(64 * 1024)  # a card that is not listed
+# A tuned entry says nothing about a call whose sizes differ by more than this factor.
 _NEAR = 2.0
 # Calls whose choice is remembered: a server meets many numbers of tokens.
 REMEMBERED = 4096
@@ -57,12 +57,12 @@ class Launches(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def needs(self, item_size: int) -> Iterator[tuple[float, int]]:
-        """(fp32 accumulators per thread, bytes of shared memory) of each launch on values of `item_size` bytes."""
+        """Yield (fp32 accumulators per thread, bytes of shared memory) of each launch, at `item_size` bytes a value."""
         ...
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """From the "config" of an entry, which is what `asdict` made of one."""
+        """Read the "config" of an entry, which `asdict` wrote."""
         ...
 
 
@@ -71,7 +71,7 @@ AnyLaunches = TypeVar("AnyLaunches", bound=Launches)
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """One launch of a GEMM. The rows of its tile stand beside it: all stages share those of the RoutingPlan."""
+    """One launch of a GEMM. The rows of its tile are those of the RoutingPlan, which all stages share."""
 
     block_n: int
     block_k: int
@@ -80,7 +80,7 @@ class GemmConfig:
     num_stages: int
 
     def launch(self) -> dict[str, int]:
-        """Keyword arguments of a launch, without BLOCK_M."""
+        """Return the keyword arguments of a launch, without BLOCK_M."""
         return {
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -90,11 +90,11 @@ class GemmConfig:
         }
 
     def accumulators(self, block_m: int, count: int) -> float:
-        """fp32 values per thread of `count` tiles."""
+        """Return the fp32 values per thread of `count` tiles."""
         return count * block_m * self.block_n / (32 * self.num_warps)
 
     def shared_bytes(self, block_m: int, item_size: int) -> int:
-        """Shared memory of the software pipeline: a tile of rows and one of weights per stage."""
+        """Return the shared memory of the software pipeline: a tile of rows and a tile of weights per stage."""
         return self.num_stages * (block_m + self.block_n) * self.block_k * item_size
 
 
@@ -108,7 +108,7 @@ class FfnConfig:
     down: GemmConfig
 
     def stages(self) -> Iterator[tuple[str, GemmConfig, int]]:
-        """(name, launch, accumulators of its tile) of each stage."""
+        """Yield (name, launch, accumulators of its tile) of each stage."""
         yield "low_rank_in", self.low_rank_in, 1
         yield "gate_up", self.gate_up, 2
         yield "down", self.down, 1
@@ -133,7 +133,7 @@ class FfnShape:
 
 
 def _default(block_m: int, block_n: int, block_k: int, group_m: int, num_warps: int) -> FfnConfig:
-    """Two accumulators of half the columns take as many registers as one."""
+    """Give gate_up half of the columns: its two accumulators then take as many registers as a single accumulator."""
     gemm = GemmConfig(block_n, block_k, group_m, num_warps, num_stages=4)
     return FfnConfig(block_m, gemm, replace(gemm, block_n=min(block_n, max(64, block_n // 2))), gemm)
 
@@ -159,8 +159,10 @@ def supports(config: Launches, item_size: int, target: Target) -> bool:
 
 
 def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, target: Target, count: int = 1) -> GemmConfig:
-    """`gemm`, whose tile of block_m rows has `count` accumulators, with as many columns as `target` has registers for,
-    then as many pipeline stages, then as deep a tile."""
+    """Cut `gemm` until `target` can run it: first its columns to the registers, then its pipeline stages, then its depth.
+
+    Its tile of `block_m` rows has `count` accumulators.
+    """
     while gemm.accumulators(block_m, count) > target.accumulators:
         gemm = replace(gemm, block_n=gemm.block_n // 2)
     while gemm.shared_bytes(block_m, item_size) > target.shared_bytes:
@@ -172,22 +174,23 @@ def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, target: Target, cou
 
 
 def fit_to(config: FfnConfig, item_size: int, target: Target) -> FfnConfig:
-    """`config` with every stage cut by `fit_gemm`."""
+    """Cut every stage of `config` by `fit_gemm`."""
     stages = (fit_gemm(gemm, config.block_m, item_size, target, count) for _, gemm, count in config.stages())
     return FfnConfig(config.block_m, *stages)
 
 
 def rows_per_expert(num_rows: int, num_experts: int) -> int:
+    """Return the mean number of rows per expert, rounded up."""
     return -(-num_rows // num_experts)
 
 
 def by_rows(defaults: tuple[tuple[int | None, AnyLaunches], ...], rows: int) -> AnyLaunches:
-    """Of (up to this many rows, configuration), fewest rows first."""
+    """Return the configuration for `rows`, from (up to this many rows, configuration) pairs, fewest rows first."""
     return next(config for limit, config in defaults if limit is None or rows <= limit)
 
 
 def default_config(rows: int, item_size: int, target: Target) -> FfnConfig:
-    """The configuration for `rows` rows per expert, measured on no card, cut to fit `target`."""
+    """Return a configuration for `rows` rows per expert that no card was measured for, cut to fit `target`."""
     return fit_to(by_rows(DEFAULTS, rows), item_size, target)
 
 
@@ -205,7 +208,7 @@ def target_of(device: torch.device) -> Target:
 
 @lru_cache(REMEMBERED)
 def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device, op: str = "moe_ffn") -> FfnConfig:
-    """The configuration for `num_rows` routed rows of a layer on `device`."""
+    """Return the configuration for `num_rows` routed rows of a layer on `device`."""
     odd = {name: size for name, size in asdict(shape).items() if name != "experts" and size % 16}
     if odd and device.type == "cuda":
         sentence = f"{odd}: not multiples of 16, so the kernels load weights one value at a time, which is slow."
@@ -215,7 +218,7 @@ def choose(shape: FfnShape, num_rows: int, item_size: int, device: torch.device,
 
 
 def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, device: torch.device) -> AnyLaunches:
-    """What the table of `device` holds for a call of `op`, else `default`. For a cached function: it reads a file.
+    """Return the entry of the table of `device` for a call of `op`, else `default`. Reads a file: cache the result.
 
     `shape` is a dataclass of the sizes that matter; `rows` are rows per expert, tokens, or 1 where a shape says all.
     The first call on a card that is not as tuned warns.
@@ -238,29 +241,29 @@ def tuned(default: AnyLaunches, op: str, shape: Any, rows: int, item_size: int, 
         _warn_once(name, _untuned(name, op, sizes, "configurations that suit any card are used"))
         return default
     if any(_factors(entry, sizes)) or _minor(entry["triton"]) != _minor(triton.__version__):
-        used = f"those with {format_sizes(entry['shape'])} and Triton {entry['triton']} are used"
+        used = f"configurations with {format_sizes(entry['shape'])} and Triton {entry['triton']} are used"
         _warn_once(name, _untuned(name, op, sizes, used))
     return read(entry["config"])
 
 
 def slug(name: str) -> str:
-    """A name of a device or a model as part of a path."""
+    """Write a name of a device or a model as part of a file path."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-").lower()
 
 
 @lru_cache
 def load_table(device_name: str) -> list[dict[str, Any]]:
-    """The tuned entries of a card, none for a card without a table.
+    """Read the tuned entries of a card; none for a card without a table.
 
     One entry: {"op": str, "shape": the sizes of that op's shape, "rows": int, "item_size": int, "triton": version,
-    "median_us": float, "default_us": float, "config": that op's Launches}. `rows` are those of `tuned`.
+    "median_us": float, "default_us": float, "config": that op's Launches}. `rows` as in `tuned`.
     """
     path = TABLES / f"{slug(device_name)}.json"
     return json.loads(path.read_text(encoding="utf-8"))["entries"] if path.is_file() else []
 
 
 def nearest(entries: list[dict[str, Any]], sizes: dict[str, int], rows: int) -> dict[str, Any] | None:
-    """The entry to use for a call: of the nearest shape, then of the nearest rows, then of this Triton.
+    """Return the entry of the nearest shape, then of the nearest rows, then of this version of Triton.
 
     None when none lies within a factor of two in every size.
     """
@@ -273,12 +276,12 @@ def nearest(entries: list[dict[str, Any]], sizes: dict[str, int], rows: int) -> 
 
 
 def _factors(entry: dict[str, Any], sizes: dict[str, int]) -> list[float]:
-    """|log2| of the ratio of each size."""
+    """Return |log2| of the ratio of each size."""
     return [_factor(entry["shape"][name], size) for name, size in sizes.items()]
 
 
-def _factor(own: int, other: int) -> float:
-    return abs(math.log2(own / other))
+def _factor(size: int, other: int) -> float:
+    return abs(math.log2(size / other))
 
 
 def _minor(version: str) -> list[str]:
@@ -303,4 +306,4 @@ def _warn_once(about: str, sentence: str) -> None:
         warnings.warn(sentence, stacklevel=4)
 
 
-_WARNED: set[str] = set()  # what warnings were about
+_WARNED: set[str] = set()  # subjects of earlier warnings

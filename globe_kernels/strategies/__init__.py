@@ -18,5 +18,5 @@ STRATEGIES: dict[str, Strategy] = {
     )
 }
 
-# What every strategy stands beside; no checkpoint runs by it.
+# The dense experts, beside which every strategy stands; no checkpoint runs by them.
 DENSE = Dense()

@@ -1,6 +1,6 @@
 """Bytes of a model that runs a checkpoint, by strategy, and which strategies a memory budget holds.
 
-Bytes are those of all layers. L layers, E experts, n experts of all layers, P intermediate size, D hidden size, R rank,
+Bytes count all layers. L layers, E experts, n experts of all layers, P intermediate size, D hidden size, R rank,
 M atoms, C support, U palette:
 
     adapters      gate and up (E, P, R)                      every strategy but dense
@@ -145,7 +145,7 @@ def workspace(
 
 
 class Choice(NamedTuple):
-    """What a model holds: enough for each of `strategies`, of which every call takes the cheapest."""
+    """The strategies that a model holds enough tensors for; every call takes the cheapest."""
 
     strategies: tuple[str, ...]
     cache_bytes: int  # of the pool, where a strategy takes one
@@ -169,7 +169,7 @@ def choose_residents(
     palettes: Palettes | None = None,
     bank_atoms: int | None = None,
 ) -> Choice:
-    """Choose what to hold within `budget` bytes on all devices, for a model whose layers are mostly of `sizes`.
+    """Choose the strategies to hold within `budget` bytes on all devices, for a model whose layers are mostly of `sizes`.
 
     A named strategy holds what it needs. "auto" takes strategies that hold every basis, where these save something and
     fit (without a budget into the bytes of the dense experts), and beside them the strategies that compose nothing.

@@ -23,7 +23,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.strategies.base import LayerSizes, Pool, Stage, Strategy
 
 MACHINES = Path(__file__).parent / "machines.json"
-_UNKNOWN_CARD = "a100"  # of those listed the card with the least arithmetic per byte
+_UNKNOWN_CARD = "a100"  # the listed card with the least arithmetic per byte
 _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 
 
@@ -31,8 +31,8 @@ _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 class References:
     """How fast products of few rows read on a CPU, and the microseconds of its torch calls.
 
-    Each constant is the time of a call on tiny tensors, bytes and arithmetic left out. The constants dense_* are those
-    of the grouped products of transformers.
+    Each constant is the time of a call on tiny tensors, bytes and arithmetic left out. The constants dense_* belong to
+    the grouped products of transformers.
     """
 
     read_gb_per_s: float
