@@ -159,7 +159,7 @@ def supports(config: Launches, item_size: int, target: Target) -> bool:
 
 
 def fit_gemm(gemm: GemmConfig, block_m: int, item_size: int, target: Target, count: int = 1) -> GemmConfig:
-    """Cut `gemm` until `target` can run it: first its columns to the registers, then its pipeline stages, then its depth.
+    """Cut `gemm` until `target` can run it: first its columns, to the registers, then its stages, then its depth.
 
     Its tile of `block_m` rows has `count` accumulators.
     """

@@ -169,7 +169,7 @@ def choose_residents(
     palettes: Palettes | None = None,
     bank_atoms: int | None = None,
 ) -> Choice:
-    """Choose the strategies to hold within `budget` bytes on all devices, for a model whose layers are mostly of `sizes`.
+    """Choose the strategies to hold within `budget` bytes on all devices; the layers are mostly of `sizes`.
 
     A named strategy holds what it needs. "auto" takes strategies that hold every basis, where these save something and
     fit (without a budget into the bytes of the dense experts), and beside them the strategies that compose nothing.
