@@ -9,7 +9,7 @@ from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.strategies import STRATEGIES
-from globe_kernels.strategies.base import LayerSizes, Pool
+from globe_kernels.strategies.base import LayerSizes, Pool, Routed
 from globe_kernels.strategies.budget import layer_sizes
 from globe_kernels.strategies.cost import Machine, Policy, machine_for, switch_points
 
@@ -188,7 +188,7 @@ class GlobeMoEFFN(nn.Module):
                 f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {atoms.device}; after "
                 "layers were moved one by one, call globe_kernels.set_strategy(model, ...) again."
             )
-        return strategy.run(self, hidden_states, top_k_index, top_k_weights)
+        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape

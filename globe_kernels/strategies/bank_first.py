@@ -17,6 +17,7 @@ from globe_kernels.strategies.base import (
     LayerSizes,
     Pool,
     Residents,
+    Routed,
     Stage,
     Storage,
     Strategy,
@@ -77,9 +78,7 @@ class BankFirst(Strategy):
     def hold(self, layer: Layer) -> None:
         hold_palette_codes(layer)
 
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
         bank, gate, up = layer.device_bank, kept_palette_code(layer, "gate"), kept_palette_code(layer, "up")
         weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, layer.from_rank)
-        return moe_ffn_bank_first(hidden, top_k_index, top_k_weights, weights, layer.activation)
+        return moe_ffn_bank_first(*routed, weights, layer.activation)

@@ -25,6 +25,14 @@ _CODE_BYTES = INDEX_BYTES + 4  # float32 value
 Palettes = Mapping[int, Mapping[str, float]]  # layer id -> family -> U
 
 
+class Routed(NamedTuple):
+    """The tokens of a call, and the experts that the router chose for them."""
+
+    hidden_states: torch.Tensor  # (T, D)
+    top_k_index: torch.Tensor  # (T, K)
+    top_k_weights: torch.Tensor  # (T, K)
+
+
 @dataclass(frozen=True)
 class LayerSizes:
     """The sizes of one layer that its time depends on."""
@@ -239,9 +247,9 @@ class Strategy(ABC):
     def resident(self, storage: Storage) -> Residents:
         """Return the bytes that stay in memory so that calls can run by this strategy."""
 
-    @abstractmethod
     def workspace(self, storage: Storage, tokens: int, top_k: int, *, on_gpu: bool) -> int:
         """Return the bytes of the largest temporaries of one layer's call with `tokens` tokens."""
+        return storage.row_bytes(tokens, top_k)
 
     @abstractmethod
     def stages(self, sizes: LayerSizes, tokens: int, pool: Pool | None) -> list[Stage]:
@@ -250,15 +258,13 @@ class Strategy(ABC):
         A step reads each of its weights once. Rows that a step leaves for the next are written and read once.
         """
 
-    @abstractmethod
     def hold(self, layer: Layer) -> None:
         """Make the tensors that calls of `layer` need beside its weights; `layer.keep` holds them."""
+        return
 
     @abstractmethod
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute (T, D) from hidden (T, D), top_k_index (T, K), top_k_weights (T, K)."""
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
+        """Compute the result (T, D) of one layer."""
 
 
 Experts = Callable[[torch.Tensor], torch.Tensor]  # bases (E, 2R, D) -> (T, D)

@@ -12,7 +12,17 @@ from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.functional import moe_ffn_cached
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
-from globe_kernels.strategies.base import Layer, LayerSizes, Pool, Residents, Stage, Storage, Strategy, routing_stage
+from globe_kernels.strategies.base import (
+    Layer,
+    LayerSizes,
+    Pool,
+    Residents,
+    Routed,
+    Stage,
+    Storage,
+    Strategy,
+    routing_stage,
+)
 from globe_kernels.strategies.composed import stages_after_composing
 from globe_kernels.strategies.palette_codes import device_code
 
@@ -46,9 +56,6 @@ class Cached(Strategy):
         pool = pool_bytes(storage.config, slots, storage.item_size)
         return storage.residents(needs_bank=True, local_index=True, pool=pool)
 
-    def workspace(self, storage: Storage, tokens: int, top_k: int, *, on_gpu: bool) -> int:
-        return storage.row_bytes(tokens, top_k)
-
     def stages(self, sizes: LayerSizes, tokens: int, pool: Pool | None) -> list[Stage]:
         assert pool is not None, "the cost of a cache depends on its slots"
         active = sizes.active_experts(tokens)
@@ -69,10 +76,8 @@ class Cached(Strategy):
             for family in FAMILIES:
                 layer.keep(f"{family}_local_index", device_code(layer, family).index)
 
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        cache, routed = layer.device_bank.cache, (hidden, top_k_index, top_k_weights)
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
+        cache = layer.device_bank.cache
         first = cache.first_expert(layer.layer)
         return moe_ffn_cached(*routed, cached_weights(layer), cache.state, first, layer.phi, layer.activation)
 

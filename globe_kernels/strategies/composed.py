@@ -17,6 +17,7 @@ from globe_kernels.strategies.base import (
     LayerSizes,
     Pool,
     Residents,
+    Routed,
     Stage,
     Storage,
     Strategy,
@@ -54,9 +55,6 @@ class Composed(Strategy):
         bases = storage.config.base.total_experts * 2 * storage.atom_values * storage.item_size
         return storage.residents(needs_bank=False, bases=bases)
 
-    def workspace(self, storage: Storage, tokens: int, top_k: int, *, on_gpu: bool) -> int:
-        return storage.row_bytes(tokens, top_k)
-
     def stages(self, sizes: LayerSizes, tokens: int, pool: Pool | None) -> list[Stage]:
         return [routing_stage(sizes, tokens), *stages_after_composing(sizes, tokens)]
 
@@ -64,10 +62,8 @@ class Composed(Strategy):
         gate, up = (make_palette_code(layer, family) for family in FAMILIES)
         layer.keep("basis", compose(layer, gate, up))
 
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
-        return run_from_bases(layer, layer.kept("basis"), hidden, top_k_index, top_k_weights)
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
+        return run_from_bases(layer, layer.kept("basis"), routed)
 
 
 def compose(layer: Layer, gate: LayerCode, up: LayerCode) -> torch.Tensor:
@@ -76,12 +72,9 @@ def compose(layer: Layer, gate: LayerCode, up: LayerCode) -> torch.Tensor:
     return compose_bases([*gate, *up], [bank.gate, bank.up], layer.phi, layer.dtype)
 
 
-def run_from_bases(
-    layer: Layer, basis: torch.Tensor, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-) -> torch.Tensor:
+def run_from_bases(layer: Layer, basis: torch.Tensor, routed: Routed) -> torch.Tensor:
     """Compute (T, D) from bases (E, 2R, D)."""
-    weights = ExpertWeights(basis, layer.from_rank)
-    return moe_ffn(hidden, top_k_index, top_k_weights, weights, layer.activation)
+    return moe_ffn(*routed, ExpertWeights(basis, layer.from_rank), layer.activation)
 
 
 def stages_after_composing(sizes: LayerSizes, tokens: int, *, passes: int = 1) -> list[Stage]:

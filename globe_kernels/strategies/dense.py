@@ -11,6 +11,7 @@ from globe_kernels.strategies.base import (
     LayerSizes,
     Pool,
     Residents,
+    Routed,
     Stage,
     Storage,
     Strategy,
@@ -44,10 +45,5 @@ class Dense(Strategy):
         gate_up = Stage(values, 4 * rows * inner * width)
         return [routing_stage(sizes, tokens, prefix="dense_"), gate_up, *down_stages(sizes, tokens)]
 
-    def hold(self, layer: Layer) -> None:
-        raise NotImplementedError("transformers runs dense experts")
-
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
         raise NotImplementedError("transformers runs dense experts")

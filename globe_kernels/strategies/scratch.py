@@ -9,7 +9,17 @@ import torch
 
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.ops.compose_layer import compose_bases_into
-from globe_kernels.strategies.base import Layer, LayerSizes, Pool, Residents, Stage, Storage, Strategy, routing_stage
+from globe_kernels.strategies.base import (
+    Layer,
+    LayerSizes,
+    Pool,
+    Residents,
+    Routed,
+    Stage,
+    Storage,
+    Strategy,
+    routing_stage,
+)
 from globe_kernels.strategies.composed import compose, run_from_bases, stages_after_composing
 from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_code, palette_code_bytes
 
@@ -40,15 +50,13 @@ class Scratch(Strategy):
     def hold(self, layer: Layer) -> None:
         hold_palette_codes(layer)
 
-    def run(
-        self, layer: Layer, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
         def experts(basis: torch.Tensor) -> torch.Tensor:
-            return run_from_bases(layer, basis, hidden, top_k_index, top_k_weights)
+            return run_from_bases(layer, basis, routed)
 
         buffers = layer.device_bank.scratch
-        if buffers.can_run(hidden):
-            return buffers.run(layer, hidden, experts)
+        if buffers.can_run(routed.hidden_states):
+            return buffers.run(layer, routed.hidden_states, experts)
         gate, up = (kept_palette_code(layer, family) for family in FAMILIES)
         return experts(compose(layer, gate, up))
 
