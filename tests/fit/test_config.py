@@ -101,7 +101,10 @@ def test_the_printed_range_can_be_reached():
         ({"ratio": float("nan")}, "ratio is nan; expected a number"),
         ({"seed": 10**30}, "expected a whole number from 0 to"),
         ({"solver": "adam"}, "solver is 'adam'; expected one of varpro, alternating"),
-        ({"solver": "alternating", "phi": "tanh"}, "phi is tanh and the steps of the alternating solver .*; give phi identity, or"),
+        (
+            {"solver": "alternating", "phi": "tanh"},
+            "phi is tanh and the steps of the alternating solver .*; give phi identity, or",
+        ),
         ({"ratio": 0.5, "rank": 3, "atoms": 4}, "give at most two of them"),
     ],
     ids=str,
