@@ -38,8 +38,8 @@ def compress(
     continues from the last snapshot. A fit that diverges is saved too, with the best state before; then
     `result.status.completed` is False. Under torchrun all ranks make the same call and the first rank writes.
 
-    calibrate         a UTF-8 text file: minimise the error of what the experts compute on this text; "self": on a text
-                      that the model writes; None: minimise the error of the weights
+    calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
+                      text that the model writes; None: minimise the error of the weights
     memory_limit      bytes, or a text such as "20GiB": refuse a fit that needs more; a calibrated fit reads a model
                       that is larger layer by layer from disk
     resume            False: discard an unfinished fit in `out` and begin again

@@ -192,7 +192,7 @@ def _memory_of(device: str) -> int:
 def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
     """Predict the seconds of a fit of all its steps: every pass that its solver counts, timed on one block.
 
-    Holds a bank and a tensor of its size meanwhile. Where the fit keeps the experts on the device, the time to read
+    Holds a bank and sums of its size meanwhile. Where the fit keeps the experts on the device, the time to read
     them from disk does not count.
     """
     device = resolve_device(config.device)

@@ -116,7 +116,7 @@ def points(base: BaseModel, settings: dict, lists: dict[str, list]) -> list[Glob
 
 
 class Planner:
-    """Plans for one model on one machine."""
+    """Makes the plans for a model on a machine."""
 
     def __init__(self, model: ModelSizes, machine: Machine, budget: int | None, cache_bytes: int | None):
         """`budget` limits the bytes of the experts on the device; None: the bytes of the dense experts."""

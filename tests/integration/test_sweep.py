@@ -102,7 +102,7 @@ def test_settings_come_from_the_file_and_ratios_lead_to_sizes(globe, model_dir, 
     [
         (
             ("--rank", "48,64", "--atoms", "8,99", "--support", "4"),
-            "3 of the 4 points of the sweep cannot be fitted, so no point is fitted; the first refusal: atoms is 99 and",
+            "3 of the 4 points of the sweep cannot be fitted, so no point is fitted; the first refusal: atoms is 99",
         ),
         (
             ("--rank", "64", "--atoms", "8", "--support", "4"),
