@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from globe_fit.compression import compress
     from globe_fit.config import FitConfig, VarProConfig
     from globe_fit.data.source import ExpertSource
     from globe_fit.export import export_dense, export_globe, save_fit
@@ -15,18 +16,20 @@ __all__ = [
     "FitConfig",
     "FitResult",
     "VarProConfig",
+    "compress",
     "export_dense",
     "export_globe",
     "fit",
     "save_fit",
 ]
 
-# No module has the name of a function here: importing that module would put it in the place of the function.
+# No module has the name of a function here: to import the module would put it in the place of the function.
 _HOME = {
     "ExpertSource": "data.source",
     "FitConfig": "config",
     "FitResult": "result",
     "VarProConfig": "config",
+    "compress": "compression",
     "export_dense": "export",
     "export_globe": "export",
     "fit": "fitting",
@@ -35,7 +38,7 @@ _HOME = {
 
 
 def __getattr__(name: str):
-    # on first use: the command line must be able to catch Ctrl-C while torch is imported
+    # on first use: the command line must catch Ctrl-C while torch is imported
     if name not in _HOME:
         raise AttributeError(f"module 'globe_fit' has no attribute {name!r}")
     return getattr(import_module(f"globe_fit.{_HOME[name]}"), name)

@@ -1,4 +1,4 @@
-"""Entry point of `globe` and of `python -m globe_fit`: errors become one sentence and an exit code."""
+"""Entry point of `globe` and of `python -m globe_fit`: an error becomes one sentence and an exit code."""
 
 import sys
 from logging import ERROR, getLogger
@@ -8,7 +8,7 @@ _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Exit code 0: done; 1: failed under way; 2: cannot be done as asked; 130: interrupted."""
+    """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 interrupted."""
     try:
         # the imports take seconds, and Ctrl-C during them must not print a traceback either
         from transformers.utils import logging
@@ -19,7 +19,7 @@ def main() -> None:
         sys.exit(_INTERRUPTED)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    getLogger("accelerate").setLevel(ERROR)  # it warns of offloading, which is asked for
+    getLogger("accelerate").setLevel(ERROR)  # accelerate warns of offloading, which the user asked for
     distributed.end_with_the_others()
     code, message = _run()
     if message:
@@ -36,18 +36,18 @@ def _run() -> tuple[int, str]:
         return _INTERRUPTED, "interrupted."
     try:
         if ranks_in_all() > 1 and sys.argv[1:2] != ["fit"]:
-            raise RequestError("Under torchrun there is globe fit only; run other commands without it.")
+            raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
         code = app(standalone_mode=False) or 0
         leave()
     except GlobeError as error:
         return error.exit_code, str(error)
     except Exception as error:
-        # typer's own usage errors, of whichever click it carries; anything else is a bug and keeps its traceback
+        # usage errors of typer, of whichever click it carries; any other error is a bug and keeps its traceback
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
         return _USAGE, f"{describe().rstrip('.')}; see globe --help."
-    # typer turns Ctrl-C into this code
+    # typer turns Ctrl-C into exit code 130
     return code, "interrupted." if code == _INTERRUPTED else ""
 
 

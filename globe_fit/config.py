@@ -1,4 +1,4 @@
-"""Settings of a fit, and the sizes that follow from them."""
+"""Settings of a fit: a frozen dataclass per owner, from options and from a TOML file."""
 
 import math
 import re
@@ -10,6 +10,8 @@ import torch
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import PHIS, SCOPES
+
+SOLVERS = ("varpro", "alternating")
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class VarProConfig:
     betas: tuple[float, float] = (0.8, 0.95)
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
     support_at: float = 0.02  # share of the steps after which the support is fixed
-    candidates: int = 64  # atoms that an expert chooses its support from; with a palette, a layer its palette
+    candidates: int = 64  # atoms from which an expert chooses its support and, with a palette, a layer its palette
 
     def __post_init__(self):
         _require("steps", self.steps, int, 0)
@@ -43,12 +45,12 @@ class VarProConfig:
 
 @dataclass(frozen=True)
 class CodingConfig:
-    """How the alternating solver finds the codes while the support is free; then it is least squares on the support."""
+    """How the alternating solver finds codes while the support is free; later it takes least squares on the support."""
 
-    method: str = "least_squares"  # on the atoms in use; "entmax": gradients; "omp": anew each round
-    initial: str = "nnls"  # before the first round: non-negative least squares; on the "simplex"; "given": as started
-    l1: float = 0.0  # of initial codes, and of entmax codes times the size of their atoms
-    prune: float = 0.0  # codes below this share of an expert's largest are dropped
+    method: str = "least_squares"  # on the atoms in use; "entmax": gradient steps; "omp": a new pursuit each round
+    initial: str = "nnls"  # non-negative least squares; "simplex": codes that sum to 1; "given": the codes of the start
+    l1: float = 0.0  # weight of the l1 norm, for initial codes and entmax codes
+    prune: float = 0.0  # drop codes below this share of the largest code of an expert
 
     def __post_init__(self):
         _require_one_of("method", self.method, ("least_squares", "entmax", "omp"))
@@ -59,13 +61,13 @@ class CodingConfig:
 
 @dataclass(frozen=True)
 class EntmaxConfig:
-    """Codes entmax(z / T): gradient steps on z, and control of the temperature T towards the support."""
+    """Codes entmax(z / T): gradient steps on z, and a temperature T that leads the codes to the support."""
 
     alpha: float = 1.5  # 2 is sparsemax
     lr: float = 0.1  # of Adam on z
     steps: int = 2  # of Adam in a round, one pass each
-    eta: float = 0.1  # gain of the temperature control
-    every: int = 1  # rounds between its changes
+    eta: float = 0.1  # gain of the control of T
+    every: int = 1  # rounds between two changes of T
 
     def __post_init__(self):
         _require("alpha", self.alpha, float, 1.01, 4)
@@ -81,10 +83,10 @@ class AlternatingConfig:
 
     steps: int = 50  # rounds
     dictionary: str = "exact"  # conjugate gradients; "atoms": atom by atom; "mod": method of optimal directions
-    targets: str = "aligned"  # of MOD, pursuit and initial codes; "svd": each expert's own coordinates, and SVD start
+    targets: str = "aligned"  # of MOD, pursuit and initial codes; "svd": in the coordinates of separate SVDs
     cg_steps: int = 2  # of an exact dictionary step, one pass each
     support_at: float = 0.15  # share of the rounds after which the support is fixed
-    patience: int = 10  # rounds that gain less than 0.1 % together, at one support, end the fit
+    patience: int = 10  # end the fit after so many rounds that gain less than 0.1 % together and keep the support
     coding: CodingConfig = field(default_factory=CodingConfig)
     entmax: EntmaxConfig = field(default_factory=EntmaxConfig)
 
@@ -103,25 +105,25 @@ def _require_one_of(name: str, value, allowed: tuple[str, ...]) -> None:
 
 
 def _require(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
-    """Raises RequestError unless `value` is a number of that kind from `low` to `high`."""
+    """Raise RequestError unless `value` is a number of type `kind` from `low` to `high`."""
     is_kind = isinstance(value, int) if kind is int else isinstance(value, (int, float))
     if isinstance(value, bool) or not is_kind or not low <= value <= high:
-        what = "a whole number" if kind is int else "a number"
+        number = "a whole number" if kind is int else "a number"
         limit = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise RequestError(f"{name} is {value!r}; expected {what} {limit}.")
+        raise RequestError(f"{name} is {value!r}; expected {number} {limit}.")
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """What to fit. Sizes: give `ratio`, or `rank` and `atoms`, or one of them with `ratio`."""
+    """Settings of a fit. For the sizes give `ratio`, or `rank` and `atoms`, or `ratio` with `rank` or `atoms`."""
 
-    ratio: float | None = None  # bytes of GloBE over bytes of the dense gate and up experts
+    ratio: float | None = None  # bytes of GloBE over bytes of the dense gate and up experts, in bf16
     rank: int | None = None  # R
     atoms: int | None = None  # M, per family
     support: int = 12  # C, non-zero codes per expert
-    palette: int | None = None  # U, distinct atoms per layer and family; None is no limit
+    palette: int | None = None  # U, distinct atoms per layer and family; None: no limit
     phi: str = "identity"
-    scope: str = "global"  # "layer": each layer uses atoms of its own
+    scope: str = "global"  # "layer": no two layers share an atom
     seed: int = 0
     device: str = "auto"
     solver: str = "varpro"
@@ -131,10 +133,10 @@ class FitConfig:
     def __post_init__(self):
         _require_one_of("phi", self.phi, PHIS)
         _require_one_of("scope", self.scope, SCOPES)
-        _require_one_of("solver", self.solver, ("varpro", "alternating"))
+        _require_one_of("solver", self.solver, SOLVERS)
         if self.solver == "alternating" and self.phi != "identity":
             raise RequestError(
-                f"phi is {self.phi} and the alternating solver takes steps that are exact for identity only; give phi "
+                f"phi is {self.phi} and the steps of the alternating solver are exact for identity only; give phi "
                 "identity, or solver varpro."
             )
         for name in ("rank", "atoms", "palette"):
@@ -145,19 +147,19 @@ class FitConfig:
         if self.ratio is not None:
             _require("ratio", self.ratio, float, 0)
         if self.ratio is not None and self.rank is not None and self.atoms is not None:
-            raise RequestError("ratio, rank and atoms are all given; give at most two of them, the third follows.")
+            raise RequestError("ratio, rank and atoms are all given; give at most two of them, and the third follows.")
 
     @property
     def steps(self) -> int:
-        """Steps of the solver that is chosen."""
+        """Steps of the chosen solver."""
         return (self.varpro if self.solver == "varpro" else self.alternating).steps
 
     @classmethod
     def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":
-        """The settings of a TOML file, with a table for each solver, overridden by `options` not None; the option
-        `steps` is that of the solver that is chosen.
+        """Read the settings of a TOML file, which has a table for each solver; `options` that are not None win.
 
-        Raises RequestError for a file that cannot be read and for a setting that does not exist.
+        The option `steps` goes to the chosen solver. Raises RequestError for a file that cannot be read and for a
+        setting that does not exist.
         """
         settings: dict = {}
         if toml_file is not None:
@@ -174,7 +176,7 @@ class FitConfig:
 
 
 def _from_table(owner: type, given: dict, table: str, where: Path | None):
-    """An `owner` from a TOML table, with tables inside for the fields that are settings themselves."""
+    """Make an `owner` from a TOML table; a field that is a settings class has a table inside."""
     if not isinstance(given, dict):
         raise RequestError(f"{table} in {where} is {given!r}; expected a table, [{table}].")
     inside = {f.name: f.default_factory for f in fields(owner) if is_dataclass(f.default_factory)}
@@ -192,7 +194,7 @@ def _from_table(owner: type, given: dict, table: str, where: Path | None):
 
 
 def resolve_device(name: str) -> str:
-    """The torch device that `name` stands for: "auto" is a GPU where there is one. Raises RequestError."""
+    """Return the torch device for `name`: "auto" is a GPU where there is one. Raises RequestError."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):

@@ -8,42 +8,40 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors
 import torch
 
+from globe_fit.calibration.metric import Calibration
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.finish import finish
 from globe_fit.linalg import regularised_solves
 from globe_fit.measure.diagnostics import dense_codes, measure, run_time, support_overlap
-from globe_fit.plan.fitting import estimate
+from globe_fit.plan.fitting import estimate, require_supported
 from globe_fit.result import FamilyFactors, FitResult, FitStatus
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
-from globe_fit.run.snapshots import Snapshots
+from globe_fit.run.snapshots import SNAPSHOT_MINUTES, Snapshots
 from globe_fit.sizes import resolve_sizes
-from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, Solver
+from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd
-from globe_fit.solvers.varpro import VarPro
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.version import __version__
 
-if TYPE_CHECKING:
-    from globe_fit.calibration.metric import Calibration  # imports transformers, which takes seconds
-
 _LOG_EVERY = 10
-_DEAR_TIMES = 4  # about how often a fit measures what takes as long as a step, beside its start and its end
+_EXPENSIVE_TIMES = 4  # about how often a fit measures metrics that take as long as a step, beside its start and end
 
-# Of the atoms. A phi that is not linear starts where it nearly is: as the atoms grow it bends only where that pays.
+# RMS of the atoms at the start. A phi that is not linear is nearly linear for small atoms: the fit bends it where that
+# lowers the error.
 _START_RMS = {"identity": 1.0, "silu": 0.1, "tanh": 0.1}
 
-_MILDER = {"varpro": "lower the lr", "alternating": "lower entmax.lr or choose another dictionary"}  # after divergence
+# Advice after a divergence.
+_MILDER = {"varpro": "lower the lr", "alternating": "lower entmax.lr or choose another dictionary"}
 
 OnStep = Callable[[dict], None]
 
@@ -55,80 +53,68 @@ def fit(
     start: dict[str, BankState] | None = None,
     on_step: OnStep | None = None,
     snapshots: Snapshots | None = None,
-    calibration: "Calibration | None" = None,
+    calibration: Calibration | None = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
     """Fit one bank per family to all experts of `source`; the objective is in globe_fit.data.stream.
 
-    `start` replaces the grouped-SVD start of a family; its codes stand, whatever `coding.initial` is. `on_step` is
-    called after every step with a record of globe_fit.run.metrics. With `snapshots` (from `open_snapshots`) the fit goes on
-    where an interrupted one was, with the same result as if it had not been interrupted, bitwise on a CPU. With
-    `calibration` the error is measured on what the experts compute for the inputs of its text. Deterministic: one seed
-    gives one result on one machine. With `ranks` (from globe_fit.run.distributed) this process is one of several that fit
-    together, each with some columns of the weights and of the bank; the result is the first rank's. Memory: six times
-    the bank of one family in fp32 (bank, gradient and what is being added to it, Adam state, best), on a GPU five, the
-    factors, and one block of experts, or all those of a family, as they are stored, where a GPU has room for them.
-    Raises RequestError for sizes that cannot be had, GlobeError for a NaN in an expert.
+    Deterministic: one seed gives one result on one machine.
+
+    start        replaces the grouped-SVD start of a family; its codes stay, whatever `coding.initial` says
+    on_step      gets a record of globe_fit.run.metrics after every step
+    snapshots    from `open_snapshots`: the fit continues from the last snapshot, and the result is the result of a fit
+                 without an interruption, bitwise on a CPU
+    calibration  from globe_fit.calibration.metric: the error is the error of the outputs of the experts on its text
+    ranks        from globe_fit.run.distributed: this process is one of several that fit together, each with some
+                 columns of the weights and of the bank; the first rank has the result
+
+    Memory: the bank of one family in fp32 six times (bank, gradient, the addition to the gradient, two of Adam, best
+    state), on a GPU five times, the factors, and one block of experts, or all experts of a family as they are stored
+    where a GPU has room. Raises RequestError for sizes out of range and for a combination that no fit supports,
+    GlobeError for NaN or infinity in an expert and for a divergence before the support is fixed.
     """
     config = replace(config, device=resolve_device(config.device))
-    require_one_rank(source, config, calibration is not None, ranks)
-    if calibration is not None and config.solver != "varpro":
-        raise RequestError(
-            f"solver is {config.solver} and a text to calibrate on is given; only varpro fits to a text."
-        )
+    require_supported(source.base, config, calibration is not None, ranks)
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
         metrics = {} if calibration is None else calibration.metrics(config.device)
-        # all of them before the first step: a NaN in the last is found at once and not after the fit of the first
+        # both families before the first step: a NaN in the second is found now, not after the fit of the first
         weights = [
             FamilyWeights.measure(source, family, config.device, metrics.get(family), ranks) for family in FAMILIES
         ]
-        fits = {one.family: _fit_family(one, sizes, config, start, on_step, snapshots) for one in weights}
-    history = [record for one in fits.values() for record in one.history]
-    diverged = [family for family, one in fits.items() if not one.completed]
+        fits = {each.family: _fit_family(each, sizes, config, start, on_step, snapshots) for each in weights}
+    history = [record for done in fits.values() for record in done.history]
+    diverged = [family for family, done in fits.items() if not done.completed]
     if diverged:
-        advice = (
-            f"The fit of {' and '.join(diverged)} diverged; the best state before is kept, {_MILDER[config.solver]}."
-        )
+        advice = f"The fit of {' and '.join(diverged)} diverged and its best state is kept; {_MILDER[config.solver]}."
     else:
         advice = _advice(history)
     status = FitStatus(not diverged, advice)
-    reports = {family: one.report for family, one in fits.items()}
-    lost = sum(one["relative_error"] * one["energy"] for one in reports.values())
-    everything = {
-        "relative_error": share(lost, sum(one["energy"] for one in reports.values())),
-        "support_overlap": support_overlap(*(dense_codes(one.factors.code, sizes.num_atoms) for one in fits.values())),
+    reports = {family: done.report for family, done in fits.items()}
+    lost = sum(report["relative_error"] * report["energy"] for report in reports.values())
+    codes = (dense_codes(done.factors.code, sizes.num_atoms) for done in fits.values())
+    overall = {
+        "relative_error": share(lost, sum(report["energy"] for report in reports.values())),
+        "support_overlap": support_overlap(*codes),
     }
     left_dense = {str(layer): list(shape) for layer, shape in source.base.left_dense.items()}
-    report = {"families": reports, "status": asdict(status), "left_dense": left_dense, **check_names(everything)}
-    return FitResult(sizes, {family: one.factors for family, one in fits.items()}, status, history, report)
-
-
-def require_one_rank(source: ExpertSource, config: FitConfig, calibrated: bool, ranks: Ranks) -> None:
-    """Raises RequestError for what several ranks cannot do together."""
-    if ranks.world == 1:
-        return
-    if config.solver != "varpro" or calibrated:
-        what = "A fit to a text" if calibrated else f"The solver {config.solver}"
-        raise RequestError(f"{what} runs on one rank and torchrun started {ranks.world}; run it without torchrun.")
-    if source.base.hidden_size < ranks.world:
-        raise RequestError(
-            f"The experts have {source.base.hidden_size} columns to split and torchrun started {ranks.world} ranks; "
-            "start at most one per column."
-        )
+    report = {"families": reports, "status": asdict(status), "left_dense": left_dense, **check_names(overall)}
+    return FitResult(sizes, {family: done.factors for family, done in fits.items()}, status, history, report)
 
 
 def open_snapshots(
     out: str | Path,
     source: ExpertSource,
     config: FitConfig,
-    minutes: float = 5.0,
+    minutes: float = SNAPSHOT_MINUTES,
     calibrated_on: str | None = None,
     ranks: Ranks = ALONE,
 ) -> Snapshots:
-    """Snapshots in `out` for `fit(source, config)`, calibrated on what `calibrated_on` identifies, over `ranks`. Raises
-    RequestError when `out` holds those of another fit."""
+    """Open the snapshots in `out` of `fit(source, config)` over `ranks`; `calibrated_on` identifies the text, if any.
+
+    Raises RequestError when `out` holds the snapshots of a fit with other settings.
+    """
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
     identity["calibration"] = calibrated_on
     return Snapshots(out, identity, minutes, ranks)
@@ -161,7 +147,7 @@ def _fit_family(
     on_step: OnStep | None,
     snapshots: Snapshots | None,
 ) -> _FamilyFit:
-    """One family; a function of its own, so that nothing of it is alive while the next is fitted."""
+    """Fit one family; a function, so that its tensors are gone while the next family is fitted."""
     family, ranks = weights.family, weights.ranks
     if torch.device(config.device).type == "cuda":
         calibrated, stored = weights.metric is not None, weights.source.stored_bytes(family)
@@ -170,24 +156,21 @@ def _fit_family(
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    alternating = config.alternating
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
             raise RequestError(
-                f"The {family} experts of {weights.source.base.name} are not those that the unfinished fit began with; "
-                "fit with --restart."
+                f"The {family} experts of {weights.source.base.name} changed since the unfinished fit began; begin "
+                "again with --restart."
             )
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
     elif start is not None and family in start:
         state = replace(start[family], bank=start[family].bank[..., weights.columns]).copy()
-        alternating = replace(alternating, coding=replace(alternating.coding, initial="given"))
+        given = replace(config.alternating, coding=replace(config.alternating.coding, initial="given"))
+        config = replace(config, alternating=given)
     else:
         state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
-    if config.solver == "varpro":
-        solver: Solver = VarPro(weights, state, sizes, config.varpro)
-    else:
-        solver = Alternating(weights, state, sizes, alternating)
+    solver = make_solver(weights, state, sizes, config)
     run = _Run(weights, solver, config)
     if saved is not None:
         run.restore(*saved)
@@ -199,19 +182,19 @@ def _fit_family(
     factors, report = finish(weights, best, sizes)
     done = _FamilyFit(factors, report, history, completed)
     if snapshots is not None:
-        done.save(snapshots, family, config.steps + 1)  # after that of any step
+        done.save(snapshots, family, config.steps + 1)  # after the snapshot of any step
         snapshots.stop_if_asked()
     return done
 
 
-def _provenance(config: FitConfig, calibration: "Calibration | None") -> dict:
+def _provenance(config: FitConfig, calibration: Calibration | None) -> dict:
     versions = {
         "globe": __version__,
         "torch": torch.__version__,
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
     }
-    # through JSON, so that a saved and reloaded configuration is equal to this one
+    # through JSON, so that a configuration equals itself after it was saved and loaded
     settings = json.loads(json.dumps(asdict(config)))
     facts = None if calibration is None else calibration.facts
     return {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
@@ -226,7 +209,7 @@ def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: 
 
 
 class _Run:
-    """The steps of one family: the best state with the asked support, the history."""
+    """The steps of one family: they keep the best state that has the support of the fit, and the history."""
 
     def __init__(self, weights: FamilyWeights, solver: Solver, config: FitConfig):
         self._weights, self._solver, self._config = weights, solver, config
@@ -236,7 +219,7 @@ class _Run:
         self._regularised = regularised_solves()
 
     def to_the_end(self, on_step: OnStep | None, snapshots: Snapshots | None) -> bool:
-        """Whether all steps that the solver needs ran; False when the state diverged after `best` was found."""
+        """Take all steps that the solver needs; False when the state diverged after `best` was found."""
         solver, steps = self._solver, self._config.steps
         began = time.perf_counter() - self._seconds
         while True:
@@ -279,8 +262,8 @@ class _Run:
             **self._solver.extras,
         }
         if step % _LOG_EVERY == 0 or last:
-            dear = step % (_LOG_EVERY * max(1, self._config.steps // (_DEAR_TIMES * _LOG_EVERY))) == 0 or last
-            record |= measure(self._weights, state, dear=dear) | run_time(self._weights, self._pass_seconds)
+            expensive = step % (_LOG_EVERY * max(1, self._config.steps // (_EXPENSIVE_TIMES * _LOG_EVERY))) == 0 or last
+            record |= measure(self._weights, state, dear=expensive) | run_time(self._weights, self._pass_seconds)
             if self._weights.metric is None:
                 record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
             record["regularised"] = regularised_solves() - self._regularised
@@ -304,7 +287,7 @@ class _Run:
         }
 
     def restore(self, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-        """Go on from a snapshot."""
+        """Continue from a snapshot."""
         self._solver.restore(tensors)
         self._step, self._seconds = facts["step"], facts["seconds"]
         self._best_error, self.history = facts["best_error"], facts["history"]
@@ -314,7 +297,7 @@ class _Run:
 
 
 def _advice(history: list[dict]) -> str:
-    """What the last tenth of the steps gained, and so whether more steps would pay."""
+    """Advise whether more steps would pay, by the gain of the last tenth of the steps."""
     if history[-1]["step"] == 0:
         return "No step was taken: this is the start of a fit."
     gains = []

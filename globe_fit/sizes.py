@@ -1,11 +1,14 @@
-"""The sizes of a GloBE checkpoint that follow from the settings of a fit and from its model."""
+"""The sizes of a GloBE checkpoint: they follow from the settings of a fit and from its model."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from globe_fit.config import FitConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
-# Share of the byte budget that the adapters get when neither rank nor atoms are given, measured best on two models at
-# ratios from 0.4 to 0.75 (docs/log.md). At ratio 0.625 it makes rank = p for p/d up to 0.42.
+# Share of the byte budget that the adapters get when neither rank nor atoms are given: measured best on two models at
+# ratios from 0.4 to 0.75. At ratio 0.625 it makes rank = p for p/d up to 0.42.
 _ADAPTER_SHARE = 2 / 3
 _RANK_MULTIPLE = 16
 _CODE_BYTES = 8  # int32 index + float32 value
@@ -14,7 +17,7 @@ DEFAULT_RATIO = 0.625
 
 
 def globe_bytes(base: BaseModel, rank: int, atoms: int, support: int) -> int:
-    """Bytes of a GloBE checkpoint in bf16, both families: adapters + bank + codes."""
+    """Return the bytes of a GloBE checkpoint in bf16, both families: adapters + bank + codes."""
     experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
     adapters = experts * inner * rank * _WEIGHT_BYTES
     bank = atoms * rank * width * _WEIGHT_BYTES
@@ -22,9 +25,9 @@ def globe_bytes(base: BaseModel, rank: int, atoms: int, support: int) -> int:
 
 
 def resolve_sizes(base: BaseModel, config: FitConfig) -> GlobeConfig:
-    """The rank and the number of atoms that `config` asks for on this model.
+    """Find the rank and the number of atoms that `config` asks for on this model.
 
-    Raises RequestError, with the range that can be reached, when they cannot be had.
+    Raises RequestError, with the range that can be reached, for sizes out of range.
     """
     experts, inner, width = base.total_experts, base.intermediate_size, base.hidden_size
     largest_rank = min(inner, width)
@@ -47,8 +50,8 @@ def resolve_sizes(base: BaseModel, config: FitConfig) -> GlobeConfig:
         fewest = min(atoms * count // experts for count in base.num_experts.values())
         if fewest < config.support:
             raise RequestError(
-                f"With scope layer, {atoms} atoms leave a layer with {fewest} of its own and support is "
-                f"{config.support}; give a support of at most {max(fewest, 1)}, or more atoms."
+                f"With scope layer, {atoms} atoms give a layer only {fewest} atoms and support is {config.support}; "
+                f"give a support of at most {max(fewest, 1)}, or more atoms."
             )
     if config.palette is not None and not config.support <= config.palette <= atoms:
         raise RequestError(
@@ -72,7 +75,7 @@ def _solve(base: BaseModel, config: FitConfig, largest_rank: int) -> tuple[int, 
     ratio = DEFAULT_RATIO if config.ratio is None else config.ratio
     experts, support = base.total_experts, config.support
     budget = ratio * base.dense_bytes
-    # smallest and largest sizes that the fixed values leave
+    # the smallest and the largest sizes, where the settings leave a choice
     ranks = (config.rank, config.rank) if config.rank else (1, largest_rank)
     atoms_range = (config.atoms, config.atoms) if config.atoms else (support, experts)
     if support > experts:
@@ -90,7 +93,7 @@ def _solve(base: BaseModel, config: FitConfig, largest_rank: int) -> tuple[int, 
         return rank, config.atoms
     rank = config.rank or _default_rank(base, ratio, largest_rank, support)
     atoms = max(m for m in range(support, experts + 1) if globe_bytes(base, rank, m, support) <= budget)
-    if config.rank is None and atoms == experts:  # budget left over: only the rank can use it
+    if config.rank is None and atoms == experts:  # only the rank can use the bytes that are left
         rank = max(r for r in range(rank, largest_rank + 1) if globe_bytes(base, r, atoms, support) <= budget)
     return rank, atoms
 
@@ -104,6 +107,15 @@ def _default_rank(base: BaseModel, ratio: float, largest_rank: int, support: int
     while rank > 1 and globe_bytes(base, rank, support, support) > ratio * base.dense_bytes:
         rank -= 1
     return max(rank, 1)
+
+
+def left_dense_note(shape: Sequence[int], layers: Mapping[Any, Sequence[int]]) -> str:
+    """Say which layers a fit leaves dense, and why: `shape` (P, D) of the bank, `layers` {layer: (P, D)}."""
+    found = ", ".join(f"{layer} ({inner} x {width})" for layer, (inner, width) in layers.items())
+    return (
+        f"These layers stay dense: {found}; one bank needs one shape of experts, and {shape[0]} x {shape[1]} holds the "
+        "most weights."
+    )
 
 
 def _up(value: float) -> str:

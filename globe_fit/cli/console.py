@@ -5,31 +5,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
 from rich.table import Table
 
-from globe_fit.cli.progress import Stage
+from globe_fit.run.progress import Progress
 
 _PLAIN_LINES = 10  # progress lines per stage where there is no terminal
 _WIDEST = 240
 
 
+def say(sentence: str) -> None:
+    """Print a sentence about the work to stderr."""
+    print(f"globe: {sentence}", file=sys.stderr)
+
+
 @contextmanager
-def progress(quiet: bool) -> Iterator[Stage]:
-    """Progress bars on a terminal, a few plain lines elsewhere, nothing when `quiet`."""
+def progress(quiet: bool) -> Iterator[Progress]:
+    """Show progress bars on a terminal, a few plain lines elsewhere, nothing when `quiet`; sentences always."""
     if quiet:
-        yield Stage(begin=lambda name, total: None, advance=lambda done: None)
+        yield Progress(say=say)
     elif sys.stderr.isatty():
         columns = (TextColumn("{task.description:8}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bars:
+        with ProgressBars(*columns, console=Console(stderr=True)) as bars:
 
-            def begin(name: str, total: int) -> None:
+            def begin(name: str, total: float) -> None:
                 bars.add_task(name, total=total)
 
-            yield Stage(begin, advance=lambda done: bars.update(bars.task_ids[-1], completed=done))
+            yield Progress(begin, lambda done: bars.update(bars.task_ids[-1], completed=done), say)
     else:
         lines = _PlainLines()
-        yield Stage(begin=lines.begin, advance=lines.advance)
+        yield Progress(lines.begin, lines.advance, say)
 
 
 class _PlainLines:
@@ -47,12 +53,13 @@ class _PlainLines:
 
 
 def print_table(title: str, header: list[str], rows: list[list[str]]) -> None:
+    """Print a table to stdout; the first column is text, the others are numbers."""
     table = Table(title=title, title_justify="left")
     for number, name in enumerate(header):
         table.add_column(name, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    # a file or a pipe has no width that a table would have to be cut to
+    # a file or a pipe has no width, so there is no width to cut a table to
     Console(width=None if sys.stdout.isatty() else _WIDEST).print(table)
 
 

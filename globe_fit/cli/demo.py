@@ -1,17 +1,18 @@
-"""The whole way of a user on the model that ships with the project: fit, export, load, measure."""
+"""All steps of a user on the model that ships with the project: fit, export, load, measure."""
 
 import tempfile
 from pathlib import Path
 
 from torch import nn
 
-from globe_fit.cli.progress import Stage, fit_with_progress
+from globe_fit.compression import compress
 from globe_fit.config import FitConfig, VarProConfig
 from globe_fit.data.model import load_model, token_windows, with_experts
 from globe_fit.data.source import ExpertSource
-from globe_fit.export import export_globe, save_fit
+from globe_fit.export import export_globe
 from globe_fit.measure.baselines import stored_svd
 from globe_fit.measure.evaluate import Quality, continue_text, evaluate
+from globe_fit.run.progress import Progress
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
@@ -26,7 +27,7 @@ NEW_TOKENS = 40
 
 
 def shipped_model() -> Path:
-    """Directory of the trained model that ships with the project, installed or in a checkout."""
+    """Find the directory of the trained model that ships with the project, installed or in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for path in (package / "tiny_moe", package.parent / "examples" / "tiny_moe"):
         if (path / "config.json").is_file():
@@ -34,29 +35,28 @@ def shipped_model() -> Path:
     raise RequestError("The model that ships with GloBE is not installed; install again from the source tree.")
 
 
-def run_demo(out: Path | None, stage: Stage) -> dict:
-    """Fit the shipped model, export, reload and measure; returns the figures under stable keys.
+def run_demo(out: Path | None, progress: Progress) -> dict:
+    """Fit the shipped model, export, load and measure it; returns the figures under stable keys.
 
     `out` keeps the checkpoint (`out/globe`) and the exported model (`out/globe-hf`); None discards them.
     """
     if out is not None:
-        return _run(out, stage)
+        return _run(out, progress)
     with tempfile.TemporaryDirectory(prefix="globe-demo-") as directory:
-        return _run(Path(directory), stage)
+        return _run(Path(directory), progress)
 
 
-def _run(out: Path, stage: Stage) -> dict:
+def _run(out: Path, progress: Progress) -> dict:
     model_dir = shipped_model()
     source = ExpertSource(model_dir)
     if (out / "globe" / CONFIG_NAME).is_file():
         other = GlobeCheckpoint(out / "globe").config.base.name
         if other != source.base.name:
             raise RequestError(f"{out / 'globe'} holds a checkpoint of {other}; give the demo another directory.")
-    result = fit_with_progress(source, DEMO_CONFIG, stage)
-    save_fit(result, source, out / "globe")
+    result = compress(model_dir, out / "globe", DEMO_CONFIG, resume=False, progress=progress)
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
-    stage.begin("export", 1)
-    export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: stage.advance(done / total))
+    progress.begin("export", 1)
+    export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: progress.advance(done / total))
 
     dense = load_model(model_dir)
     compressed = load_model(out / "globe-hf")
@@ -64,8 +64,8 @@ def _run(out: Path, stage: Stage) -> dict:
     svd = with_experts(source, lambda layer, family: stored_svd(source.read(layer, family), svd_rank))
     models = {"dense": dense, "globe": compressed, "svd": svd}
     windows = token_windows(model_dir, model_dir / "heldout.txt")
-    stage.begin("measure", 1)
-    quality = evaluate(models, windows, on_batch=lambda done, total: stage.advance(done / total))
+    progress.begin("measure", 1)
+    quality = evaluate(models, windows, on_batch=lambda done, total: progress.advance(done / total))
     if not any(name.startswith("moe_ffn") for name in call_counts()):
         raise AssertionError("the GloBE experts never ran")
     texts = {name: continue_text(models[name], model_dir, PROMPT, NEW_TOKENS) for name in ("dense", "globe", "svd")}
@@ -76,7 +76,7 @@ def _figures(
     report: dict, quality: dict[str, Quality], checkpoint: GlobeCheckpoint, model: nn.Module, texts: dict[str, str]
 ) -> dict:
     families = report["families"]
-    modules, config = list(globe_modules(model).values()), checkpoint.config
+    modules, base = list(globe_modules(model).values()), checkpoint.config.base
     resident = resident_bytes(model) - sum(module.down_proj.nbytes for module in modules)
     return {
         "relative_error": {family: families[family]["relative_error"] for family in FAMILIES},
@@ -88,10 +88,10 @@ def _figures(
         "kl": {name: quality[name].kl for name in ("globe", "svd")},
         "top1": {name: quality[name].top1 for name in ("globe", "svd")},
         "bytes": {
-            "dense_experts": config.base.dense_bytes,
+            "dense_experts": base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
-            "dense_peak": config.base.dense_bytes + peak_workspace(model, (DENSE.name,)),
+            "dense_peak": base.dense_bytes + peak_workspace(model, (DENSE.name,)),
             "peak": resident + peak_workspace(model),
         },
         "paths": list(modules[0].strategies),

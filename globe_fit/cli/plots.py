@@ -1,4 +1,4 @@
-"""The figures of a report, drawn with matplotlib, as SVG to stand inside a page or as PNG files."""
+"""Draw the figures of a report, a sweep and a plan with matplotlib, as SVG for a page or as PNG files."""
 
 import io
 import re
@@ -32,7 +32,7 @@ _MOST_BARS = 32
 
 
 def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT, **axes):
-    """(figure, axes (rows, columns)) in the style of the report. Raises RequestError without matplotlib."""
+    """Make (figure, axes (rows, columns)) in the style of the report. Raises RequestError without matplotlib."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -44,17 +44,19 @@ def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: f
 
 
 def error_curves(history: dict[str, list[dict]], reports: dict[str, dict]) -> "Figure":
-    """Relative error over the steps; dashed, the SVD in the same bytes; dotted, what the rank allows."""
+    """Draw the relative error over the steps; dashed: the SVD in the same bytes; dotted: the bound of the rank."""
     figure, ((axes,),) = _figure()
     axes.set(xlabel="step", ylabel="relative squared error", yscale="log")
     for family, records in history.items():
         steps = [record["step"] for record in records]
         marker = "o" if len(steps) < 2 else None
-        axes.plot(steps, [one["relative_error"] for one in records], color=COLOURS[family], label=family, marker=marker)
+        axes.plot(
+            steps, [record["relative_error"] for record in records], color=COLOURS[family], label=family, marker=marker
+        )
     styles = (("svd_equal_bytes", "--", "SVD, equal bytes"), ("rank_bound", ":", "lower bound of the rank"))
     for name, style, label in styles:
         for family, report in reports.items():
-            if report.get(name, 0) > 1e-9:  # a full rank loses nothing but rounding
+            if report.get(name, 0) > 1e-9:  # at a full rank there is only rounding
                 axes.axhline(report[name], color=COLOURS[family], linestyle=style, linewidth=1)
         if any(report.get(name, 0) > 1e-9 for report in reports.values()):
             axes.plot([], [], color=_GREY, linestyle=style, linewidth=1, label=label)
@@ -64,7 +66,7 @@ def error_curves(history: dict[str, list[dict]], reports: dict[str, dict]) -> "F
 
 
 def _plain_log(axes: "Axes") -> None:
-    """0.03, not 3 x 10^-2, and ticks between the decades where there are few."""
+    """Label a log axis with 0.03, not 3 x 10^-2, and put ticks between the decades where there are few."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = axes.get_ylim()
@@ -75,17 +77,17 @@ def _plain_log(axes: "Axes") -> None:
 
 
 def bars(values: dict[str, dict], xlabel: str, ylabel: str) -> "Figure":
-    """Grouped bars: {family: {label: value}}, with the same labels in each family; lines where there are many."""
+    """Draw grouped bars {family: {label: value}}, equal labels in each family; lines where there are many labels."""
     figure, ((axes,),) = _figure()
     labels = list(next(iter(values.values())))
     width = 0.8 / len(values)
-    for number, (family, own) in enumerate(values.items()):
+    for number, (family, heights) in enumerate(values.items()):
         if len(labels) > _MOST_BARS:
-            axes.plot(list(own.values()), color=COLOURS[family], label=family, linewidth=1.4)
+            axes.plot(list(heights.values()), color=COLOURS[family], label=family, linewidth=1.4)
             axes.set_ylim(bottom=0)
             continue
-        places = [place + (number - (len(values) - 1) / 2) * width for place in range(len(labels))]
-        axes.bar(places, list(own.values()), width=0.92 * width, color=COLOURS[family], label=family)
+        centres = [group + (number - (len(values) - 1) / 2) * width for group in range(len(labels))]
+        axes.bar(centres, list(heights.values()), width=0.92 * width, color=COLOURS[family], label=family)
     every = -(-len(labels) // 24)
     axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.7, len(labels) - 0.3))
     axes.set_xticks(range(0, len(labels), every), labels[::every])
@@ -99,24 +101,24 @@ def _legend_above(axes: "Axes") -> None:
 
 
 def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, log: bool = False) -> "Figure":
-    """{family: {"counts", "edges"}}, as outlines over each other; of few integers, as bars."""
-    bins = [_whole_bins(own) for own in values.values()]
+    """Draw histograms {family: {"counts", "edges"}} as outlines over each other, or as bars for few integers."""
+    bins = [_whole_bins(histogram) for histogram in values.values()]
     if all(bins):
-        seen = [number for own in bins for number in own]
+        seen = [number for counted in bins for number in counted]
         shown = range(max(min(seen) - 2, 0), max(seen) + 3)
-        counts = ({str(number): own.get(number, 0) for number in shown} for own in bins)
+        counts = ({str(number): counted.get(number, 0) for number in shown} for counted in bins)
         return bars(dict(zip(values, counts, strict=True)), xlabel, ylabel)
     figure, ((axes,),) = _figure()
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    for family, own in values.items():
-        axes.stairs(own["counts"], own["edges"], fill=True, color=COLOURS[family], alpha=0.18)
-        axes.stairs(own["counts"], own["edges"], color=COLOURS[family], label=family, linewidth=1.4)
-    # the bins that hold something, and a little air
-    held = [
-        edge for own in values.values() for edge, count in zip(own["edges"][1:], own["counts"], strict=True) if count
-    ]
-    first = min(own["edges"][0] for own in values.values())
-    axes.set_xlim(first, min(first + 1.1 * (max(held) - first), max(own["edges"][-1] for own in values.values())))
+    filled = []  # right edges of the bins that are not empty
+    for family, histogram in values.items():
+        counts, edges = histogram["counts"], histogram["edges"]
+        axes.stairs(counts, edges, fill=True, color=COLOURS[family], alpha=0.18)
+        axes.stairs(counts, edges, color=COLOURS[family], label=family, linewidth=1.4)
+        filled += [edge for edge, count in zip(edges[1:], counts, strict=True) if count]
+    first = min(histogram["edges"][0] for histogram in values.values())
+    last = max(histogram["edges"][-1] for histogram in values.values())
+    axes.set_xlim(first, min(first + 1.1 * (max(filled) - first), last))
     if log:
         axes.set_ylim(bottom=0.7)
         _plain_log(axes)
@@ -125,7 +127,7 @@ def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, 
 
 
 def _whole_bins(histogram: dict[str, list]) -> dict[int, int]:
-    """{number: count} of a histogram of integers whose bins hold one each; empty for any other."""
+    """Return {number: count} of a histogram with a bin per integer; empty for any other histogram."""
     counts, edges = histogram["counts"], histogram["edges"]
     if any(edge % 1 != 0.5 for edge in edges) or edges[1] - edges[0] != 1:
         return {}
@@ -133,12 +135,12 @@ def _whole_bins(histogram: dict[str, list]) -> dict[int, int]:
 
 
 def sorted_values(values: dict[str, list[float]], xlabel: str, ylabel: str) -> "Figure":
-    """Each family's values from the largest to the smallest, and their mean."""
+    """Draw the values of each family from the largest to the smallest, and the mean of all."""
     figure, ((axes,),) = _figure()
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    for family, own in values.items():
-        axes.stairs(sorted(own, reverse=True), baseline=None, color=COLOURS[family], label=family, linewidth=1.6)
-    means = [sum(own) / len(own) for own in values.values()]
+    for family, numbers in values.items():
+        axes.stairs(sorted(numbers, reverse=True), baseline=None, color=COLOURS[family], label=family, linewidth=1.6)
+    means = [sum(numbers) / len(numbers) for numbers in values.values()]
     axes.axhline(sum(means) / len(means), color=_GREY, linestyle=":", linewidth=1, label="mean")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
@@ -147,21 +149,21 @@ def sorted_values(values: dict[str, list[float]], xlabel: str, ylabel: str) -> "
 
 
 def spectra(checks: dict[str, list[dict]]) -> "Figure":
-    """Singular values of sampled experts, a row of panels per family: dense, and as stored."""
+    """Draw the singular values of sampled experts, dense and as stored, a row of panels per family."""
     columns = max(map(len, checks.values()))
     size = {"width": 2 * _WIDTH + 0.4, "height": 2.1 * len(checks) + 0.3}
     figure, grid = _figure(len(checks), columns, sharex=True, sharey=True, **size)
     for row, (family, experts) in zip(grid, checks.items(), strict=True):
-        for axes, one in zip(row, experts, strict=False):
-            dense, stored = one["spectrum_dense"], one["spectrum_stored"]
-            axes.plot(one["number"], dense, color=_GREY, label="dense", linewidth=2.4, alpha=0.45)
-            axes.plot(one["number"], stored, color=COLOURS[family], label=f"{family}, stored", linewidth=1.2)
-            axes.set_title(f"layer {one['layer']}, expert {one['expert']}", fontsize=8.5, color="#475569")
+        for axes, check in zip(row, experts, strict=False):
+            dense, stored = check["spectrum_dense"], check["spectrum_stored"]
+            axes.plot(check["number"], dense, color=_GREY, label="dense", linewidth=2.4, alpha=0.45)
+            axes.plot(check["number"], stored, color=COLOURS[family], label=f"{family}, stored", linewidth=1.2)
+            axes.set_title(f"layer {check['layer']}, expert {check['expert']}", fontsize=8.5, color="#475569")
         row[0].set_ylabel("singular value")
         row[0].legend(fontsize=8, frameon=False)
-    # below a thousandth of the largest there is rounding, or what the rank cannot hold
-    top = max(one["spectrum_dense"][0] for experts in checks.values() for one in experts)
-    low = min(value for experts in checks.values() for one in experts for value in one["spectrum_dense"])
+    # values below a thousandth of the largest are rounding, or beyond the rank
+    dense = [check["spectrum_dense"] for experts in checks.values() for check in experts]
+    top, low = max(values[0] for values in dense), min(map(min, dense))
     grid[0][0].set(yscale="log", ylim=(max(low / 1.5, top / 1000), top * 1.5))
     _plain_log(grid[0][0])
     for axes in grid[-1]:
@@ -170,7 +172,7 @@ def spectra(checks: dict[str, list[dict]]) -> "Figure":
 
 
 def curves(history: dict[str, list[dict]], name: str, ylabel: str) -> "Figure":
-    """One metric over the steps."""
+    """Draw a metric over the steps."""
     figure, ((axes,),) = _figure()
     for family, records in history.items():
         rows = [record for record in records if record.get(name) is not None]
@@ -184,8 +186,11 @@ def curves(history: dict[str, list[dict]], name: str, ylabel: str) -> "Figure":
 
 
 def sweep(rows: list[dict]) -> "Figure":
-    """Error against bytes on disk of the points of a sweep, a panel per family and a series per support and palette;
-    lines join the points of one rank. Dashed, the SVD of every expert in the same bytes."""
+    """Draw the error of the points of a sweep against their bytes on disk, a panel per family.
+
+    Each support and palette has a colour, and lines join the points of equal rank. Dashed: the SVD of every expert in
+    the same bytes.
+    """
     figure, (panels,) = _figure(1, len(FAMILIES), width=2 * _WIDTH, height=1.2 * _HEIGHT, sharey=True)
     series: dict[str, dict[int, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: row["bytes"]["globe_on_disk"]):
@@ -197,11 +202,11 @@ def sweep(rows: list[dict]) -> "Figure":
         for number, (name, ranks) in enumerate(series.items()):
             style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP"[number % 6], "markersize": 4}
             label = name
-            for own in ranks.values():
-                size = [row["bytes"]["globe_on_disk"] / 1e6 for row in own]
-                error = [row["relative_error"][family] for row in own]
+            for joined in ranks.values():
+                size = [row["bytes"]["globe_on_disk"] / 1e6 for row in joined]
+                error = [row["relative_error"][family] for row in joined]
                 axes.plot(size, error, label=label, linewidth=1.2, alpha=0.8, **style)
-                label = None  # one entry of the legend for all ranks
+                label = None  # a single entry of the legend for all ranks
         axes.set(xlabel="MB on disk", yscale="log")
         axes.set_title(family, fontsize=9.5, color="#475569")
     panels[0].set_ylabel("relative squared error")
@@ -211,25 +216,27 @@ def sweep(rows: list[dict]) -> "Figure":
 
 
 def plan_figure(figures: dict) -> "Figure":
-    """What `globe plan` predicts, a row per point: times relative to the dense experts, bytes by what they hold."""
+    """Draw the figures of `globe plan`, a row per point: times relative to the dense experts, bytes by part."""
     rows = figures["points"]
     figure, grid = _figure(len(rows), 2, width=2 * _WIDTH, height=1.2 * _HEIGHT * len(rows))
     for (times, held), point in zip(grid, rows, strict=True):
-        ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
-        dense = ways["dense"]["us_per_layer"]
-        for name, one in ways.items():
+        strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
+        dense = strategies["dense"]["us_per_layer"]
+        for name, found in strategies.items():
             style: dict[str, Any] = {"color": _GREY} if name == "dense" else {}
             style |= {"linewidth": 3, "alpha": 0.35} if name == "auto" else {"linewidth": 1.4}
-            relative = [us / dense[tokens] for tokens, us in one["us_per_layer"].items()]
+            relative = [us / dense[tokens] for tokens, us in found["us_per_layer"].items()]
             times.plot([int(tokens) for tokens in dense], relative, label=name, **style)
         times.set(yscale="log", xlabel="tokens", ylabel="time relative to dense")
         times.set_xscale("log", base=2)
         _plain_log(times)
-        start = dict.fromkeys(ways, 0.0)
-        for number, part in enumerate(ways["dense"]["parts"]):
-            sizes = {name: one["parts"][part] / 1e9 for name, one in ways.items()}
+        start = dict.fromkeys(strategies, 0.0)
+        for number, part in enumerate(strategies["dense"]["parts"]):
+            sizes = {name: found["parts"][part] / 1e9 for name, found in strategies.items()}
             if any(sizes.values()):
-                held.barh(list(ways), list(sizes.values()), left=list(start.values()), label=part, color=f"C{number}")
+                held.barh(
+                    list(strategies), list(sizes.values()), left=list(start.values()), label=part, color=f"C{number}"
+                )
                 start = {name: start[name] + size for name, size in sizes.items()}
         held.invert_yaxis()
         held.set(xlabel="GB on the device")
@@ -241,7 +248,7 @@ def plan_figure(figures: dict) -> "Figure":
 
 
 def inline_svg(figure: "Figure", name: str) -> str:
-    """An <svg> element without ids that another figure of the page could have, and without addresses."""
+    """Make an <svg> element without addresses, and without ids that another figure of the page could have."""
     import matplotlib
 
     buffer = io.StringIO()
@@ -256,7 +263,7 @@ def inline_svg(figure: "Figure", name: str) -> str:
 
 
 def save_png(figure: "Figure", title: str, path: str) -> None:
-    """A PNG with a title of its own."""
+    """Save a figure with a title to a PNG file."""
     import matplotlib
 
     figure.suptitle(title, fontsize=11, color="#0f172a")

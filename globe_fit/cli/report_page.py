@@ -1,4 +1,4 @@
-"""One page about a GloBE checkpoint, or about a fit that is not finished: figures, curves, tables; nothing to load."""
+"""An HTML page about a GloBE checkpoint or an unfinished fit: figures and tables, with nothing to fetch."""
 
 from dataclasses import dataclass
 from html import escape
@@ -24,7 +24,8 @@ from globe_kernels.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_EXPERTS_OF_BASE = 5  # spectra that are drawn with --base; without it those of the fit report
+PAGE_NAME = "report.html"
+_EXPERTS_OF_BASE = 5  # spectra to draw with --base; without --base the spectra of the fit report
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class _Plot:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is known of a fit. `families` has the newest value of every metric of each family that has begun."""
+    """The facts about a fit. `families` has the newest value of every metric of each family that has begun."""
 
     title: str
     checkpoint: GlobeCheckpoint | None  # None while the fit is not finished
@@ -50,19 +51,17 @@ class _Facts:
 
 
 def write_report(directory: Path, out: Path | None = None, *, base: Path | None = None, png: bool = False) -> dict:
-    """Write the page about `directory` to `out`, by default report.html in it, and with `png` each figure beside it.
+    """Write the page about `directory` to `out`, by default in the directory; with `png` also each figure as a file.
 
-    `base`, the dense model, adds spectra of more experts. Returns what was written and the headline numbers. Raises
+    `base`, the dense model, adds spectra of more experts. Returns the written paths and the main figures. Raises
     RequestError when there is neither a checkpoint nor an unfinished fit, when `base` is another model, or without
     matplotlib.
     """
     facts = _collect(directory, base)
     drawn = _plots(facts)
-    out = directory / "report.html" if out is None else out
+    out = directory / PAGE_NAME if out is None else out
     if out.is_dir():
-        raise RequestError(
-            f"{out} is a directory; give the name of a file for the page, such as {out / 'report.html'}."
-        )
+        raise RequestError(f"{out} is a directory; give the name of a file for the page, such as {out / PAGE_NAME}.")
     require_room(out.parent, 0)
     out.parent.mkdir(parents=True, exist_ok=True)
     page = _page(facts, drawn)
@@ -72,7 +71,7 @@ def write_report(directory: Path, out: Path | None = None, *, base: Path | None 
     for plot in drawn if png else ():
         written.append(str(out.with_name(f"{out.stem}-{plot.name}.png")))
         plots.save_png(plot.figure, plot.title, written[-1])
-    errors = {family: own.get("relative_error") for family, own in facts.families.items()}
+    errors = {family: metrics.get("relative_error") for family, metrics in facts.families.items()}
     figures: dict[str, Any] = {"html": str(out), "png": written, "finished": facts.checkpoint is not None}
     if facts.checkpoint is not None:
         figures["bytes"] = _bytes(facts.checkpoint)
@@ -88,9 +87,9 @@ def _collect(directory: Path, base: Path | None) -> _Facts:
     unfinished = stream.is_file() and not (directory / CONFIG_NAME).is_file()
     checkpoint = None if unfinished else GlobeCheckpoint(directory)
     records = read_stream(stream if checkpoint is None else directory / METRICS_NAME)
-    history = {family: [one for one in records if one["family"] == family] for family in FAMILIES}
-    history = {family: own for family, own in history.items() if own}
-    newest = {family: {name: one[name] for one in own for name in one} for family, own in history.items()}
+    history = {family: [record for record in records if record["family"] == family] for family in FAMILIES}
+    history = {family: found for family, found in history.items() if found}
+    newest = {family: {name: each[name] for each in found for name in each} for family, found in history.items()}
     if checkpoint is None:
         return _Facts(directory.resolve().name, None, "This fit is not finished.", {}, history, newest, {})
     report, config, use = checkpoint.report(), checkpoint.config, {}
@@ -110,22 +109,22 @@ def _collect(directory: Path, base: Path | None) -> _Facts:
 
 def _spot_checks(checkpoint: GlobeCheckpoint, source: ExpertSource, family: str) -> list[dict]:
     bank, found = checkpoint.bank(family), []
-    for place in sampled_places(source.base.total_experts, _EXPERTS_OF_BASE):
-        layer, places = next(one for one in source.blocks if place < one[1].stop)
-        own = slice(place - places.start, place - places.start + 1)
+    for number in sampled_places(source.base.total_experts, _EXPERTS_OF_BASE):
+        layer, span = next(block for block in source.blocks if number < block[1].stop)
+        expert = slice(number - span.start, number - span.start + 1)
         factors = checkpoint.layer(layer.layer, family)
-        factors = LayerFactors(factors.adapter[own], Code(factors.code.index[own], factors.code.value[own]))
-        dense = source.read(layer, family, range(own.start, own.stop))[0]
+        factors = LayerFactors(factors.adapter[expert], Code(factors.code.index[expert], factors.code.value[expert]))
+        dense = source.read(layer, family, range(expert.start, expert.stop))[0]
         stored = reconstruct(factors, bank, checkpoint.config.phi)[0]
-        found.append({"layer": layer.layer, "expert": own.start, **compare(dense, stored)})
+        found.append({"layer": layer.layer, "expert": expert.start, **compare(dense, stored)})
     return found
 
 
 def _plots(facts: _Facts) -> list[_Plot]:
-    """Every figure that there are numbers for."""
+    """Draw every figure that has numbers."""
 
     def of(name: str) -> dict[str, Any]:
-        return {family: own[name] for family, own in facts.families.items() if own.get(name)}
+        return {family: metrics[name] for family, metrics in facts.families.items() if metrics.get(name)}
 
     drawn = []
 
@@ -133,39 +132,47 @@ def _plots(facts: _Facts) -> list[_Plot]:
         drawn.append(_Plot(*args, wide=wide))
 
     if facts.history:
-        caption = "Of the normalised weights, as the solver sees it."
+        caption = "Error of the normalised weights, as the solver sees them."
         if of("svd_equal_bytes"):
-            caption += " Dashed: what an SVD of every expert would lose in the same bytes."
+            caption += " Dashed: the SVD of every expert in the same bytes."
         add("error", "Error over the steps", caption, plots.error_curves(facts.history, facts.families))
     if layers := of("relative_error_by_layer"):
         caption = "Relative squared error of the stored factors on the raw weights."
         add("layers", "Error of each layer", caption, plots.bars(layers, "layer", "relative squared error"))
     if facts.use:
-        atoms = plots.sorted_values(facts.use, "atoms, most used first", "experts that use it")
-        add("popularity", "Popularity of the atoms", "An atom at zero is dead: it costs bytes and does nothing.", atoms)
+        atoms = plots.sorted_values(facts.use, "atoms, most used first", "experts that use the atom")
+        add(
+            "popularity",
+            "Popularity of the atoms",
+            "No expert uses an atom at zero: it costs bytes for nothing.",
+            atoms,
+        )
     if palettes := of("palette_sizes"):
-        caption = "Different atoms that the experts of a layer use: what has to be at hand when it runs."
+        caption = "Different atoms that the experts of a layer use: the layer needs them when it runs."
         add("palettes", "Palette of each layer", caption, plots.bars(palettes, "layer", "atoms"))
     if supports := of("support_histogram"):
         caption, overlap = "Non-zero codes of an expert.", facts.overall.get("support_overlap")
         if overlap is not None:
-            caption += f" Gate and up of one expert share {overlap:.0%} of the atoms that either uses."
+            caption += f" Gate and up of an expert share {overlap:.0%} of the atoms that either uses."
         figure = plots.histograms(supports, "atoms of an expert", "experts")
         add("support", "Support of the experts", caption, figure)
     if pairs := of("coherence_histogram"):
         figure = plots.histograms(pairs, "|cosine| of two atoms", "pairs", log=True)
-        add("coherence", "Coherence of the atoms", "Pairs near 1 are atoms that say the same.", figure)
+        add("coherence", "Coherence of the atoms", "Two atoms with a |cosine| near 1 duplicate each other.", figure)
     if checks := of("spot_checks"):
-        caption = "Sampled experts. Where the coloured line leaves the grey one, energy was lost."
+        caption = "Sampled experts. Where the coloured line leaves the grey line, energy is lost."
         add("spectra", "Spectra before and after", caption, plots.spectra(checks), wide=True)
     for name, title, caption in (
-        ("energy_captured", "Energy in the composed bases", "Share of sampled experts that their bases can hold."),
-        ("step_seconds", "Seconds of a step", "One pass over all experts, as it was logged."),
+        (
+            "energy_captured",
+            "Energy in the composed bases",
+            "Share of the energy of sampled experts that their bases can hold.",
+        ),
+        ("step_seconds", "Seconds of a step", "Seconds of the last pass over all experts before each record."),
     ):
-        if any(one.get(name) is not None for records in facts.history.values() for one in records):
-            add(
-                name.replace("_", "-"), title, caption, plots.curves(facts.history, name, METRICS[name].unit or "share")
-            )
+        if any(record.get(name) is not None for records in facts.history.values() for record in records):
+            figure = plots.curves(facts.history, name, METRICS[name].unit or "share")
+            add(name.replace("_", "-"), title, caption, figure)
     return drawn
 
 
@@ -189,7 +196,7 @@ def _page(facts: _Facts, drawn: list[_Plot]) -> str:
 
 def _subtitle(facts: _Facts) -> str:
     if facts.checkpoint is None:
-        steps = ", ".join(f"{family} at step {own[-1]['step']}" for family, own in facts.history.items())
+        steps = ", ".join(f"{family} at step {records[-1]['step']}" for family, records in facts.history.items())
         return f"A fit that is not finished: {steps or 'no step yet'}"
     config = facts.checkpoint.config
     base = config.base
@@ -206,19 +213,19 @@ def _tiles(facts: _Facts) -> str:
         dense, disk = _bytes(facts.checkpoint).values()
         sizes = f"{megabytes(dense)} of gate and up experts, {megabytes(disk)} on disk"
         tiles.append((f"{disk / dense:.3f}", "of the bytes", sizes))
-    for family, own in facts.families.items():
-        if "relative_error" not in own:
+    for family, metrics in facts.families.items():
+        if "relative_error" not in metrics:
             continue
         baselines = [
-            f"{label} {_number(own[name])}"
-            for name, label in (("svd_equal_bytes", "SVD in the same bytes"), ("rank_bound", "bound of the rank"))
-            if name in own
+            f"{label} {_number(metrics[name])}"
+            for name, label in (("svd_equal_bytes", "SVD in the same bytes"), ("rank_bound", "lower bound of the rank"))
+            if name in metrics
         ]
-        tiles.append((_number(own["relative_error"]), f"relative error, {family}", "; ".join(baselines)))
+        tiles.append((_number(metrics["relative_error"]), f"relative error, {family}", "; ".join(baselines)))
     last = [records[-1] for records in facts.history.values()]
     if seconds := sum(record["seconds"] for record in last):
         passes = sum(record["step"] + 1 for record in last)
-        tiles.append((_duration(seconds), "in the solver", f"{seconds / passes:.2g} s a pass over all experts"))
+        tiles.append((_duration(seconds), "in the solver", f"{seconds / passes:.2g} s per pass over all experts"))
     return "".join(
         f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span><small>{escape(detail)}</small></div>'
         for value, label, detail in tiles
@@ -244,28 +251,28 @@ def _number(value: Any) -> str:
 def _spot_table(facts: _Facts) -> str:
     rows = [
         [
-            f"{family}, layer {one['layer']}, expert {one['expert']}",
-            _number(one["relative_error"]),
-            *(f"{angle:.1f}" for angle in (one["angles_degrees"][0], one["angles_degrees"][-1])),
+            f"{family}, layer {check['layer']}, expert {check['expert']}",
+            _number(check["relative_error"]),
+            *(f"{angle:.1f}" for angle in (check["angles_degrees"][0], check["angles_degrees"][-1])),
         ]
-        for family, own in facts.families.items()
-        for one in own.get("spot_checks", ())
+        for family, metrics in facts.families.items()
+        for check in metrics.get("spot_checks", ())
     ]
     header = ["Sampled expert", "relative error", "smallest angle of the top singular vectors, degrees", "largest"]
     return _table("Spot checks", header, rows) if rows else ""
 
 
 def _metric_table(facts: _Facts) -> str:
-    """All plain numbers, at the start and at the end of each family."""
+    """Tabulate all plain numbers, at the start and at the end of each family."""
     rows = []
-    for name, metric in METRICS.items():
+    for name, row in METRICS.items():
         values = [
             _number(found[name]) if isinstance(found.get(name), (int, float)) else ""
-            for family, own in facts.families.items()
-            for found in (facts.history.get(family, [{}])[0], own)
+            for family, newest in facts.families.items()
+            for found in (facts.history.get(family, [{}])[0], newest)
         ]
         if any(values):
-            rows.append([name, metric.unit, *values, metric.meaning])
+            rows.append([name, row.unit, *values, row.meaning])
     header = [
         "Metric",
         "unit",

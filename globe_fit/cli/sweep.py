@@ -1,7 +1,7 @@
-"""Fits of one model over many sizes: every combination of the given lists is a point, with a directory of its own.
+"""Fits of one model over many sizes: every combination of the given lists is a point, and each point has a directory.
 
-Everything that a sweep reports is read from the checkpoints of its points. One that is finished is not fitted again and
-one that is not goes on from its snapshots, so the same sweep after an interruption ends with the same table.
+A sweep reads its report from the checkpoints of its points. It does not fit a finished point again, and it continues an
+unfinished point from its snapshots, so the same sweep after an interruption ends with the same table.
 """
 
 import itertools
@@ -16,15 +16,15 @@ import torch
 from torch import nn
 
 from globe_fit.cli import plots
-from globe_fit.cli.progress import Stage, fit_with_progress
+from globe_fit.compression import compress
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
-from globe_fit.export import save_fit
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
-from globe_fit.run.loggers import Loggers, read_stream
+from globe_fit.run.loggers import read_stream
+from globe_fit.run.progress import Progress
 from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
@@ -42,29 +42,29 @@ _NO_LIMIT = "none"
 
 @dataclass(frozen=True)
 class Point:
-    """One fit of a sweep."""
+    """A fit of a sweep."""
 
-    config: FitConfig  # by rank and atoms, whatever they followed from
+    config: FitConfig  # rank and atoms are given, ratio is not
     sizes: GlobeConfig
 
     @property
     def name(self) -> str:
-        """Of its directory, such as r64-m34-s12-u17."""
+        """Name of its directory, such as r64-m34-s12-u17."""
         config = self.config
         palette = "" if config.palette is None else f"-u{config.palette}"
         return f"r{config.rank}-m{config.atoms}-s{config.support}{palette}"
 
     @property
     def key(self) -> dict:
-        """What a row is found by."""
+        """The sizes by which a row is found."""
         config = self.config
         return {"m": config.atoms, "r": config.rank, "target_support": config.support, "palette": config.palette}
 
 
 def read_lists(options: dict[str, str | None]) -> dict[str, list]:
-    """{setting of FitConfig: its values} of comma-separated lists; None where an option was not given is left out.
+    """Read comma-separated lists: {setting of FitConfig: its values}, without the options that are None.
 
-    Raises RequestError for what is not a list of numbers, or of "none" for no palette.
+    Raises RequestError for a word that is not a number; a palette may also be "none".
     """
     lists: dict[str, list] = {}
     for name, text in options.items():
@@ -84,14 +84,14 @@ def read_lists(options: dict[str, str | None]) -> dict[str, list]:
 
 
 def read_cache_bytes(text: str | None) -> list[int]:
-    """The sizes of a comma-separated list such as 1MB,4MB. Raises RequestError."""
+    """Read a comma-separated list of sizes such as 1MB,4MB. Raises RequestError."""
     return [] if text is None else [parse_bytes(word) for word in text.split(",")]
 
 
 def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
-    """All combinations of `lists`, the other settings as in `config`; two that lead to the same sizes are one point.
+    """Combine all values of `lists`, with the other settings of `config`; equal sizes are one point.
 
-    Raises RequestError when one of them cannot be had.
+    Raises RequestError when a combination has sizes out of range.
     """
     config = replace(config, device=resolve_device(config.device))
     points: dict[str, Point] = {}
@@ -108,8 +108,8 @@ def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> lis
         points.setdefault(point.name, point)
     if refused:
         raise RequestError(
-            f"{len(refused)} of the {len(combinations)} points of the sweep cannot be had, so none is fitted; the "
-            f"first: {refused[0]}"
+            f"{len(refused)} of the {len(combinations)} points of the sweep cannot be fitted, so no point is fitted; "
+            f"the first refusal: {refused[0]}"
         )
     return list(points.values())
 
@@ -117,8 +117,8 @@ def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> lis
 class Sweep:
     """The points of a sweep in the directory `out`.
 
-    Raises RequestError when `out` holds one of them with other settings, GlobeError when the disk has no room for all.
-    With `restart` whatever `out` holds of the points is taken for absent, and removed by `run`.
+    Raises RequestError when `out` holds a point with other settings, GlobeError when the disk has no room for all
+    points. With `restart` the directories of the points count as absent, and `run` removes them.
     """
 
     def __init__(self, source: ExpertSource, points: list[Point], out: Path, *, restart: bool, minutes: float):
@@ -141,8 +141,8 @@ class Sweep:
         changes = differences(found | {"model": asdict(config.base)}, wanted | {"model": asdict(self._source.base)})
         if changes:
             raise RequestError(
-                f"{directory} holds a finished fit with other settings ({changes}); run the sweep with those, give "
-                "another directory, or pass --restart to discard it."
+                f"{directory} holds a finished fit with other settings ({changes}); run the sweep with the settings "
+                "of that fit, give another directory, or pass --restart to discard it."
             )
         return True
 
@@ -150,7 +150,7 @@ class Sweep:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
 
     def estimate(self) -> list[dict]:
-        """A row per point with its bytes and the seconds that it will take; 0 when it is finished."""
+        """Predict a row per point: its bytes and its seconds, 0 for a finished point."""
         rows = []
         for point in self.points:
             done = point.name in self.finished
@@ -163,48 +163,51 @@ class Sweep:
         dense = self._source.base.dense_bytes
         return {"bytes": {"dense_experts": dense, "globe_on_disk": on_disk}, "ratio": on_disk / dense}
 
-    def run(self, stage: Stage) -> list[dict]:
-        """Fit what is not finished; a row per point."""
+    def run(self, progress: Progress) -> list[dict]:
+        """Fit the points that are not finished; returns a row per point."""
         if self._restart:
             for point in self.points:
                 shutil.rmtree(self._out / point.name, ignore_errors=True)
         for number, point in enumerate(self.points, start=1):
             if point.name not in self.finished:
-                self._fit(point, stage, f"{point.name}, {number} of {len(self.points)}")
+                self._fit(point, progress, f"{point.name}, {number} of {len(self.points)}")
             discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]
 
-    def measure(self, rows: list[dict], windows: torch.Tensor, cache_bytes: Sequence[int], stage: Stage) -> list[dict]:
-        """The rows with the quality of their points on `windows` (globe_fit.data.model.token_windows).
+    def measure(
+        self, rows: list[dict], windows: torch.Tensor, cache_bytes: Sequence[int], progress: Progress
+    ) -> list[dict]:
+        """Add the quality of each point on `windows` (globe_fit.data.model.token_windows) to its row.
 
-        Of each point also one row for every S_cache of `cache_bytes`: what a cache of that size does while the point
-        reads a window token by token.
+        Each point also gets a row for every S_cache of `cache_bytes`: hits and speed of a cache of that size while the
+        model reads a window token by token.
         """
         device = self.points[0].config.device
         dense = load_model(self._source.model_dir, device)
-        stage.begin("eval", len(rows))
+        progress.begin("eval", len(rows))
         measured = []
         for number, row in enumerate(rows, start=1):
             globe = shared_copy(dense)
             patch(globe, self._out / row["point"])
             measured.append(row | _quality(dense, globe, windows) | {"S_cache": None})
             measured += [measured[-1] | _cached(globe, size, windows[0]) for size in cache_bytes]
-            stage.advance(number)
+            progress.advance(number)
         return measured
 
-    def _fit(self, point: Point, stage: Stage, name: str) -> None:
-        directory, snapshots = self._out / point.name, self._snapshots(point)
+    def _fit(self, point: Point, progress: Progress, name: str) -> None:
+        # the stage has the name of the point, and the command has said its sentences about the model already
+        of_point = Progress(lambda _, total: progress.begin(name, total), progress.advance)
+        model_dir, out = self._source.model_dir, self._out / point.name
         try:
-            with Loggers(snapshots) as log:
-                result = fit_with_progress(self._source, point.config, stage, snapshots, log=log, name=name)
-            save_fit(result, self._source, directory)
+            compress(model_dir, out, point.config, snapshot_minutes=self._minutes, progress=of_point)
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)
         report = checkpoint.report()
-        seconds = {one["family"]: one["seconds"] for one in read_stream(self._out / point.name / METRICS_NAME)}
+        records = read_stream(self._out / point.name / METRICS_NAME)
+        seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
         return {
             "point": point.name,
@@ -230,7 +233,7 @@ def _cached(globe: nn.Module, cache_bytes: int, window: torch.Tensor) -> dict:
 
 
 def write_rows(rows: list[dict], out: Path) -> Path | None:
-    """Write sweep.jsonl and sweep.png in `out`; the path of the plot, None where there is no matplotlib."""
+    """Write sweep.jsonl and sweep.png in `out`; returns the path of the plot, None where there is no matplotlib."""
     with replacing_file(out / ROWS_NAME) as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     try:

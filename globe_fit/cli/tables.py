@@ -1,20 +1,16 @@
-"""The figures of a command as a person reads them: lines and tables on stdout."""
+"""Print the figures of a command for a person: lines and tables on stdout."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from globe_fit.cli.console import gigabytes, megabytes, print_table
+from globe_fit.plan.fitting import per_rank
+from globe_fit.sizes import left_dense_note
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 
 
-def per_rank(ranks: int) -> str:
-    return "" if ranks == 1 else f" on each of {ranks} ranks"
-
-
 def print_estimate(figures: dict) -> None:
-    """What `globe fit --dry-run` says."""
+    """Print the figures of `globe fit --dry-run`."""
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
     print(
         f"rank {figures['rank']}, {figures['atoms']} atoms per family: {megabytes(dense)} of gate and up experts -> "
@@ -29,19 +25,19 @@ def print_estimate(figures: dict) -> None:
         + f"); about {figures['seconds']:.0f} s"
     )
     if figures["run_bytes"]:
-        print(f"before that the model runs over the text in at most {megabytes(figures['run_bytes'])}")
+        print(f"before the fit the model runs over the text in at most {megabytes(figures['run_bytes'])}")
 
 
 def print_plan(figures: dict) -> None:
-    """What `globe plan` says."""
+    """Print the figures of `globe plan`."""
     machine, (inner, width) = figures["machine"], figures["shape"]
     print(
         f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts "
-        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} beside them, "
-        f"{figures['kv_bytes_per_token']} bytes of KV cache per token"
+        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} of other weights"
+        f", {figures['kv_bytes_per_token']} bytes of KV cache per token"
     )
     print(
-        f"Predictions of a model, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
+        f"Predictions, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
         f"multiplies at {machine['matmul_tflop_per_s']:g} TFLOP/s, takes {machine['launch_us']:g} us per launch, has "
         f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform"
     )
@@ -57,31 +53,31 @@ def _print_planned(point: dict, machine: str) -> None:
         f"{point['phi']}, scope {point['scope']}: gate and up {point['ratio']:.3f} of dense; at most "
         f"{gigabytes(point['budget'])} of experts on the device"
     )
-    ways = {name: one for name, one in point["strategies"].items() if "refused" not in one}
+    strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
     header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
     rows = []
-    for name, one in ways.items():
+    for name, found in strategies.items():
         size = disk["dense" if name == "dense" else "globe"]
-        held = [gigabytes(value) for value in (size, one["resident"], one["host"], one["peak"])]
-        rows.append([name, *held, "yes" if one["fits"] else "no", str(one["batch"]), str(one["kv_tokens"])])
+        held = [gigabytes(value) for value in (size, found["resident"], found["host"], found["peak"])]
+        rows.append([name, *held, "yes" if found["fits"] else "no", str(found["batch"]), str(found["kv_tokens"])])
     print_table(f"Bytes of the experts, and room for the KV cache on {point['cards']} x {machine}", header, rows)
-    tokens = list(ways["dense"]["tokens_per_s"])
+    tokens = list(strategies["dense"]["tokens_per_s"])
     rows = [
-        [name, *(f"{one['us_per_layer'][count]:.0f} / {one['tokens_per_s'][count]:.1f}" for count in tokens)]
-        for name, one in ways.items()
+        [name, *(f"{found['us_per_layer'][count]:.0f} / {found['tokens_per_s'][count]:.1f}" for count in tokens)]
+        for name, found in strategies.items()
     ]
-    if "auto" in ways:
-        rows.append(["auto takes", *(ways["auto"]["path"][count] for count in tokens)])
-    print_table("us per MoE layer / tokens/s of all", ["", *(f"T = {count}" for count in tokens)], rows)
-    for name, one in point["strategies"].items():
-        if "refused" in one:
-            print(f"{name}: {one['refused']}")
+    if "auto" in strategies:
+        rows.append(["auto takes", *(strategies["auto"]["path"][count] for count in tokens)])
+    print_table("us per MoE layer / tokens/s of all layers", ["", *(f"T = {count}" for count in tokens)], rows)
+    for name, found in point["strategies"].items():
+        if "refused" in found:
+            print(f"{name}: {found['refused']}")
     if point["why_not_composed"]:
         print(f"{point['why_not_composed']}.")
 
 
 def print_fit(figures: dict, out: Path, advice: str) -> None:
-    """The errors of a fit that is done, beside what it is held against."""
+    """Print the errors of a fit beside the baselines."""
     families = figures["families"]
     rows = [
         [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
@@ -99,10 +95,10 @@ def print_fit(figures: dict, out: Path, advice: str) -> None:
     print(advice)
 
 
-def print_sweep(title: str, rows: list[dict]) -> None:
-    """The points of a sweep."""
+def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None) -> None:
+    """Print the points of a sweep, and where its rows and its plot are."""
     measured = "perplexity" in rows[0]
-    header = ["", "on disk", "ratio", "error", "SVD, equal bytes", "bound of the rank", "palette", "seconds"]
+    header = ["", "on disk", "ratio", "error", "SVD, equal bytes", "lower bound of the rank", "palette", "seconds"]
     if measured:
         header += [f"perplexity ({rows[0]['dense_perplexity']:.3f} dense)", "KL(dense || this)", "top-1 agreement"]
     table = []
@@ -123,10 +119,11 @@ def print_sweep(title: str, rows: list[dict]) -> None:
             for row in cached
         ]
         print_table("token by token with a cache", ["", "S_cache", "bases", "hits", "tokens/s"], lines)
+    print(f"rows in {rows_file}, " + ("no plot without matplotlib" if plot is None else f"plot in {plot}"))
 
 
 def print_sweep_estimate(title: str, rows: list[dict]) -> None:
-    """What `globe sweep --dry-run` says."""
+    """Print the figures of `globe sweep --dry-run`."""
     table = [[row["point"], *_size(row), "finished" if row["finished"] else f"{row['seconds']:.0f}"] for row in rows]
     print_table(title, ["", "on disk", "ratio", "seconds"], table)
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
@@ -142,10 +139,10 @@ def _pair(values: dict, form: str) -> str:
 
 
 def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
-    """Every model of an evaluation, in a row."""
+    """Print a row per model of an evaluation."""
     columns = {
         "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL(first || this)", "{:.5f}"),
+        "kl": ("KL(dense || this)", "{:.5f}"),
         "top1": ("top-1 agreement", "{:.2%}"),
         "tokens_per_s": ("tokens/s", "{:.0f}"),
     }
@@ -154,17 +151,8 @@ def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
     print_table(title, ["", *(columns[key][0] for key in shown)], rows)
 
 
-def left_dense_note(shape: Sequence[int], layers: Mapping[Any, Sequence[int]]) -> str:
-    """Which layers a fit leaves alone, and why; `shape` (P, D) of the others, `layers` {layer: (P, D)}."""
-    found = ", ".join(f"{layer} ({inner} x {width})" for layer, (inner, width) in layers.items())
-    return (
-        f"these layers stay dense: {found}; one bank needs one shape of experts, and {shape[0]} x {shape[1]} holds the "
-        "most weights."
-    )
-
-
 def print_inspection(figures: dict) -> None:
-    """What is in a checkpoint."""
+    """Print the figures of `globe inspect`."""
     inner, width = figures["shape"]
     print(
         f"{figures['base']} ({figures['model_type']}): {figures['experts']} experts of {inner} x {width} in "
@@ -176,10 +164,10 @@ def print_inspection(figures: dict) -> None:
     dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
     print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
     rows = figures["bytes"]["peak_rows"]
-    for path, size in figures["bytes"]["resident"].items():
-        pool = " and its pool" if path == "cached" else ""
-        peak = megabytes(figures["bytes"]["peak"][path])
-        print(f"  {path}: {megabytes(size)}{pool} resident, {peak} at the peak of a call with {rows} routed rows")
+    for strategy, size in figures["bytes"]["resident"].items():
+        pool = " and its pool" if strategy == "cached" else ""
+        peak = megabytes(figures["bytes"]["peak"][strategy])
+        print(f"  {strategy}: {megabytes(size)}{pool} resident, {peak} at the peak of a call with {rows} routed rows")
     families = figures["families"]
     spread = ("support", "atom_use")
     rows = [
@@ -207,7 +195,7 @@ def _cell(value, spread: bool = False) -> str:
 
 
 def print_demo(figures: dict) -> None:
-    """The three models of the demo, side by side."""
+    """Print the three models of the demo side by side."""
     error, baseline = figures["relative_error"], figures["baseline"]
     perplexity, kl, top1 = figures["perplexity"], figures["kl"], figures["top1"]
     sizes, speed = figures["bytes"], figures["tokens_per_s"]

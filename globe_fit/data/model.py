@@ -1,4 +1,4 @@
-"""The whole dense model, loaded by transformers, and texts in its tokens."""
+"""Load a whole model with transformers, its tokenizer, and texts as tokens."""
 
 import copy
 from collections.abc import Callable
@@ -25,9 +25,10 @@ def load_model(
     *,
     offload_folder: Path | None = None,
 ) -> nn.Module:
-    """A causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
+    """Load a causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
 
-    With `offload_folder` its layers stay on disk, there or in the checkpoint, until they are called.
+    With `offload_folder` its layers stay on disk, in this folder or in the checkpoint, until they are called. Raises
+    RequestError without a config.json, GlobeError for a model that transformers cannot load.
     """
     path = Path(path)
     if not (path / "config.json").is_file():
@@ -35,19 +36,21 @@ def load_model(
     try:
         if offload_folder is not None:
             on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
-            places = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
-            options = {"device_map": places, "offload_folder": offload_folder}
+            device_map = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
+            options = {"device_map": device_map, "offload_folder": offload_folder}
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
         model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except GlobeError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise GlobeError(f"{path} cannot be loaded by transformers ({error}); restore or export it again.") from error
+        raise GlobeError(
+            f"transformers cannot load {path} ({error}); restore the directory or export it again."
+        ) from error
     return model.to(device).eval()
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """`model` again over the same tensors, for `patch`: only its modules are copies. Do not move or cast either."""
+    """Copy the modules of `model` but not its tensors, for `patch`. Do not move or cast either model."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -55,7 +58,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 def with_experts(
     source: ExpertSource, weights: Callable[[ExpertLayer, str], torch.Tensor], device: str = "cpu"
 ) -> nn.Module:
-    """The dense model of `source` with the gate and up experts (E, P, D) that `weights` gives per layer and family."""
+    """Load the dense model of `source` and set its gate and up experts (E, P, D) to `weights(layer, family)`."""
     model = load_model(source.model_dir, device)
     live = dict(source.architecture.live_experts(model))
     for layer in source.layers:
@@ -66,17 +69,17 @@ def with_experts(
 
 
 def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
-    """(N, WINDOW) int64: the text in the tokenizer of `model_dir`, cut into windows without overlap.
+    """Cut a text, in tokens of `model_dir`, into windows (N, WINDOW) int64 without overlap.
 
-    Raises RequestError when the text is missing, or too short for one window.
+    Raises RequestError when the text is missing, is not UTF-8, or is too short for a window.
     """
     text_file = Path(text_file)
     if not text_file.is_file():
-        raise RequestError(f"{text_file} is not a file; give a text file to evaluate on.")
+        raise RequestError(f"{text_file} is not a file; give a UTF-8 text file.")
     try:
         text = text_file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise RequestError(f"{text_file} is not UTF-8 text ({error}); convert it first.") from error
+        raise RequestError(f"{text_file} is not UTF-8 text ({error}); convert the file to UTF-8.") from error
     tokenizer = load_tokenizer(model_dir)
     tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     if len(tokens) < WINDOW:
@@ -85,11 +88,13 @@ def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
 
 
 def load_tokenizer(model_dir: str | Path):
-    """The tokenizer of a model directory. Raises RequestError when it has none."""
-    # without its files transformers makes up a tokenizer with an empty vocabulary
+    """Load the tokenizer of a model directory. Raises RequestError when it has none."""
+    # without the files of a tokenizer, transformers invents a tokenizer with an empty vocabulary
     if not any((Path(model_dir) / name).is_file() for name in _TOKENIZER_FILES):
-        raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the model's tokenizer.")
+        raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the tokenizer of the model.")
     try:
         return AutoTokenizer.from_pretrained(model_dir)
-    except Exception as error:  # a broken file may raise anything in there
-        raise RequestError(f"{model_dir} has no tokenizer that transformers can load ({error}).") from error
+    except Exception as error:  # a broken file may raise any exception
+        raise RequestError(
+            f"{model_dir} has no tokenizer that transformers can load ({error}); download its files again."
+        ) from error

@@ -1,1 +1,1 @@
-"""Predictions before the work: what a fit takes, what a compressed model will take."""
+"""Predictions before the work: bytes and seconds of a fit, bytes and times of a compressed model."""

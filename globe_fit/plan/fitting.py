@@ -1,60 +1,151 @@
-"""What a fit will take, before it runs: bytes at its peak and seconds, by the sizes and by timing one block."""
+"""A fit before it runs: the requests that no fit can meet, the bytes at its peak, and its seconds by timing a block."""
 
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
 
 import torch
 
+from globe_fit.calibration.metric import SELF
+from globe_fit.calibration.offload import plan_run
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
-from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
-from globe_fit.run.distributed import ALONE, Ranks
-from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.objective import backward_block
-from globe_fit.solvers.start import allowed_atoms
-from globe_fit.solvers.support import candidate_atoms, largest_support
+from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
+from globe_fit.run.distributed import ALONE, Ranks, join
+from globe_fit.sizes import resolve_sizes
+from globe_fit.solvers.base import BankState
+from globe_fit.solvers.registry import make_solver
+from globe_fit.solvers.start import initial_codes
+from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.files import require_room
+from globe_kernels.strategies.budget import parse_bytes
 
-_OTHER_PASSES = 4  # statistics, start, refit, baselines
-# What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to
-# the bank's, two of Adam and the best state; a step holds two blocks of weights, what the adapters make of one, the
-# residual, its square and its gradient, and of the bases mixture, gradient and product with the weights.
+_OTHER_PASSES = 4  # statistics, start, refit, baselines: each about as long as the first pass of a solver
+_TRIALS = 2  # of a pass that is timed: the first trial also warms up
+# Tensors that are alive at once. Of the size of the bank: bank, gradient, the addition to the gradient, two of Adam,
+# best state. Of the size of the codes: the same. Of the size of a block of weights: two blocks, the product of
+# adapters and bases, the residual, its square, its gradient. Of the size of the bases of a block: mixture, gradient,
+# product with the weights.
 _BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
-_BANKS_OF_KERNELS = 5  # which add to the gradient in place
+_BANKS_OF_KERNELS = 5  # the kernels add to the gradient in place
 # A calibrated fit holds C and L of every layer in fp32, and a block and its bases in the metric too.
 _MATRICES, _BLOCKS_IN_METRIC, _BASES_IN_METRIC = 2, 1, 2
-# Of the memory of a GPU: the experts of a family stay there where they and the fit take less. The rest is for the
-# context, the workspaces of libraries and what the allocator cannot join.
+# The experts of a family stay on a GPU where they and the fit take less than this share of its memory. The rest is for
+# the context, the workspaces of libraries and the fragments that the allocator cannot join.
 _GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of the fit of both families, one after the other; of several ranks, of the first, which takes the most."""
+    """Bytes of the fit of both families, one after the other; of several ranks, the bytes of the first, the largest."""
 
     solver_bytes: int  # on the device of the fit
-    block_bytes: int  # likewise
+    block_bytes: int  # on the device of the fit
     factor_bytes: int  # in host memory
     ranks: int = 1
-    calibration_bytes: int = 0  # likewise, of a calibrated fit
-    run_bytes: int = 0  # of the run of the dense model before it
+    calibration_bytes: int = 0  # of a calibrated fit, on its device
+    run_bytes: int = 0  # of the run of the dense model before a calibrated fit
     kept_bytes: int = 0  # on a GPU: the experts of a family as they are stored, where there is room
 
     @property
     def peak_bytes(self) -> int:
-        """On the device and in host memory together: on a CPU, what the process grows by."""
+        """On the device and in host memory together: on a CPU, the growth of the process."""
         return max(self.device_bytes + self.factor_bytes, self.run_bytes)
 
     @property
     def least_bytes(self) -> int:
-        """The same where nothing is kept."""
+        """The peak where no experts are kept on the device."""
         return max(self.device_bytes - self.kept_bytes + self.factor_bytes, self.run_bytes)
 
     @property
     def device_bytes(self) -> int:
         """On the device of the fit."""
         return self.solver_bytes + self.block_bytes + self.calibration_bytes + self.kept_bytes
+
+
+@dataclass(frozen=True)
+class FitPlan:
+    """A fit that was checked and not begun: its model, settings with the device resolved, sizes, ranks and bytes."""
+
+    source: ExpertSource
+    config: FitConfig
+    sizes: GlobeConfig
+    ranks: Ranks
+    memory_limit: float | None  # bytes
+    needs: Estimate
+
+    def figures(self) -> dict:
+        """Predict the sizes, bytes and seconds of the fit; all ranks call this together. JSON types only."""
+        return {
+            "rank": self.sizes.rank,
+            "atoms": self.sizes.num_atoms,
+            "bytes": {"dense_experts": self.sizes.base.dense_bytes, "globe_on_disk": self.sizes.tensor_bytes},
+            **asdict(self.needs),
+            "peak_bytes": self.needs.peak_bytes,
+            "seconds": estimate_seconds(self.source, self.sizes, self.config, self.ranks),
+        }
+
+
+def plan_fit(
+    model_dir: str | Path,
+    out: str | Path,
+    config: FitConfig,
+    *,
+    calibrate: str | Path | None = None,
+    memory_limit: float | str | None = None,
+) -> FitPlan:
+    """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
+
+    Raises RequestError for sizes out of range, a combination that no fit supports and too little memory, GlobeError for
+    damaged files and too little room on the disk of `out`.
+    """
+    source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
+    sizes, ranks = resolve_sizes(source.base, config), join(config.device)
+    require_supported(source.base, config, calibrate is not None, ranks)
+    require_room(Path(out), sizes.tensor_bytes)
+    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
+    needs = estimate(
+        sizes,
+        ranks.world,
+        calibrated=run is not None,
+        run_bytes=0 if run is None else run.peak_bytes,
+        device=config.device,
+        stored_bytes=source.stored_bytes(FAMILIES[0]),
+    )
+    if limit is not None and needs.least_bytes > limit:
+        raise RequestError(
+            f"The fit needs {needs.least_bytes / 2**30:.2f} GiB at its peak{per_rank(ranks.world)} and the memory "
+            f"limit is {limit / 2**30:g} GiB; give a smaller ratio, fewer atoms or a smaller rank."
+        )
+    return FitPlan(source, config, sizes, ranks, limit, needs)
+
+
+def per_rank(ranks: int) -> str:
+    return "" if ranks == 1 else f" on each of {ranks} ranks"
+
+
+def require_supported(base: BaseModel, config: FitConfig, calibrated: bool, ranks: Ranks) -> None:
+    """Raise RequestError for a combination of solver, calibration and ranks that no fit supports."""
+    if calibrated and config.solver != "varpro":
+        raise RequestError(
+            f"solver is {config.solver} and a text to calibrate on is given; only varpro fits to a text, so give "
+            "solver varpro or no text."
+        )
+    if ranks.world == 1:
+        return
+    if config.solver != "varpro" or calibrated:
+        kind = "A calibrated fit" if calibrated else f"The solver {config.solver}"
+        raise RequestError(f"{kind} runs on one rank and torchrun started {ranks.world}; run it without torchrun.")
+    if base.hidden_size < ranks.world:
+        raise RequestError(
+            f"The experts have {base.hidden_size} columns to split and torchrun started {ranks.world} ranks; start at "
+            "most one rank per column."
+        )
 
 
 def estimate(
@@ -66,8 +157,11 @@ def estimate(
     device: str = "cpu",
     stored_bytes: int = 0,
 ) -> Estimate:
-    """By the sizes alone: nothing is read and nothing allocated. `run_bytes` is what the run of the dense model before
-    a calibrated fit takes, `stored_bytes` what the experts of one family take on disk."""
+    """Predict the bytes of a fit by its sizes alone: nothing is read and nothing is allocated.
+
+    `run_bytes` are the bytes that the run of the dense model takes before a calibrated fit, `stored_bytes` the bytes of
+    the experts of one family on disk.
+    """
     base, on_gpu = sizes.base, torch.device(device).type == "cuda"
     columns = -(-base.hidden_size // ranks)  # of the rank that has most
     bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
@@ -96,37 +190,43 @@ def _memory_of(device: str) -> int:
 
 
 def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
-    """Reads one block of experts and takes its step, while the support is free and when it is fixed; holds a bank and
-    its gradient meanwhile. Where a fit keeps the experts on the device, reading does not count."""
+    """Predict the seconds of a fit of all its steps: every pass that its solver counts, timed on one block.
+
+    Holds a bank and sums of its size meanwhile. Where the fit keeps the experts on the device, the time to read
+    them from disk does not count.
+    """
     device = resolve_device(config.device)
-    weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks)
-    columns = weights.columns.stop - weights.columns.start
-    bank = torch.randn(*sizes.bank_shape()[:2], columns, device=device, requires_grad=True)
-    drawn = BankState(bank, torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device), sizes.phi)
-    allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(device)
-    free = candidate_atoms(drawn, allowed, sizes, config.varpro.candidates)
-    fixed = free & largest_support(drawn.codes.abs() * free, sizes.support)
     stored = source.stored_bytes(FAMILIES[0]) if device != "cpu" else 0
-    reads = not estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes
-    _seconds_per_pass(weights, drawn, fixed, config, reads)  # reads from the disk and warms up
-    while_free, when_fixed = (_seconds_per_pass(weights, drawn, used, config, reads) for used in (free, fixed))
-    per_step = while_free + (1 - config.varpro.support_at) * (when_fixed - while_free)
-    return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_step
+    kept = [] if estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes else None
+    weights = _FirstBlock(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks, kept=kept)
+    bank = torch.randn(*sizes.bank_shape()[:2], weights.columns.stop - weights.columns.start, device=device)
+    codes = initial_codes(sizes, torch.Generator().manual_seed(config.seed)).to(device)
+    solver = make_solver(weights, BankState(bank, codes, sizes.phi), sizes, config)
+    seconds = first = 0.0
+    for kind in solver.passes():
+        if kind.count:
+            of_pass = min(_seconds_per_pass(weights, kind.visit) for _ in range(_TRIALS))
+            first = first or of_pass
+            seconds += kind.count * of_pass
+    return len(FAMILIES) * (seconds + _OTHER_PASSES * first)
 
 
-def _seconds_per_pass(
-    weights: FamilyWeights, drawn: BankState, used: torch.Tensor, config: FitConfig, reads: bool
-) -> float:
-    """Of a pass for the gradient with the codes at `used` (n, M), judged by its first block."""
-    state, index = BankState(drawn.bank, (drawn.codes * used).requires_grad_(), drawn.phi), code_index(used)
-    began = time.perf_counter()
-    block = next(weights.normalised())
-    if not reads:
-        _wait(weights.device)
-        began = time.perf_counter()
-    backward_block(weights, block, state, index, config.varpro.ridge)
+class _FirstBlock(FamilyWeights):
+    """The weights of a family; a pass reads only the first block."""
+
+    def _blocks(self, read: Callable[..., torch.Tensor], whole: slice | None) -> Iterator[Block]:
+        return islice(super()._blocks(read, whole), 1)
+
+
+def _seconds_per_pass(weights: FamilyWeights, visit: Callable[[Block], object]) -> float:
+    """Time a pass over the only block and scale the time to all experts."""
     _wait(weights.device)
-    return (time.perf_counter() - began) * weights.source.base.total_experts / len(block.experts)
+    began, experts = time.perf_counter(), 0
+    for block in weights.normalised():
+        visit(block)
+        experts += len(block.experts)
+    _wait(weights.device)
+    return (time.perf_counter() - began) * weights.source.base.total_experts / experts
 
 
 def _wait(device: str) -> None:

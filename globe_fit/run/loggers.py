@@ -1,7 +1,8 @@
-"""Where the metric stream of a running fit goes: a file beside its snapshots and, when asked for, Weights & Biases."""
+"""Where the records of a running fit go: a file beside its snapshots, and Weights & Biases."""
 
 import importlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,53 +12,48 @@ from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import METRICS_NAME
 
 
-class Loggers:
-    """Receives the record of every step of the fit that `snapshots` belongs to; used as a context manager.
+class MetricStream:
+    """Writes the record of every step of the fit that `snapshots` belongs to; used as a context manager.
 
-    The file is metrics.jsonl in the directory of the snapshots, with a line as soon as there is a record: a fit that
-    is killed leaves its curve. One that goes on keeps the lines before its snapshot, so no step is there twice. With
-    `wandb_project` the same records go to a new run of that project, of a fit that goes on the kept ones too;
-    WANDB_MODE=offline needs no account. Raises RequestError when there can be no such run.
+    The file is metrics.jsonl in the directory of the snapshots. A record is a line of the file at once, so a fit that
+    is killed leaves its curve. A fit that continues keeps the records before its snapshot, so no step is in the file
+    twice. Each of `listeners` gets the same records, the kept records first.
     """
 
-    def __init__(self, snapshots: Snapshots, wandb_project: str | None = None, config: dict | None = None):
+    def __init__(self, snapshots: Snapshots, listeners: Sequence[Callable[[dict], object]] = ()):
         self._path, reached = stream_path(snapshots.directory.parent), snapshots.reached()
-        self._kept = [one for one in read_stream(self._path) if one["step"] < reached.get(one["family"], 0)]
+        self._kept = [record for record in read_stream(self._path) if record["step"] < reached.get(record["family"], 0)]
+        self._listeners = listeners
         self._file: Any = None  # opened with the first record: a fit that is refused leaves nothing
-        self._run = None if wandb_project is None else _WandbRun(wandb_project, config)
 
-    def __enter__(self) -> "Loggers":
+    def __enter__(self) -> "MetricStream":
         return self
 
     def __call__(self, record: dict) -> None:
-        """One more record. Raises GlobeError when it cannot be written."""
+        """Write a record. Raises GlobeError when it cannot be written."""
+        new = [record]
         try:
             if self._file is None:
                 self._path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = self._path.open("w", encoding="utf-8")
-                for kept in self._kept:
-                    self._write(kept)
-            self._write(record)
+                new = [*self._kept, record]
+            self._file.writelines(json.dumps(each) + "\n" for each in new)
+            self._file.flush()
         except OSError as error:
             raise GlobeError(
                 f"Writing {self._path} failed ({error}); mend the cause and run the same command again."
             ) from error
+        for each in new:
+            for listener in self._listeners:
+                listener(each)
 
-    def _write(self, record: dict) -> None:
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._run is not None:
-            self._run.log(record)
-
-    def __exit__(self, kind: type | None, *_) -> None:
+    def __exit__(self, *_) -> None:
         if self._file is not None:
             self._file.close()
-        if self._run is not None:
-            self._run.finish(0 if kind is None else 1)
 
 
 def read_stream(path: Path) -> list[dict]:
-    """The records of a metric stream; none where there is no file, and without the line that a kill cut short."""
+    """Read the records of a metric stream: none where there is no file, and not the line that a kill cut short."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -67,8 +63,13 @@ def read_stream(path: Path) -> list[dict]:
     return records
 
 
-class _WandbRun:
-    def __init__(self, project: str, config: dict | None):
+class WandbRun:
+    """A new run of a Weights & Biases project, with `facts` about the fit; used as a context manager.
+
+    WANDB_MODE=offline needs no account. Raises RequestError when wandb is not installed or begins no run.
+    """
+
+    def __init__(self, project: str, facts: dict):
         try:
             self._wandb = importlib.import_module("wandb")
         except ImportError:
@@ -77,16 +78,20 @@ class _WandbRun:
                 f"{METRICS_NAME} anyway."
             ) from None
         try:
-            self._run = self._wandb.init(project=project, config=config)
+            self._run = self._wandb.init(project=project, config=facts)
         except self._wandb.Error as error:
             raise RequestError(
                 f"wandb began no run of {project!r} ({error}); run `wandb login`, set WANDB_MODE=offline, or fit "
                 "without --wandb."
             ) from error
-        for family in FAMILIES:  # both count their steps from 0
+        for family in FAMILIES:  # both families count their steps from 0
             self._run.define_metric(f"{family}/*", step_metric=f"{family}/step")
 
+    def __enter__(self) -> "WandbRun":
+        return self
+
     def log(self, record: dict) -> None:
+        """Send a record, under names that begin with its family."""
         values = {f"{record['family']}/{name}": self._value(value) for name, value in record.items()}
         self._run.log({name: value for name, value in values.items() if value is not None})
 
@@ -95,5 +100,5 @@ class _WandbRun:
             return self._wandb.Histogram(np_histogram=(value["counts"], value["edges"]))
         return value
 
-    def finish(self, exit_code: int) -> None:
-        self._run.finish(exit_code=exit_code)
+    def __exit__(self, kind: type | None, *_) -> None:
+        self._run.finish(exit_code=0 if kind is None else 1)

@@ -1,7 +1,7 @@
-"""Where an interrupted fit goes on: files beside the checkpoint to be, one per family, step and rank.
+"""Snapshots of an unfinished fit: files in the directory of the checkpoint, one per family, step and rank.
 
-A rank writes its part of a step, waits until all have, and removes that of the step before. Whenever a rank is killed,
-there is so a step of which every part is complete, and the newest such step is where the fit goes on.
+A rank writes its part of a step, waits until all ranks have written, and removes its part of the step before. So a kill
+at any moment leaves a step of which every part is complete, and the fit continues from the newest such step.
 """
 
 import json
@@ -24,6 +24,7 @@ from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.format.files import replacing_file
 
+SNAPSHOT_MINUTES = 5.0  # between two snapshots
 _DIRECTORY = ".snapshot"
 _ABSENT = object()
 
@@ -31,12 +32,12 @@ _ABSENT = object()
 class Snapshots:
     """The snapshots of one fit in `out`, a directory that all `ranks` see.
 
-    `identity` is what a fit must have in common with the one that it continues, as JSON: its settings and its model;
-    the number of ranks is part of it. Raises RequestError, with the settings that differ, when `out` holds the
+    `identity` holds the settings and the model of the fit as JSON; the number of ranks is added. A fit continues only
+    from snapshots with an equal identity. Raises RequestError, with the settings that differ, when `out` holds the
     snapshots of another fit.
     """
 
-    def __init__(self, out: str | Path, identity: dict, minutes: float = 5.0, ranks: Ranks = ALONE):
+    def __init__(self, out: str | Path, identity: dict, minutes: float = SNAPSHOT_MINUTES, ranks: Ranks = ALONE):
         self.directory = Path(out) / _DIRECTORY
         self._identity, self._seconds = identity | {"ranks": ranks.world}, 60 * minutes
         self._last = time.monotonic()
@@ -46,17 +47,17 @@ class Snapshots:
         self._keep_common_steps()
 
     def _parts(self, name: str = "*") -> list[Path]:
-        """What this rank has written, of each step."""
+        """List the files of this rank, of every step."""
         return sorted(self.directory.glob(f"{name}-*-{self._ranks.rank}.safetensors"))
 
     def _keep_common_steps(self) -> None:
-        """Of each family the newest step that all ranks have, and of this rank no other."""
+        """Keep of each family the newest step that all ranks have, and remove the other files of this rank."""
         newest = [max((_step(path) for path in self._parts(family)), default=-1) for family in FAMILIES]
-        # a rank goes on to the next step only when all have this one: the newest of the last rank is what all have
+        # a rank takes the next step only when all ranks have this step: the oldest of the newest steps is common
         common = [min(steps) for steps in zip(*self._ranks.every(*newest), strict=True)]
         for family, step in zip(FAMILIES, common, strict=True):
             self._remove(family, but=int(step))
-        for partial in self.directory.glob(f"*-{self._ranks.rank}.safetensors.partial"):  # a kill leaves them
+        for partial in self.directory.glob(f"*-{self._ranks.rank}.safetensors.partial"):  # left by a kill
             partial.unlink()
 
     def _remove(self, name: str, but: int) -> None:
@@ -65,26 +66,26 @@ class Snapshots:
                 path.unlink()
 
     def reached(self) -> dict[str, float]:
-        """{family: the step with which its fit goes on, infinite when it is finished}"""
+        """Return {family: the step from which its fit continues, infinite when it is finished}."""
         facts = {family: self._facts(path) for family in FAMILIES for path in self._parts(family)}
-        return {family: math.inf if one["done"] else one["step"] for family, one in facts.items()}
+        return {family: math.inf if found["done"] else found["step"] for family, found in facts.items()}
 
     def _require_same(self, path: Path) -> None:
         if changes := differences(self._facts(path)["identity"], self._identity):
             raise RequestError(
-                f"{self.directory.parent} holds an unfinished fit with other settings ({changes}); run it with those, "
-                "give another directory, or pass --restart to discard it."
+                f"{self.directory.parent} holds an unfinished fit with other settings ({changes}); run the fit with "
+                "the settings of the unfinished fit, give another directory, or pass --restart to discard it."
             )
 
     def load(self, family: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """(tensors, facts) that this rank saved of a family; None when there are none."""
+        """Load (tensors, facts) that this rank saved of a family; None when there is no snapshot."""
         parts = self._parts(family)
         if not parts:
             return None
         (path,) = parts
         facts = self._facts(path)
         with safe_open(path, framework="pt") as handle:
-            # copies: how products round may depend on where in a cache line a tensor begins, in a file anywhere
+            # copies: the rounding of a product may depend on where in a cache line a tensor begins
             return {key: handle.get_tensor(key).clone() for key in handle.keys()}, facts  # noqa: SIM118
 
     def _facts(self, path: Path) -> dict:
@@ -97,8 +98,10 @@ class Snapshots:
             ) from error
 
     def save(self, family: str, step: int, tensors: dict[str, torch.Tensor], facts: dict) -> None:
-        """Replace the snapshot of a family, the part of this rank, by that of `step`; all ranks save the same. Raises
-        GlobeError for a full disk, and the one before is kept."""
+        """Replace the part of this rank of the snapshot of a family; all ranks save the same step.
+
+        Raises GlobeError for a full disk; the snapshot before is kept then.
+        """
         self.directory.mkdir(parents=True, exist_ok=True)
         metadata = {"facts": json.dumps(facts | {"identity": self._identity})}
         try:
@@ -107,16 +110,16 @@ class Snapshots:
         finally:
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
-        self._ranks.every(0)  # all have written theirs
+        self._ranks.every(0)  # all ranks have written
         self._remove(family, but=step)
         self._last = time.monotonic()
 
     def due(self) -> bool:
-        """Whether it is time for the next one: on one rank is on all."""
+        """Whether it is time for the next snapshot, on any rank."""
         return self._any(self._stop or time.monotonic() - self._last >= self._seconds)
 
     def stop_if_asked(self) -> None:
-        """Raises KeyboardInterrupt, on all ranks, when Ctrl-C was pressed: what was saved is complete."""
+        """Raise KeyboardInterrupt on all ranks when Ctrl-C was pressed; call it when a snapshot is complete."""
         if self._any(self._stop):
             raise KeyboardInterrupt
 
@@ -125,7 +128,7 @@ class Snapshots:
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
-        """Inside, the first Ctrl-C waits for the step to end and for its snapshot; the second does not."""
+        """Let the first Ctrl-C inside wait for the end of the step and its snapshot; the second does not wait."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -143,19 +146,19 @@ class Snapshots:
 
 
 def stream_path(out: str | Path) -> Path:
-    """The metric stream of an unfinished fit in `out`."""
+    """Return the path of the metric stream of an unfinished fit in `out`."""
     return Path(out) / _DIRECTORY / METRICS_NAME
 
 
 def discard_snapshots(out: str | Path) -> None:
-    """Remove all snapshots in `out`: the fit is finished, or begins again."""
+    """Remove all snapshots in `out`, of a fit that is finished or begins again."""
     shutil.rmtree(Path(out) / _DIRECTORY, ignore_errors=True)
 
 
 def differences(found: dict, wanted: dict) -> str:
-    """The settings that differ, as a part of a sentence, with the values found and wanted; empty when none does."""
-    # through JSON, as what was found came
-    was, now = (_flat(json.loads(json.dumps(one))) for one in (found, wanted))
+    """Describe the settings that differ, with the values found and wanted, for a sentence; empty when all agree."""
+    # through JSON, as `found` was saved
+    was, now = (_flat(json.loads(json.dumps(settings))) for settings in (found, wanted))
     differing = [key for key in {**now, **was} if was.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in differing)
 
@@ -165,7 +168,7 @@ def _step(path: Path) -> int:
 
 
 def _flat(settings: dict, prefix: str = "") -> dict:
-    """{"varpro.steps": 500, ...}: nested settings under dotted names."""
+    """Put nested settings under dotted names: {"varpro.steps": 500, ...}."""
     flat = {}
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -72,7 +72,7 @@ def test_rank_and_atoms_need_no_ratio():
         (FitConfig(atoms=6145), "atoms is 6145 and planned has 6144 experts"),
         (FitConfig(atoms=8, rank=4), "support is 12 and the bank has 8 atoms"),
         (FitConfig(support=6145), "support is 6145 and planned has 6144 experts"),
-        (FitConfig(rank=768, atoms=96, scope="layer"), "leave a layer with 2 of its own and support is 12"),
+        (FitConfig(rank=768, atoms=96, scope="layer"), "give a layer only 2 atoms and support is 12"),
     ],
     ids=str,
 )
@@ -101,7 +101,10 @@ def test_the_printed_range_can_be_reached():
         ({"ratio": float("nan")}, "ratio is nan; expected a number"),
         ({"seed": 10**30}, "expected a whole number from 0 to"),
         ({"solver": "adam"}, "solver is 'adam'; expected one of varpro, alternating"),
-        ({"solver": "alternating", "phi": "tanh"}, "phi is tanh and the alternating solver .*; give phi identity, or"),
+        (
+            {"solver": "alternating", "phi": "tanh"},
+            "phi is tanh and the steps of the alternating solver .*; give phi identity, or",
+        ),
         ({"ratio": 0.5, "rank": 3, "atoms": 4}, "give at most two of them"),
     ],
     ids=str,

@@ -143,7 +143,7 @@ def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "no.txt"), 2, "is not a file")
     (tmp_path / "short.txt").write_text("abc")
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "short.txt"), 2, "has 3 tokens")
-    assert_refused(globe("eval", save_tiny("qwen3_moe"), "--text", text), 2, "add the model's tokenizer")
+    assert_refused(globe("eval", save_tiny("qwen3_moe"), "--text", text), 2, "add the tokenizer of the model")
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8" * 300)
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "latin.txt"), 2, "is not UTF-8")
 
@@ -161,7 +161,7 @@ def test_models_that_do_not_share_a_vocabulary(globe, with_tokenizer, tmp_path):
 def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
     shard = sorted(with_tokenizer.glob("*.safetensors"))[2]
     shard.write_bytes(shard.read_bytes()[:-64])
-    assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 1, "cannot be loaded")
+    assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 1, "transformers cannot load")
     (with_tokenizer / "tokenizer.json").write_text("{}")
     assert_refused(globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt"), 2, "has no tokenizer")
 
@@ -169,7 +169,7 @@ def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
 def test_a_fit_that_diverges_saves_the_best_state_and_exits_1(globe, model_dir, tmp_path):
     (tmp_path / "fit.toml").write_text("ratio = 0.8\nsupport = 4\n[varpro]\nlr = 1e30\nsteps = 12\nsupport_at = 0.0\n")
     code, stdout, stderr = globe("fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--json")
-    assert code == 1 and "diverged; the best state before is kept, lower the lr. It is saved in" in stderr
+    assert code == 1 and "diverged and its best state is kept; lower the lr. The checkpoint is in" in stderr
     assert json.loads(stdout)["status"]["completed"] is False
     assert globe("inspect", tmp_path / "out", "--verify")[0] == 0
 
@@ -219,7 +219,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("globe_fit.cli.progress.fit", interrupt)
+    monkeypatch.setattr("globe_fit.compression.fit", interrupt)
     code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
     assert code == 130 and stderr == "globe: interrupted.\n"
     assert not (tmp_path / "out").exists()
@@ -240,7 +240,7 @@ def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tm
     assert figures["peak_bytes"] == sum(parts) > figures["bytes"]["globe_on_disk"] / 2
     assert figures["seconds"] > 0 and figures["rank"] > 0
     refused = globe("fit", model_dir, "-o", tmp_path / "out", "--memory-limit", "0.0001", *QUICK)
-    assert_refused(refused, 2, "GiB at its peak and the limit is 0.0001; give a smaller ratio")
+    assert_refused(refused, 2, "GiB at its peak and the memory limit is 0.0001 GiB; give a smaller ratio")
 
 
 def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
@@ -254,7 +254,7 @@ def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
     assert calibrated["block_bytes"] > free["block_bytes"]
     assert calibrated["peak_bytes"] == calibrated["run_bytes"] < 0.09 * 2**30
     code, out, _ = globe(*options, "--calibrate", text)
-    assert code == 0 and "metric 1.77 MB" in out and "before that the model runs over the text in at most" in out
+    assert code == 0 and "metric 1.77 MB" in out and "before the fit the model runs over the text in at most" in out
     refused = globe(*options, "--calibrate", text, "--memory-limit", "0.01")
     assert_refused(refused, 2, "over a text layer by layer needs 0.02 GiB and 0.01 GiB may be used")
 

@@ -90,11 +90,11 @@ def test_the_tables_a_person_reads(globe):
     assert code == 0
     for text in (
         "48 MoE layers of 128 experts of 768 x 2048, 8 per token",
-        "Predictions of a model, not measurements: h100 copies 3000 GB/s",
+        "Predictions, not measurements: h100 copies 3000 GB/s",
         "not measured by this project",
         "gate and up 0.625 of dense; at most 57.98 GB of experts on the device",
         "room for the KV cache on 1 x h100",
-        "us per MoE layer / tokens/s of all",
+        "us per MoE layer / tokens/s of all layers",
         "auto takes",
         "it saves nothing above rank 558, so auto does not take it.",
     ):
@@ -126,11 +126,11 @@ def test_a_checkpoint_is_planned_with_its_own_palettes(globe, fit_tiny, save_tin
         globe("plan", path), 2, "is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR."
     )
     assert_refused(
-        globe("plan", path, "--base", base, "--rank", "8"), 2, "is a GloBE checkpoint and has sizes of its own"
+        globe("plan", path, "--base", base, "--rank", "8"), 2, "is a GloBE checkpoint, which fixes its sizes"
     )
     other = globe("plan", path, "--base", save_tiny("olmoe"))
     assert_refused(other, 2, "with model_type qwen3_moe and")
-    assert_refused(other, 2, "has olmoe; give the model that it was fitted on.")
+    assert_refused(other, 2, "has olmoe; give the model on which it was fitted.")
 
 
 def test_a_budget_bounds_what_auto_and_cached_hold(globe):
@@ -159,14 +159,14 @@ def not_a_moe(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("path", "options", "sentence"),
     [
-        (Path("nowhere"), (), "nowhere does not exist; give a model's directory or its config.json."),
+        (Path("nowhere"), (), "nowhere does not exist; give the directory of a model or its config.json."),
         (CONFIGS, (), "holds no config.json, so it is not a Hugging Face model; give a model's local directory."),
         (
             not_a_moe,
             (),
             "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of",
         ),
-        (without_layers, (), "no layer has routed experts; give a Mixture-of-Experts model."),
+        (without_layers, (), "describes no layer with routed experts; give a Mixture-of-Experts model."),
         (QWEN, ("--on", "tpu"), "machine 'tpu' is not known; expected one of h100, h200, "),
         (
             QWEN,

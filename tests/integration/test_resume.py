@@ -112,7 +112,7 @@ def unfinished(source, out: Path) -> None:
 def test_other_weights_are_refused(noise_model, tmp_path):
     first, second = noise_model
     unfinished(first, tmp_path)
-    with pytest.raises(RequestError, match="not those that the unfinished fit began with; fit with --restart"):
+    with pytest.raises(RequestError, match="changed since the unfinished fit began; begin again with --restart"):
         fit(second, TINY_FIT, snapshots=open_snapshots(tmp_path, first, TINY_FIT))
 
 

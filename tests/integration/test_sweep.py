@@ -80,7 +80,7 @@ def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
     code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path, *options, *text)
     assert code == 0 and "token by token with a cache" in stdout and "0.06 MB" in stdout
     refused = globe("sweep", with_tokenizer, "-o", tmp_path, *options)
-    assert_refused(refused, 2, "--s-cache says what caches do on a text and there is none")
+    assert_refused(refused, 2, "--s-cache measures caches on a text and there is no text")
 
 
 def test_settings_come_from_the_file_and_ratios_lead_to_sizes(globe, model_dir, tmp_path):
@@ -102,10 +102,16 @@ def test_settings_come_from_the_file_and_ratios_lead_to_sizes(globe, model_dir, 
     [
         (
             ("--rank", "48,64", "--atoms", "8,99", "--support", "4"),
-            "3 of the 4 points of the sweep cannot be had, so none is fitted; the first: atoms is 99 and",
+            "3 of the 4 points of the sweep cannot be fitted, so no point is fitted; the first refusal: atoms is 99",
         ),
-        (("--rank", "64", "--atoms", "8", "--support", "4"), "the first: rank is 64 and the experts of model are"),
-        (("--atoms", "8", "--support", "4,9"), "1 of the 2 points of the sweep cannot be had, so none is fitted"),
+        (
+            ("--rank", "64", "--atoms", "8", "--support", "4"),
+            "the first refusal: rank is 64 and the experts of model are",
+        ),
+        (
+            ("--atoms", "8", "--support", "4,9"),
+            "1 of the 2 points of the sweep cannot be fitted, so no point is fitted",
+        ),
         (("--ratio", "0.01,0.7", "--support", "4"), "ratio 0.01 cannot be reached on model with support 4; give a"),
         (("--ratio", "0.7", "--rank", "48", "--atoms", "8"), "give at most two of them"),
         (("--rank", "48,x"), "rank is '48,x'; expected numbers separated by commas, such as 12,24."),
@@ -126,14 +132,14 @@ KILLED = """
 import os, signal, sys
 from globe_fit import __main__
 from globe_fit.run import loggers
-steps, write = 0, loggers.Loggers.__call__
+steps, write = 0, loggers.MetricStream.__call__
 def count(self, record):
     global steps
     write(self, record)
     steps += 1
     if steps == int(os.environ["KILL_AT"]):
         os.kill(os.getpid(), signal.SIGKILL)
-loggers.Loggers.__call__ = count
+loggers.MetricStream.__call__ = count
 __main__.main()
 """
 
@@ -174,9 +180,9 @@ def test_killed_it_goes_on_with_the_same_table(globe, model_dir, tmp_path):
 
 
 def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeypatch):
-    from globe_fit.cli import progress
+    from globe_fit import compression
 
-    fit, begun = progress.fit, []
+    fit, begun = compression.fit, []
 
     def interrupted(*arguments, **options):
         begun.append(None)
@@ -186,7 +192,7 @@ def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeyp
 
     command = ("sweep", model_dir, "-o", tmp_path / "out", "--rank", "16,48", "--atoms", "8", "--support", "4", *QUICK)
     with monkeypatch.context() as patched:
-        patched.setattr("globe_fit.cli.progress.fit", interrupted)
+        patched.setattr("globe_fit.compression.fit", interrupted)
         code, stdout, stderr = globe(*command)
     assert (code, stdout) == (130, "") and stderr.endswith("globe: interrupted.\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["r16-m8-s4"]
@@ -198,7 +204,7 @@ def test_a_point_that_diverges_does_not_stop_the_others(globe, model_dir, tmp_pa
     config.write_text("support = 4\natoms = 8\n[varpro]\nlr = 1e30\nsteps = 6\nsupport_at = 0.0\n")
     options = ("-o", tmp_path / "out", "--rank", "16,48", "--config", config, "--device", "cpu", "--json")
     code, stdout, stderr = globe("sweep", model_dir, *options)
-    assert code == 1 and "r16-m8-s4, r48-m8-s4 diverged; the best state before is kept in each" in stderr
+    assert code == 1 and "r16-m8-s4, r48-m8-s4 diverged and the best state of each is kept; lower the lr" in stderr
     assert [row["completed"] for row in json.loads(stdout)["points"]] == [False, False]
 
 

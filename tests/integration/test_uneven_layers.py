@@ -58,7 +58,7 @@ NOTE = "layers stay dense: 1 (40 x 64); one bank needs one shape of experts, and
 
 def test_the_fit_covers_the_shape_that_holds_the_most_weights_and_says_what_it_leaves(uneven, globe):
     _, model_dir, out, stderr = uneven
-    assert stderr == f"globe: these {NOTE}\n"
+    assert stderr == f"globe: These {NOTE}\n"
     config = GlobeCheckpoint(out, verify=True).config
     assert config.base.num_experts == {0: 8, 2: 6} and config.base.left_dense == {1: (40, 64)}
     assert json.loads((out / "fit_report.json").read_text())["left_dense"] == {"1": [40, 64]}

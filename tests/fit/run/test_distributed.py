@@ -13,8 +13,8 @@ from torch import distributed
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.__main__ import _run
-from globe_fit.fitting import open_snapshots, require_one_rank
-from globe_fit.plan.fitting import estimate
+from globe_fit.fitting import open_snapshots
+from globe_fit.plan.fitting import estimate, require_supported
 from globe_fit.run.distributed import Ranks, join, say
 from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
@@ -122,8 +122,8 @@ def test_what_several_ranks_cannot_do_is_refused(save_tiny):
     source = ExpertSource(save_tiny("qwen3_moe"))
     with pytest.raises(RequestError, match="The solver alternating runs on one rank and torchrun started 2; run it"):
         fit(source, replace(CONFIG, solver="alternating"), ranks=Ranks(0, 2))
-    with pytest.raises(RequestError, match="A fit to a text runs on one rank and torchrun started 2; run it"):
-        require_one_rank(source, CONFIG, True, Ranks(0, 2))
+    with pytest.raises(RequestError, match="A calibrated fit runs on one rank and torchrun started 2; run it"):
+        require_supported(source.base, CONFIG, True, Ranks(0, 2))
     with pytest.raises(RequestError, match="have 64 columns to split and torchrun started 65 ranks"):
         fit(source, CONFIG, ranks=Ranks(0, 65))
 
@@ -142,7 +142,7 @@ def under_torchrun(monkeypatch):
 def test_why_a_fit_ends_is_said_once(under_torchrun, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["globe", "inspect", "somewhere"])
     code, message = _run()
-    assert code == 2 and message.startswith("Under torchrun there is globe fit only")
+    assert code == 2 and message.startswith("Under torchrun only globe fit runs")
     say(message)
     say(message)
     assert capsys.readouterr().err == f"globe: {message}\n"
@@ -153,9 +153,9 @@ def test_why_a_fit_ends_is_said_once(under_torchrun, monkeypatch, capsys):
 
 def test_each_rank_has_a_gpu_of_its_own(under_torchrun, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(RequestError, match="started 2 ranks on a machine with 1 GPU.s.; start one per GPU"):
+    with pytest.raises(RequestError, match="started 2 ranks on a machine with 1 GPU.s.; start one rank per GPU"):
         join("cuda")
-    with pytest.raises(RequestError, match="device is cuda:1 and each rank takes a GPU of its own"):
+    with pytest.raises(RequestError, match="device is cuda:1 and each rank needs another GPU"):
         join("cuda:1")
 
 

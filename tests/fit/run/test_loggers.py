@@ -1,14 +1,15 @@
-"""The metric stream of a running fit: on disk at once, no step twice after an interruption, the same to wandb."""
+"""The records of a running fit: on disk at once, no step twice after an interruption, the same records to wandb."""
 
 import json
 import sys
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
 
 from globe_fit import ExpertSource, fit
 from globe_fit.fitting import open_snapshots
-from globe_fit.run.loggers import Loggers, read_stream
+from globe_fit.run.loggers import MetricStream, WandbRun, read_stream
 from globe_kernels.errors import GlobeError, RequestError
 from tests.conftest import TINY_FIT
 
@@ -21,9 +22,11 @@ def source(save_tiny) -> ExpertSource:
 
 
 def run(source, out, *, stop_at=None, minutes=0.0, wandb_project=None):
-    """A fit with loggers, that ends like a kill at the record `stop_at`."""
+    """A fit with a stream, and with wandb if asked, that ends like a kill at the record `stop_at`."""
     snapshots = open_snapshots(out, source, TINY_FIT, minutes)
-    with Loggers(snapshots, wandb_project, {"rank": 3}) as log:
+    with ExitStack() as stack:
+        runs = [] if wandb_project is None else [stack.enter_context(WandbRun(wandb_project, {"rank": 3}))]
+        log = stack.enter_context(MetricStream(snapshots, [run.log for run in runs]))
 
         def on_step(record):
             log(record)

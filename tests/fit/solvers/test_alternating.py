@@ -202,7 +202,7 @@ def test_a_singular_state_ends_the_fit_with_the_best_one(noise, dictionary, step
     start = {f: separate_svd(FamilyWeights.measure(noise, f, "cpu"), sizes) for f in ("gate", "up")}
     result = fit(noise, config, start=start, on_step=records.append)
     assert not result.status.completed
-    assert "gate and up diverged; the best state before is kept, lower entmax.lr" in result.status.advice
+    assert "gate and up diverged and its best state is kept; lower entmax.lr" in result.status.advice
     assert len(records) < 2 * 6
     best = min(record["relative_error"] for record in records if record["family"] == "gate")
     assert result.report["families"]["gate"]["relative_error"] == pytest.approx(best, rel=0.05)

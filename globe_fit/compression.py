@@ -1,0 +1,100 @@
+"""The verb `compress`: from the directory of a model to a GloBE checkpoint on disk."""
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from globe_fit.calibration.metric import calibrate as run_calibration
+from globe_fit.calibration.metric import identity, require_text
+from globe_fit.config import FitConfig
+from globe_fit.export import save_fit
+from globe_fit.fitting import OnStep, fit, open_snapshots
+from globe_fit.plan.fitting import plan_fit
+from globe_fit.result import FitResult
+from globe_fit.run.loggers import MetricStream, WandbRun
+from globe_fit.run.progress import SILENT, Progress
+from globe_fit.run.snapshots import SNAPSHOT_MINUTES, discard_snapshots
+from globe_fit.sizes import left_dense_note
+from globe_kernels.format.architectures import FAMILIES
+
+
+def compress(
+    model_dir: str | Path,
+    out: str | Path,
+    config: FitConfig,
+    *,
+    calibrate: str | Path | None = None,
+    memory_limit: float | str | None = None,
+    resume: bool = True,
+    on_step: OnStep | None = None,
+    snapshot_minutes: float = SNAPSHOT_MINUTES,
+    wandb_project: str | None = None,
+    progress: Progress = SILENT,
+) -> FitResult:
+    """Fit a GloBE checkpoint to the experts of a Hugging Face MoE model and write it to the directory `out`.
+
+    `model_dir` is the local directory of the model, `config` holds the sizes and the solver. One seed gives the same
+    bytes on one machine, also after an interruption: the fit writes snapshots to `out`/.snapshot, and the same call
+    continues from the last snapshot. A fit that diverges is saved too, with the best state before; then
+    `result.status.completed` is False. Under torchrun all ranks make the same call and the first rank writes.
+
+    calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
+                      text that the model writes; None: minimise the error of the weights
+    memory_limit      bytes, or a text such as "20GiB": refuse a fit that needs more; a calibrated fit reads a model
+                      that is larger layer by layer from disk
+    resume            False: discard an unfinished fit in `out` and begin again
+    on_step           gets the record of every step (names: globe_fit.run.metrics); a fit that continues first gives
+                      the records of the steps before its snapshot
+    snapshot_minutes  time between two snapshots
+    wandb_project     send the records to a new run of this Weights & Biases project
+    progress          gets the stages of the work, and sentences for the person who waits
+
+    Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
+    little memory, a text that is missing or too short, an unfinished fit with other settings in `out`. Raises
+    GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
+    its support is fixed. Raises KeyboardInterrupt after Ctrl-C; the snapshot is complete then.
+    """
+    if calibrate is not None:
+        require_text(calibrate)
+    plan = plan_fit(model_dir, out, config, calibrate=calibrate, memory_limit=memory_limit)
+    source, config, ranks = plan.source, plan.config, plan.ranks
+    if not ranks.leads:
+        progress = SILENT
+    if source.base.left_dense:
+        progress.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
+    if not resume:
+        discard_snapshots(out)
+        ranks.every(0)  # before a rank writes there
+    calibrated_on = None if calibrate is None else identity(calibrate)
+    snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
+    steps = config.steps + 1
+
+    def advance(record: dict) -> None:
+        progress.advance(record["step"] + 1 + steps * FAMILIES.index(record["family"]))
+
+    with ExitStack() as stack:
+        stream = None
+        if ranks.leads:
+            listeners = [advance] if on_step is None else [advance, on_step]
+            if wandb_project is not None:
+                facts = plan.sizes.to_dict() | {"fit": asdict(config)}
+                listeners.append(stack.enter_context(WandbRun(wandb_project, facts)).log)
+            stream = stack.enter_context(MetricStream(snapshots, listeners))
+        calibration = None
+        if calibrate is not None:
+            progress.begin("inputs", 1)
+            calibration = run_calibration(
+                source,
+                calibrate,
+                config.device,
+                memory_limit=plan.memory_limit,
+                snapshots=snapshots,
+                on_batch=lambda done, total: progress.advance(done / total),
+                say=progress.say,
+            )
+        progress.begin("fit", steps * len(FAMILIES))
+        result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
+    if ranks.leads:
+        save_fit(result, source, out)
+        discard_snapshots(out)
+    return result
