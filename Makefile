@@ -57,7 +57,7 @@ gpu:
 tune: export PYTHONPATH = $(CURDIR)
 tune:
 	$(PYTHON) benchmarks/tune.py
-	$(PYTHON) benchmarks/tune.py --rank 768 --op moe_ffn --op bank_first
+	$(PYTHON) benchmarks/tune.py --rank 768 --op moe_ffn --op moe_ffn_bank_first
 	$(PYTHON) benchmarks/machine.py --device cuda --write
 	$(PYTHON) benchmarks/aot.py --target sm_90
 

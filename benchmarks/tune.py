@@ -2,13 +2,13 @@
 
     python benchmarks/tune.py                                 Qwen3-30B-A3B, rank 384, bf16, 1 to 16384 tokens
     python benchmarks/tune.py --model olmoe --rank 512 --tokens 64
-    python benchmarks/tune.py --op bank_first --rank 768 --palette 64
+    python benchmarks/tune.py --op moe_ffn_bank_first --rank 768 --palette 64
 
 Writes globe_kernels/ops/tables/<device>.json, which launches read. Each stage is searched on its own, for every row
 tile that makes sense; the rest is coordinate descent from the default: tile, then warps, pipeline stages and grouping.
 What a card cannot run is not compiled. An entry is written only for results that agree with the reference. It holds
 what was found where that is faster than the default, measured side by side, else the default: for moe_ffn and
-dense_twin as a whole layer, for bank_first as its own stages, palette_in and mix (the others run as those of moe_ffn of
+dense_twin as a whole layer, for moe_ffn_bank_first as its own stages, palette_in and mix (the others run as those of moe_ffn of
 the same rank), for compose_layer as the composition of one family.
 """
 
@@ -50,7 +50,7 @@ from globe_kernels.ops.triton_import import triton
 from globe_kernels.ops.tuning import AnyLaunches, FfnConfig, FfnShape, GemmConfig, Target, rows_per_expert, supports
 from globe_kernels.testing import relative_errors
 
-OPS = ("moe_ffn", "dense_twin", "bank_first", "compose_layer")
+OPS = ("moe_ffn", "dense_twin", "moe_ffn_bank_first", "compose_layer")
 
 # Searched one line after the other, all combinations of the fields of a line.
 Axes = tuple[dict[str, tuple[int, ...]], ...]
@@ -290,7 +290,7 @@ def entries(layer: Layer, ops: Sequence[str], tokens: Sequence[int], bench: Benc
     for op in ("moe_ffn", "dense_twin"):
         for count in tokens if op in ops else ():
             yield f"{op}, {count} tokens", tune_experts(layer, inputs(count), op, bench)
-    if "bank_first" in ops:
+    if "moe_ffn_bank_first" in ops:
         # its first stages take tokens in chunks
         for count in dict.fromkeys(min(count, layer.factors.chunk_tokens()) for count in tokens):
             yield f"palette_in, {count} tokens", tune_palette_in(layer, inputs(count), bench)

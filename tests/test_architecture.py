@@ -58,8 +58,8 @@ def strategy_comparisons(path: Path) -> list[int]:
             compared = [node.value]
         else:
             continue
-        constants = {one.value for part in compared for one in ast.walk(part) if isinstance(one, ast.Constant)}
-        if constants & {*STRATEGIES, DENSE.name}:
+        parts = [one for part in compared for one in getattr(part, "elts", [part])]
+        if {one.value for one in parts if isinstance(one, ast.Constant)} & {*STRATEGIES, DENSE.name}:
             lines.append(node.lineno)
     return lines
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.strategies import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -223,7 +224,7 @@ def plan_figure(figures: dict) -> "Figure":
         strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
         dense = strategies["dense"]["us_per_layer"]
         for name, found in strategies.items():
-            style: dict[str, Any] = {"color": _GREY} if name == "dense" else {}
+            style: dict[str, Any] = {"color": _GREY} if name == DENSE.name else {}
             style |= {"linewidth": 3, "alpha": 0.35} if name == "auto" else {"linewidth": 1.4}
             relative = [us / dense[tokens] for tokens, us in found["us_per_layer"].items()]
             times.plot([int(tokens) for tokens in dense], relative, label=name, **style)

@@ -7,6 +7,7 @@ from globe_fit.plan.fitting import per_rank
 from globe_fit.sizes import left_dense_note
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
+from globe_kernels.strategies import STRATEGIES
 
 
 def print_estimate(figures: dict) -> None:
@@ -57,7 +58,7 @@ def _print_planned(point: dict, machine: str) -> None:
     header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
     rows = []
     for name, found in strategies.items():
-        size = disk["dense" if name == "dense" else "globe"]
+        size = disk[name if name in disk else "globe"]
         held = [gigabytes(value) for value in (size, found["resident"], found["host"], found["peak"])]
         rows.append([name, *held, "yes" if found["fits"] else "no", str(found["batch"]), str(found["kv_tokens"])])
     print_table(f"Bytes of the experts, and room for the KV cache on {point['cards']} x {machine}", header, rows)
@@ -165,7 +166,7 @@ def print_inspection(figures: dict) -> None:
     print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
     rows = figures["bytes"]["peak_rows"]
     for strategy, size in figures["bytes"]["resident"].items():
-        pool = " and its pool" if strategy == "cached" else ""
+        pool = " and its pool" if STRATEGIES[strategy].takes_pool else ""
         peak = megabytes(figures["bytes"]["peak"][strategy])
         print(f"  {strategy}: {megabytes(size)}{pool} resident, {peak} at the peak of a call with {rows} routed rows")
     families = figures["families"]

@@ -158,7 +158,7 @@ def test_nothing_is_written_of_a_wrong_result(tune, bench, monkeypatch, op):
         right = getattr(tune, name)
         if name != "palette_in_ref" or op == "palette_in":  # it makes what mix starts from
             monkeypatch.setattr(tune, name, lambda *case, right=right: right(*case) + 1)
-    own = op if op in tune.OPS else "bank_first"
+    own = op if op in tune.OPS else "moe_ffn_bank_first"
     written = []
     with pytest.raises(SystemExit, match="nothing was written"):
         for label, _ in tune.entries(small_layer(tune), [own], [5], bench):
@@ -167,7 +167,7 @@ def test_nothing_is_written_of_a_wrong_result(tune, bench, monkeypatch, op):
 
 
 @needs_kernels
-@pytest.mark.parametrize("op", ["moe_ffn", "bank_first", "compose_layer"])
+@pytest.mark.parametrize("op", ["moe_ffn", "moe_ffn_bank_first", "compose_layer"])
 def test_where_the_default_is_the_fastest_it_is_what_is_written(tune, bench, monkeypatch, op):
     from measure import Timing
 
@@ -196,7 +196,7 @@ def test_tokens_of_bank_first_are_those_of_a_chunk(tune, monkeypatch):
     monkeypatch.setattr(tune, "tune_palette_in", lambda layer, inputs, bench: counts.append(len(inputs.hidden)))
     monkeypatch.setattr(tune, "tune_mix", lambda layer, inputs, bench: counts.append(len(inputs.hidden)))
     monkeypatch.setattr(tune.random_layer.__globals__["BankFirstWeights"], "chunk_tokens", lambda self: 4)
-    assert len(list(tune.entries(small_layer(tune), ["bank_first"], [2, 8, 16], tune.Bench(DEVICE, H100, 1)))) == 4
+    assert len(list(tune.entries(small_layer(tune), ["moe_ffn_bank_first"], [2, 8, 16], tune.Bench(DEVICE, H100, 1)))) == 4
     assert counts == [2, 2, 4, 4]
 
 
