@@ -23,8 +23,6 @@ OPS = {
 
 @pytest.mark.parametrize("name", sorted(OPS))
 def test_every_op_runs_on_the_device_of_its_tensors(name):
-    if name == "batched_spd_solve":
-        pytest.skip("its kernels are not Triton's: csrc/batched_spd_solve.cu does the same")
     assert len(OPS) > 10
     assert hasattr(OPS[name]._init_fn, "__wrapped__"), "no @on_its_device under torch.library.custom_op"
 
