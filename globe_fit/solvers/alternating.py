@@ -30,6 +30,7 @@ from globe_fit.solvers.coding import (
     next_temperature,
     non_negative,
     on_simplex,
+    require_entmax,
     support_index,
 )
 from globe_fit.solvers.dictionary import (
@@ -63,6 +64,8 @@ class Alternating:
         if config.dictionary == "mod":
             self.extras["dictionary_condition"] = 1.0
         self._soft = config.coding.method == "entmax"
+        if self._soft or config.coding.initial == "simplex":
+            require_entmax()
         if self._soft:
             self.extras["temperature"] = 1.0
             self._scores = torch.zeros_like(state.codes, requires_grad=True)

@@ -8,73 +8,40 @@ so that neither targets nor atoms are held here.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 
 from globe_fit.linalg import solve_spd
+from globe_kernels.errors import RequestError
 
 _SWEEPS = 200
 _PROJECTIONS = 300
 _SETTLED = 1e-6  # of the largest code: a change that no longer matters
 
 
+def require_entmax() -> None:
+    """Raises RequestError when the package entmax is not installed."""
+    if find_spec("entmax") is None:
+        raise RequestError(
+            'Codes on the simplex need the package entmax; install it (pip install "globe-moe[fit]"), or give '
+            "coding.method least_squares and coding.initial nnls."
+        )
+
+
 def entmax(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """argmax_p p^T z + H_alpha(p) on the simplex, for scores z (E, M); alpha 2 is sparsemax, towards 1 softmax.
+    """Return argmax_p p^T z + H_alpha(p) on the simplex for scores z (E, M), differentiable; 0 where z is -inf.
 
-    p_j = max((alpha - 1) z_j - tau, 0)^(1 / (alpha - 1)), with tau so that p sums to 1: by sorting for alpha 2 (Martins
-    and Astudillo, 2016) and 1.5 (Peters, Niculae and Martins, 2019), by bisection for any other. Differentiable.
+    p_j = max((alpha - 1) z_j - tau, 0)^(1 / (alpha - 1)), with tau so that p sums to 1; alpha 2 is sparsemax, towards 1
+    softmax (Martins and Astudillo, 2016; Peters, Niculae and Martins, 2019).
     """
-    return _Entmax.apply(scores, alpha)  # type: ignore[return-value]
+    from entmax import entmax15, entmax_bisect, sparsemax  # of the extra "fit"
 
-
-class _Entmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-        x = (alpha - 1) * scores
-        x = (x - x.amax(1, keepdim=True)).clamp_min(-2)  # tau is at least the largest less 1: nothing changes
-        tau = {2.0: _sparsemax_threshold, 1.5: _entmax15_threshold}.get(alpha, _bisected_threshold(alpha))(x)
-        p = (x - tau).clamp_min(0).pow(1 / (alpha - 1))
-        p /= p.sum(1, keepdim=True)  # what rounding left of 1
-        ctx.save_for_backward(p)
-        ctx.alpha = alpha
-        return p
-
-    @staticmethod
-    def backward(ctx, *gradients: torch.Tensor):  # type: ignore[override]
-        (p,) = ctx.saved_tensors
-        slope = torch.where(p > 0, p.pow(2 - ctx.alpha), 0)
-        weighted = slope * gradients[0]
-        return weighted - slope * weighted.sum(1, keepdim=True) / slope.sum(1, keepdim=True), None
-
-
-def _sparsemax_threshold(x: torch.Tensor) -> torch.Tensor:
-    ordered = x.sort(1, descending=True).values
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    tau = (ordered.cumsum(1) - 1) / count
-    size = (ordered > tau).sum(1, keepdim=True)
-    return tau.gather(1, size - 1)
-
-
-def _entmax15_threshold(x: torch.Tensor) -> torch.Tensor:
-    ordered = x.sort(1, descending=True).values
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    mean, square = ordered.cumsum(1) / count, ordered.square().cumsum(1) / count
-    tau = mean - (1 / count - (square - mean.square())).clamp_min(0).sqrt()
-    size = (ordered >= tau).sum(1, keepdim=True)
-    return tau.gather(1, size - 1)
-
-
-def _bisected_threshold(alpha: float):
-    def threshold(x: torch.Tensor) -> torch.Tensor:
-        low = x.amax(1, keepdim=True) - 1  # there the largest alone has 1
-        high = low + 1 - x.shape[1] ** (1 - alpha)  # there none has more than 1 / M
-        for _ in range(50):  # what fp64 resolves
-            middle = (low + high) / 2
-            above = (x - middle).clamp_min(0).pow(1 / (alpha - 1)).sum(1, keepdim=True) >= 1
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return (low + high) / 2
-
-    return threshold
+    # the bisection of the package loses its threshold in the rounding of large scores; p does not depend on the shift
+    shifted = scores - scores.detach().amax(1, keepdim=True)
+    if alpha == 2.0:
+        return sparsemax(shifted, dim=1)
+    return entmax15(shifted, dim=1) if alpha == 1.5 else entmax_bisect(shifted, alpha, dim=1)
 
 
 def entmax_scores(codes: torch.Tensor, slack: torch.Tensor, alpha: float) -> torch.Tensor:
