@@ -25,10 +25,9 @@ from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
 from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
-from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, Solver
+from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd
-from globe_fit.solvers.varpro import VarPro
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import Code, GlobeConfig
@@ -170,7 +169,6 @@ def _fit_family(
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:
         return _FamilyFit.load(*saved)
-    alternating = config.alternating
     if saved is not None:
         tensors, facts = saved
         if facts["energy"] != weights.statistics.total_energy:
@@ -181,13 +179,11 @@ def _fit_family(
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
     elif start is not None and family in start:
         state = replace(start[family], bank=start[family].bank[..., weights.columns]).copy()
-        alternating = replace(alternating, coding=replace(alternating.coding, initial="given"))
+        given = replace(config.alternating, coding=replace(config.alternating.coding, initial="given"))
+        config = replace(config, alternating=given)
     else:
         state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
-    if config.solver == "varpro":
-        solver: Solver = VarPro(weights, state, sizes, config.varpro)
-    else:
-        solver = Alternating(weights, state, sizes, alternating)
+    solver = make_solver(weights, state, sizes, config)
     run = _Run(weights, solver, config)
     if saved is not None:
         run.restore(*saved)

@@ -1,22 +1,24 @@
 """What a fit will take, before it runs: bytes at its peak and seconds, by the sizes and by timing one block."""
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
-from globe_fit.data.stream import FamilyWeights, Statistics, block_experts
+from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
 from globe_fit.run.distributed import ALONE, Ranks
-from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.objective import backward_block
-from globe_fit.solvers.start import allowed_atoms
-from globe_fit.solvers.support import candidate_atoms, largest_support
+from globe_fit.solvers.base import BankState
+from globe_fit.solvers.registry import make_solver
+from globe_fit.solvers.start import initial_codes
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
 
-_OTHER_PASSES = 4  # statistics, start, refit, baselines
+_OTHER_PASSES = 4  # statistics, start, refit, baselines: each about as long as the first pass of a solver
+_TRIALS = 2  # of a pass that is timed: the first also warms up
 # What is alive at once, in tensors of that size: the solver holds bank and codes, their gradients and what is added to
 # the bank's, two of Adam and the best state; a step holds two blocks of weights, what the adapters make of one, the
 # residual, its square and its gradient, and of the bases mixture, gradient and product with the weights.
@@ -96,37 +98,43 @@ def _memory_of(device: str) -> int:
 
 
 def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig, ranks: Ranks = ALONE) -> float:
-    """Reads one block of experts and takes its step, while the support is free and when it is fixed; holds a bank and
-    its gradient meanwhile. Where a fit keeps the experts on the device, reading does not count."""
+    """Predict the seconds of a fit of all its steps, from the time that each pass of its solver takes on one block.
+
+    Holds a bank and a tensor of its size meanwhile. Reading from the disk does not count where the fit keeps the
+    experts on the device.
+    """
     device = resolve_device(config.device)
-    weights = FamilyWeights(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks)
-    columns = weights.columns.stop - weights.columns.start
-    bank = torch.randn(*sizes.bank_shape()[:2], columns, device=device, requires_grad=True)
-    drawn = BankState(bank, torch.randn(sizes.base.total_experts, sizes.num_atoms, device=device), sizes.phi)
-    allowed = allowed_atoms(sizes.base, sizes.num_atoms, sizes.scope).to(device)
-    free = candidate_atoms(drawn, allowed, sizes, config.varpro.candidates)
-    fixed = free & largest_support(drawn.codes.abs() * free, sizes.support)
     stored = source.stored_bytes(FAMILIES[0]) if device != "cpu" else 0
-    reads = not estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes
-    _seconds_per_pass(weights, drawn, fixed, config, reads)  # reads from the disk and warms up
-    while_free, when_fixed = (_seconds_per_pass(weights, drawn, used, config, reads) for used in (free, fixed))
-    per_step = while_free + (1 - config.varpro.support_at) * (when_fixed - while_free)
-    return len(FAMILIES) * (config.steps + _OTHER_PASSES) * per_step
+    kept = [] if estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes else None
+    weights = _FirstBlock(source, FAMILIES[0], device, Statistics(0.0, 1.0, {}), ranks=ranks, kept=kept)
+    bank = torch.randn(*sizes.bank_shape()[:2], weights.columns.stop - weights.columns.start, device=device)
+    codes = initial_codes(sizes, torch.Generator().manual_seed(config.seed)).to(device)
+    solver = make_solver(weights, BankState(bank, codes, sizes.phi), sizes, config)
+    seconds = other = 0.0
+    for kind in solver.passes():
+        if kind.count:
+            of_pass = min(_seconds_per_pass(weights, kind.visit) for _ in range(_TRIALS))
+            seconds += kind.count * of_pass
+            other = other or _OTHER_PASSES * of_pass
+    return len(FAMILIES) * (seconds + other)
 
 
-def _seconds_per_pass(
-    weights: FamilyWeights, drawn: BankState, used: torch.Tensor, config: FitConfig, reads: bool
-) -> float:
-    """Of a pass for the gradient with the codes at `used` (n, M), judged by its first block."""
-    state, index = BankState(drawn.bank, (drawn.codes * used).requires_grad_(), drawn.phi), code_index(used)
-    began = time.perf_counter()
-    block = next(weights.normalised())
-    if not reads:
-        _wait(weights.device)
-        began = time.perf_counter()
-    backward_block(weights, block, state, index, config.varpro.ridge)
+class _FirstBlock(FamilyWeights):
+    """The weights of a family, of which a pass reads nothing but the first block."""
+
+    def _blocks(self, read: Callable[..., torch.Tensor], whole: slice | None) -> Iterator[Block]:
+        return islice(super()._blocks(read, whole), 1)
+
+
+def _seconds_per_pass(weights: FamilyWeights, visit: Callable[[Block], object]) -> float:
+    """Time a pass on its only block and scale the time to all experts."""
     _wait(weights.device)
-    return (time.perf_counter() - began) * weights.source.base.total_experts / len(block.experts)
+    began, experts = time.perf_counter(), 0
+    for block in weights.normalised():
+        visit(block)
+        experts += len(block.experts)
+    _wait(weights.device)
+    return (time.perf_counter() - began) * weights.source.base.total_experts / experts
 
 
 def _wait(device: str) -> None:

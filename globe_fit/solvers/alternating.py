@@ -13,7 +13,7 @@ Nothing is held per expert but the codes; adapters and targets are made again fo
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -21,7 +21,7 @@ from globe_fit.config import AlternatingConfig
 from globe_fit.data.stream import Block, FamilyWeights
 from globe_fit.linalg import SingularBasisError, solve_spd
 from globe_fit.measure.baselines import truncated_svd
-from globe_fit.solvers.base import BankState, code_index
+from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing
 from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
@@ -37,12 +37,15 @@ from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
     Projected,
+    add_gradient,
+    add_image,
     atom_by_atom,
     exact_step,
+    independent,
     normalise_atoms,
     project,
 )
-from globe_fit.solvers.objective import eliminated_error
+from globe_fit.solvers.objective import backward_block, eliminated_error
 from globe_fit.solvers.start import allowed_atoms
 from globe_fit.solvers.support import fix_support
 from globe_kernels.format.checkpoint import GlobeConfig
@@ -72,10 +75,13 @@ class Alternating:
             self._scale = torch.ones_like(state.codes[0])  # of the atoms, which the simplex cannot take up
             self._adam = torch.optim.Adam([self._scores], lr=config.entmax.lr, fused=True)
 
+    def _fix(self) -> None:
+        self._allowed = fix_support(self.state, self._allowed, self._sizes)
+        self._fixed = True
+
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._allowed = fix_support(self.state, self._allowed, self._sizes)
-            self._fixed = True
+            self._fix()
         try:
             error = eliminated_error(self._weights, self.state, code_index(self.state.codes != 0), RIDGE)
         except SingularBasisError:
@@ -226,6 +232,57 @@ class Alternating:
         codes, raised = masked_least_squares(gram, cross, self.state.codes[places], index, valid)
         self.extras["ridge_raised"] += raised
         return codes if self._fixed else self._pruned(codes)
+
+    @torch.no_grad()
+    def passes(self) -> Iterator[Pass]:
+        config, codes, atoms = self._config, self.state.codes, self.state.bank.flatten(1)
+        free = steps_before_fixing(config.steps, config.support_at)
+        yield Pass(1, self._evaluation(self.state))
+        if config.steps > 0 and config.coding.initial != "given":
+            yield Pass(1, lambda block: self._targets(block)[1].flatten(1) @ atoms.mT)
+            codes.clamp_min_(0)  # the non-negative codes for atoms that are orthogonal
+        if self._soft:
+            self._scores.copy_(entmax_scores(codes.clamp_min(0), torch.zeros_like(codes), config.entmax.alpha))
+        self._step = 1
+        yield from self._passes_of_rounds(free)
+        self._fix()
+        yield from self._passes_of_rounds(config.steps - free)
+
+    def _passes_of_rounds(self, rounds: int) -> Iterator[Pass]:
+        """The passes of `rounds` rounds, all of them before or all of them after the support is fixed."""
+        config, state, soft = self._config, self.state, self._soft and not self._fixed
+        yield Pass(rounds, self._evaluation(state))
+        if soft:
+            with_gradient = BankState(state.bank, self._soft_codes().detach().requires_grad_(), state.phi)
+            yield Pass(rounds * config.entmax.steps, self._evaluation(with_gradient))
+        gram = torch.eye(len(state.bank), device=state.bank.device)
+        if config.dictionary == "mod":
+            directions = OptimalDirections(state)
+
+            def visit(block: Block) -> None:
+                places, targets = self._targets(block)
+                self._code_on_targets(places, targets, gram)
+                directions.add(places, targets)
+
+            yield Pass(rounds, visit)
+            return
+        if config.coding.method == "omp" and not self._fixed:
+            yield Pass(rounds, lambda block: self._code_on_targets(*self._targets(block), gram))
+        elif not soft:
+            yield Pass(rounds, lambda block: self._code_in_the_metric(project(block, state)))
+        exact, batches = config.dictionary == "exact", independent(state.codes != 0)
+        codes = state.codes if exact else state.codes[:, batches[0]]
+        residual = torch.zeros_like(state.bank[: codes.shape[1]])
+        curvature = residual.new_zeros(len(residual), residual.shape[1], residual.shape[1])
+        count = rounds if exact else rounds * len(batches)
+        yield Pass(count, lambda block: add_gradient(project(block, state), state, codes, residual, curvature))
+        if exact:
+            step = state.bank
+            yield Pass(rounds * config.cg_steps, lambda block: add_image(project(block, state), codes, step, residual))
+
+    def _evaluation(self, state: BankState) -> Callable[[Block], torch.Tensor]:
+        index = code_index(state.codes.detach() != 0)
+        return lambda block: backward_block(self._weights, block, state, index, RIDGE)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         progress = [self._step, self._fixed, self._quiet, self._reference, *self.extras.values()]

@@ -1,11 +1,13 @@
 """What every solver improves, and how the fit drives one."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from globe_fit.data.stream import Block
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 from globe_kernels.ops.mixture import mixture
@@ -69,6 +71,19 @@ def _gradient(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.grad
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A kind of pass over all experts: how many a fit takes, and the work of a pass on one block."""
+
+    count: int
+    visit: Callable[[Block], object]
+
+
+def steps_before_fixing(steps: int, support_at: float) -> int:
+    """How many of the steps a solver takes before it fixes the support."""
+    return min(math.ceil(support_at * steps), steps)
+
+
 class Solver(Protocol):
     """Improves `state` in place, one step at a time: evaluate, update, evaluate, ...
 
@@ -89,6 +104,14 @@ class Solver(Protocol):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything that the next step depends on."""
+        ...
+
+    def passes(self) -> Iterator[Pass]:
+        """The passes of a whole fit, for an estimate of its time. Work on the bank and the codes alone is left out.
+
+        Visit one block by each pass before you ask for the next: the codes follow the phases of a fit. The solver
+        cannot fit after that.
+        """
         ...
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:

@@ -60,9 +60,8 @@ def exact_step(state: BankState, passes: Passes, iterations: int) -> int:
     for _ in range(iterations):
         image.zero_()
         for seen in passes():
-            mixture = (codes[seen.places] @ step.flatten(1)).view_as(seen.cross)
-            image.flatten(1).addmm_(codes[seen.places].mT, (seen.gram @ mixture).flatten(1))
-            del seen, mixture  # before the next block is read
+            add_image(seen, codes, step, image)
+            del seen  # before the next block is read
         bend = torch.dot(step.flatten(), image.flatten())
         if bend <= 0:
             break
@@ -92,7 +91,7 @@ def atom_by_atom(state: BankState, passes: Passes) -> int:
     adapters that follow. Dense codes take as many passes as atoms. Returns how often a ridge was raised.
     """
     raised = 0
-    for batch in _independent(state.codes != 0):
+    for batch in independent(state.codes != 0):
         residual, curvature = _gradient(state, passes, batch)
         chol, more = factorise(curvature, RIDGE)
         state.bank[batch] += torch.cholesky_solve(residual, chol)
@@ -106,15 +105,28 @@ def _gradient(state: BankState, passes: Passes, atoms: torch.Tensor) -> tuple[to
     residual = torch.zeros_like(state.bank[atoms])
     curvature = residual.new_zeros(len(residual), residual.shape[1], residual.shape[1])
     for seen in passes():
-        own = codes[seen.places]
-        left = seen.cross - seen.gram @ state.basis(seen.places)
-        residual.flatten(1).addmm_(own.mT, left.flatten(1))
-        curvature.flatten(1).addmm_(own.square().mT, seen.gram.flatten(1))
-        del seen, left  # before the next block is read
+        add_gradient(seen, state, codes, residual, curvature)
+        del seen  # before the next block is read
     return residual, curvature
 
 
-def _independent(used: torch.Tensor) -> list[torch.Tensor]:
+def add_gradient(
+    seen: Projected, state: BankState, codes: torch.Tensor, residual: torch.Tensor, curvature: torch.Tensor
+) -> None:
+    """Add the experts of a block to the sums of `_gradient`, for the atoms that `codes` (n, N) are of."""
+    own = codes[seen.places]
+    left = seen.cross - seen.gram @ state.basis(seen.places)
+    residual.flatten(1).addmm_(own.mT, left.flatten(1))
+    curvature.flatten(1).addmm_(own.square().mT, seen.gram.flatten(1))
+
+
+def add_image(seen: Projected, codes: torch.Tensor, step: torch.Tensor, image: torch.Tensor) -> None:
+    """Add the experts of a block to sum_i a_ij G_i sum_k a_ik step_k (M, R, D), the left side for a step."""
+    mixture = (codes[seen.places] @ step.flatten(1)).view_as(seen.cross)
+    image.flatten(1).addmm_(codes[seen.places].mT, (seen.gram @ mixture).flatten(1))
+
+
+def independent(used: torch.Tensor) -> list[torch.Tensor]:
     """Masks (M,) of atoms that no expert uses together, greedily; of `used` (n, M). Unused atoms are left out."""
     together = used.float().mT @ used.float() > 0
     batches: list[torch.Tensor] = []

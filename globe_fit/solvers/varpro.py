@@ -10,14 +10,15 @@ state and one block of weights.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from globe_fit.config import VarProConfig
-from globe_fit.data.stream import FamilyWeights
+from globe_fit.data.stream import Block, FamilyWeights
 from globe_fit.linalg import SingularBasisError
-from globe_fit.solvers.base import BankState, code_index
-from globe_fit.solvers.objective import eliminated_error
+from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing
+from globe_fit.solvers.objective import backward_block, eliminated_error
 from globe_fit.solvers.start import allowed_atoms
 from globe_fit.solvers.support import candidate_atoms, fix_support
 from globe_kernels.format.checkpoint import GlobeConfig
@@ -45,10 +46,13 @@ class VarPro:
     def _allow(self, allowed: torch.Tensor) -> None:
         self._allowed, self._index = allowed, code_index(allowed)
 
+    def _fix(self) -> None:
+        self._allow(fix_support(self.state, self._allowed, self._sizes, self._weights.ranks))
+        self._fixed = True
+
     def evaluate(self) -> float:
         if not self._fixed and self._step >= self._config.support_at * self._config.steps:
-            self._allow(fix_support(self.state, self._allowed, self._sizes, self._weights.ranks))
-            self._fixed = True
+            self._fix()
         self._adam.zero_grad(set_to_none=True)
         try:
             return eliminated_error(self._weights, self.state, self._index, self._config.ridge)
@@ -65,6 +69,15 @@ class VarPro:
         with torch.no_grad():
             codes.mul_(self._allowed)  # momentum from before the support was fixed
         self._step += 1
+
+    def passes(self) -> Iterator[Pass]:
+        def visit(block: Block) -> None:
+            backward_block(self._weights, block, self.state, self._index, self._config.ridge)
+
+        free = steps_before_fixing(self._config.steps, self._config.support_at)
+        yield Pass(free, visit)
+        self._fix()
+        yield Pass(self._config.steps + 1 - free, visit)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         counters = torch.tensor([self._step, self._fixed])

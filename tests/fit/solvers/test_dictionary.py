@@ -11,9 +11,9 @@ from globe_fit.solvers.base import BankState
 from globe_fit.solvers.dictionary import (
     RIDGE,
     OptimalDirections,
-    _independent,
     atom_by_atom,
     exact_step,
+    independent,
     normalise_atoms,
     project,
 )
@@ -150,7 +150,7 @@ def test_optimal_directions_are_the_least_squares_solution():
 def test_batches_hold_atoms_that_no_expert_uses_together():
     used = torch.rand(20, 15, generator=torch.Generator().manual_seed(0)) < 0.15
     used[:, 4] = False
-    batches = _independent(used)
+    batches = independent(used)
     assert torch.stack(batches).sum(0).tolist() == [int(column.any()) for column in used.mT]
     assert len(batches) < 15
     for batch in batches:
