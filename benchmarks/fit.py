@@ -83,7 +83,7 @@ def globe(
 
     result = fit(source, config, on_step=on_step, calibration=calibration)
     seconds = clock() - began
-    places = {layer.layer: own for layer, own in source.blocks}
+    places = {layer.layer: own for layer, own in source.layer_spans}
 
     def weights(layer: ExpertLayer, family: str) -> torch.Tensor:
         factors = result.families[family]

@@ -111,7 +111,7 @@ def fit_mobe(
     svd_atoms = grouped_svd(weights, sizes).mul_(_START_RMS) if config.warm_start else None
     seconds = [clock() - began] * (config.steps + 1)
     lost_at, lost, completed, layers = [0.0] * (config.steps + 1), 0.0, True, {}
-    for layer, places in weights.source.blocks:
+    for layer, places in weights.source.layer_spans:
         raw = weights.source.read(layer, weights.family).to(weights.device)
         target = (raw - statistics.mean) / statistics.scale
         group = groups[places] - groups[places][0]

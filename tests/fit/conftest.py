@@ -21,9 +21,9 @@ class MemorySource:
         self.base = BaseModel(
             "planted", "qwen3_moe", width, inner, {layer: len(w) for layer, w in self.weights.items()}
         )
-        self.blocks, start = [], 0
+        self.layer_spans, start = [], 0
         for layer in self.layers:
-            self.blocks.append((layer, slice(start, start + layer.num_experts)))
+            self.layer_spans.append((layer, slice(start, start + layer.num_experts)))
             start += layer.num_experts
 
     def read(self, layer, family: str, experts: range | None = None, columns: slice = slice(None)) -> torch.Tensor:

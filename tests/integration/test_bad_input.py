@@ -140,7 +140,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch
         patched.setattr(step, full)
         result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")
     assert_refused(result, 1, "is full")
-    assert "nothing was written and what was there is unchanged; free some space" in result[2]
+    assert "nothing was written and the old files are unchanged; free some space" in result[2]
     assert contents(out) == before
     assert globe("inspect", out, "--verify")[0] == 0
     assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")[0] == 0

@@ -79,11 +79,11 @@ def errors_in_metric(source, result, family: str, metric: Calibration) -> torch.
     """(P,) share that each row loses of the energy of all, in the metric."""
     lost, energy = torch.zeros(source.base.intermediate_size), 0.0
     factors = result.families[family]
-    for layer, places in source.blocks:
+    for layer, span in source.layer_spans:
         sums = metric.sums[layer.layer]
         root, weight = metric_root(sums.moment), row_weights(sums.rows[family])[..., None]
         weights = source.read(layer, family)
-        residual = weights - reconstruct(factors.at(places), factors.bank, result.config.phi)
+        residual = weights - reconstruct(factors.at(span), factors.bank, result.config.phi)
         lost += (weight * (residual @ root).square()).sum((0, 2))
         energy += (weight * (weights @ root).square()).sum().item()
     return lost / energy
@@ -116,9 +116,9 @@ def test_rows_that_matter_are_fitted_better(noise):
         assert own[2:].sum() > other[2:].sum()
         # of the raw weights, every row alike
         factors, lost, energy = by_rows.families[family], 0.0, 0.0
-        for layer, places in noise.blocks:
+        for layer, span in noise.layer_spans:
             weights = noise.read(layer, family)
-            lost += (weights - reconstruct(factors.at(places), factors.bank, "identity")).square().sum().item()
+            lost += (weights - reconstruct(factors.at(span), factors.bank, "identity")).square().sum().item()
             energy += weights.square().sum().item()
         assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-4)
 

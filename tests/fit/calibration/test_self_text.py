@@ -77,7 +77,7 @@ def test_a_fit_to_what_the_model_writes_is_closer_to_the_model(tmp_path, monkeyp
     assert done[0] == (1, 2 * 255) and done[-1] == (2 * 255, 2 * 255) and done == sorted(done)
     with pytest.raises(RequestError, match="calibration was self and is None"):
         open_snapshots(tmp_path, source, config)
-    places = {layer.layer: inside for layer, inside in source.blocks}
+    places = {layer.layer: inside for layer, inside in source.layer_spans}
     models = {"dense": load_model(shipped_model())}
     for name, metric in (("free", None), ("own", own)):
         result = fit(source, config, calibration=metric)

@@ -175,9 +175,9 @@ def test_aligned_targets_do_not_depend_on_the_coordinates_of_an_expert(noise):
     start = first.state
     # about the mean, which the normalisation takes away and a rotation does not keep
     statistics = first._weights.statistics
-    for layer, places in noise.blocks:
+    for layer, span in noise.layer_spans:
         centred = noise.weights[layer.layer] - statistics.mean
-        noise.weights[layer.layer] = rotation[places] @ centred + statistics.mean
+        noise.weights[layer.layer] = rotation[span] @ centred + statistics.mean
     second = Alternating(first._weights, start, first._sizes, AlternatingConfig())
     after = torch.cat([targets for _, targets in second._target_passes()])
     assert_close(after, before, rms=1e-4, peak=1e-3)

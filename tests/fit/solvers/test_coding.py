@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from globe_fit.solvers.base import support_index
 from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
@@ -11,7 +12,6 @@ from globe_fit.solvers.coding import (
     next_temperature,
     non_negative,
     on_simplex,
-    support_index,
 )
 from globe_kernels.testing import assert_close
 
