@@ -1,4 +1,4 @@
-// globe_csrc::batched_spd_solve for torch; globe_kernels/ops/batched_spd_solve.py says what it computes.
+// globe_csrc::batched_spd_solve for torch; globe_kernels/ops/batched_spd_solve.py has the formula.
 #include "batched_spd_solve.cuh"
 
 #include <ATen/Functions.h>

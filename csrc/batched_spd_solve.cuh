@@ -1,6 +1,6 @@
 // Batched solves of small symmetric positive definite systems by Cholesky: gram x = rhs.
 //
-// WIDTH threads own a system and thread i its row i, so k <= WIDTH. The factor is computed in place in shared memory,
+// WIDTH threads share a system, and thread i has its row i, so k <= WIDTH. The factor is computed in place in shared memory,
 // left-looking, V columns (16 bytes of a row) at a time. Orders that V does not divide are padded with the identity. The
 // code down to the kernel is free of CUDA: host.cpp runs the same lines with a thread of the CPU for every lane.
 #pragma once
@@ -44,7 +44,7 @@ template <typename T> GLOBE_BOTH constexpr int padded(int k) { return (k + V<T> 
 // An odd number of chunks: eight lanes that read the same chunk of eight rows meet no bank twice.
 template <typename T> GLOBE_BOTH constexpr int stride(int k) { return V<T> * (padded<T>(k) / V<T> | 1); }
 
-// Values of shared memory of one system: the matrix, and two buffers in which the lanes publish V rows.
+// Values of shared memory that a system takes: the matrix, and two buffers in which the lanes publish V rows.
 template <typename T> GLOBE_BOTH constexpr int shared_values(int k) {
     return padded<T>(k) * stride<T>(k) + 2 * V<T> * COLUMNS;
 }
@@ -57,7 +57,7 @@ template <int WIDTH> struct Block {
     template <typename T> static constexpr int shared_bytes(int k) { return SYSTEMS * shared_values<T>(k) * sizeof(T); }
 };
 
-// Calls `launch` with the fewest lanes, a part of a warp, a warp or a block, that have one for each of k rows.
+// Calls `launch` with the fewest lanes that give each of k rows a lane: a part of a warp, a warp or a block.
 template <typename Launch> auto with_width(int k, Launch launch) {
     if (k <= 16)
         return launch(std::integral_constant<int, 16>{});
@@ -68,7 +68,7 @@ template <typename Launch> auto with_width(int k, Launch launch) {
     return launch(std::integral_constant<int, LARGEST>{});
 }
 
-// Room that a card must have for one system: 99 KB is sm_86, sm_89 and sm_120, 163 KB sm_80.
+// Shared memory that a card must have for a system: 99 KB is sm_86, sm_89 and sm_120, 163 KB sm_80.
 static_assert(Block<LARGEST>::shared_bytes<float>(LARGEST) <= 99 * 1024);
 static_assert(Block<LARGEST>::shared_bytes<double>(110) <= 99 * 1024);
 static_assert(Block<LARGEST>::shared_bytes<double>(LARGEST) <= 163 * 1024);

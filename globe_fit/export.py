@@ -186,7 +186,7 @@ def _write_model(
         config["quantization_config"] = quantization
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that this one replaces
+    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that is replaced
     with staged_directory(out, last="config.json") as staging:
         for path in base.model_dir.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _NOT_COPIED:

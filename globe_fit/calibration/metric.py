@@ -19,7 +19,7 @@ d and L are relative to their layer, so that layers weigh as they do in a fit wi
 finite text says nothing of some directions and hardly reaches some experts. All experts of a layer share C_l, which is
 never averaged over layers.
 
-Without a text the model writes one (globe_fit.calibration.self_text), which takes no data at all.
+Where the user has no text, the model writes it (globe_fit.calibration.self_text), which takes no data at all.
 """
 
 from collections.abc import Callable, Iterator

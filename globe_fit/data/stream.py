@@ -5,12 +5,12 @@ For one family, over all n experts i with weights W_i (P, D):
     minimise  sum_i || W_i - A_i phi(sum_j alpha_ij B_j) ||^2 / sum_i || W_i ||^2
 
 A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights that are normalised by one mean and one
-scale per family. The errors of a report are always those of the stored factors on the raw weights.
+scale per family. A report always measures the stored factors on the raw weights.
 
 A calibrated fit measures errors in the metric of each layer l, and weights row k of expert i by d_ik
 (globe_fit.calibration.metric): before a norm is taken, every matrix of D columns is multiplied by L_l, and row k of
-expert i by sqrt(d_ik). The row weights do not change the best A_i for a basis, because each row is a least-squares
-problem of its own.
+expert i by sqrt(d_ik). The row weights do not change the best A_i for a basis, because each row is a separate
+least-squares problem.
 
 Each of several ranks (globe_fit.run.distributed) holds its columns of every W_i.
 """

@@ -7,7 +7,8 @@ W_i = A_i X_i are arbitrary: X_i and T X_i describe the same expert for any inve
                                   bank by construction; the steps lower sum_i || W_i - A_i sum_j a_ij B_j ||^2, and the
                                   eliminated objective, which is at most this sum, never rises
   on aligned targets              X_i = Q_i^T W_i with Q_i^T Q_i = I nearest to W_i (orthogonal Procrustes: the polar
-                                  factor of W_i Bhat_i^T; Schoenemann, 1966); the metric of X_i is then that of W_i
+                                  factor of W_i Bhat_i^T; Schoenemann, 1966); an error of X_i is then
+                                  an error of W_i
 
 The solver holds only the codes per expert; every block of a pass makes its adapters and targets again.
 """

@@ -55,14 +55,14 @@ def grouped_svd(weights: FamilyWeights, sizes: GlobeConfig) -> torch.Tensor:
     first, stop = torch.searchsorted(groups, torch.tensor([part.start, part.stop])).tolist()
     grams: dict[int, torch.Tensor] = {}  # of groups that still miss experts: the groups of a layer and a carry at most
     for block in weights.normalised(slice(first, stop)):
-        for matrix, expert in zip(block.weights, range(block.span.start, block.span.stop), strict=True):
+        for offset, expert in enumerate(range(block.span.start, block.span.stop)):
             group = int(groups[expert])
-            gram = matrix.mT @ matrix
+            gram = block.weights[offset].mT @ block.weights[offset]
             grams[group] = grams[group].add_(gram) if group in grams else gram
             if expert == last_member[group]:
                 _, vectors = torch.linalg.eigh(grams.pop(group))  # ascending
                 atoms[group - part.start] = vectors[:, -sizes.rank :].flip(-1).mT
-        del block, matrix  # before the next block is read
+        del block  # before the next block is read
     return _columns_of_rank(weights, atoms.mul_(sizes.base.hidden_size**0.5), sizes)
 
 
