@@ -1,4 +1,4 @@
-"""The baseline is MoBE at its best: it starts where it says, keeps what it finds, and is as large as GloBE."""
+"""The baseline is MoBE at its best: it starts as described, keeps its best state, and is as large as GloBE."""
 
 import json
 import subprocess

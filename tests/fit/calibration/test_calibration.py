@@ -1,4 +1,4 @@
-"""A calibrated fit: what it collects of the inputs, the metric is what is minimised, and it survives a kill."""
+"""A calibrated fit: the sums over the inputs, the metric that the fit minimises, and a fit that survives a kill."""
 
 import pytest
 import torch
@@ -95,9 +95,9 @@ def test_a_calibrated_fit_is_better_where_the_inputs_are(noise):
     for family in ("gate", "up"):
         report = calibrated.report["families"][family]
         assert free.report["families"][family]["calibrated_error"] is None
-        own = errors_in_metric(noise, calibrated, family, metric).sum().item()
-        assert report["calibrated_error"] == pytest.approx(own, rel=2e-2)
-        assert own < 0.5 * errors_in_metric(noise, free, family, metric).sum().item()
+        expected = errors_in_metric(noise, calibrated, family, metric).sum().item()
+        assert report["calibrated_error"] == pytest.approx(expected, rel=2e-2)
+        assert expected < 0.5 * errors_in_metric(noise, free, family, metric).sum().item()
         assert report["relative_error"] > free.report["families"][family]["relative_error"]
     assert calibrated.config.provenance["calibration"] == {"text": "planted", "sha256": "0", "tokens": 200}
 
@@ -109,11 +109,11 @@ def test_rows_that_matter_are_fitted_better(noise):
     by_inputs, by_rows = fit(noise, CONFIG, calibration=none), fit(noise, CONFIG, calibration=rows)
     for family in ("gate", "up"):
         report = by_rows.report["families"][family]
-        own, other = (errors_in_metric(noise, result, family, rows) for result in (by_rows, by_inputs))
-        assert report["calibrated_error"] == pytest.approx(own.sum().item(), rel=2e-2)
-        assert own.sum() < 0.9 * other.sum()
-        assert own[:2].sum() < 0.7 * other[:2].sum()
-        assert own[2:].sum() > other[2:].sum()
+        with_rows, without = (errors_in_metric(noise, result, family, rows) for result in (by_rows, by_inputs))
+        assert report["calibrated_error"] == pytest.approx(with_rows.sum().item(), rel=2e-2)
+        assert with_rows.sum() < 0.9 * without.sum()
+        assert with_rows[:2].sum() < 0.7 * without[:2].sum()
+        assert with_rows[2:].sum() > without[2:].sum()
         # of the raw weights, every row alike
         factors, lost, energy = by_rows.families[family], 0.0, 0.0
         for layer, span in noise.layer_spans:

@@ -1,4 +1,4 @@
-"""How a fit on a GPU reads: without one the copies stand still, and what is asked for, kept and counted is the same."""
+"""A fit on a GPU, without a GPU: the copies stand still, and the reads, the kept blocks and the counts are the same."""
 
 from dataclasses import replace
 
