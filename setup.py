@@ -1,4 +1,4 @@
-"""Everything is declared in pyproject.toml, but for the CUDA extension, which is built only when GLOBE_BUILD_CUDA=1:
+"""Declare the CUDA extension, which is built only when GLOBE_BUILD_CUDA=1; pyproject.toml declares the rest.
 
 GLOBE_BUILD_CUDA=1 pip install --no-build-isolation .
 """
@@ -11,7 +11,7 @@ from setuptools import setup
 
 
 def cuda_extension() -> dict:
-    """Arguments of `setup` that build globe_kernels._csrc from csrc/."""
+    """Return the arguments of `setup` that build globe_kernels._csrc from csrc/."""
     try:
         from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CUDAExtension
     except ImportError:

@@ -92,7 +92,7 @@ class Case:
                 types[name] = "constexpr"
             elif not name.endswith("_ptr"):
                 types[name] = "i32"
-            elif name == "place_ptr":
+            elif name == "entry_ptr":
                 types[name] = "*i64"
             elif name in _INT:
                 types[name] = "*i32"

@@ -1,21 +1,21 @@
-"""GloBE against MoBE and the truncated SVD of every expert, at equal bytes, one after the other in one process.
+"""Compare GloBE with MoBE and the truncated SVD of every expert, at equal bytes, one after the other in one process.
 
     python benchmarks/fit.py                                  the shipped model
     python benchmarks/fit.py --size qwen3-30b                 GloBE alone, experts of that size made on the fly
     python benchmarks/fit.py MODEL_DIR --text TEXT --calibrate self OTHER_TEXT --curves out.png --ledger
 
-Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds are of the process on a CPU,
-on one thread, so that other work of the machine counts for no method; on a GPU of the wall. They are those of both
-families, start and refit included. "s to MoBE's" is per family, start included: when the error under way first was at
-most the final error of the better MoBE; for MoBE itself, when it found the state that it returned. A GloBE step counts
-only once its supports are chosen. Perplexity, KL(dense || compressed) and top-1 agreement are of dense models whose
-gate and up experts are what each method stands for.
+Errors are squared, relative to the raw weights, of the factors as they are stored. Seconds on a CPU are process time on
+one thread, so that other work of the machine counts for no method; on a GPU they are wall time. They sum both families,
+start and refit included. "s to MoBE's" counts per family from the start until the error under way first is at most the
+final error of the better MoBE; for MoBE, until it finds the state that it returns. A GloBE step counts only once its
+supports are chosen. Perplexity, KL(dense || compressed) and top-1 agreement are of dense models with the gate and up
+experts that a method reconstructs.
 
 "globe_tanh_quick" takes a quarter of the steps. "globe_palette" lets a layer use as many atoms as two layers have on
-average. "globe_self" and "globe_tanh_self" are fitted to what the experts compute on what the model itself writes,
-which takes no data, "globe_calibrated" and "globe_tanh_calibrated" on a text: their errors are of the weights all the
-same, and not what they minimise.
-"alternating" is the classic recipe corrected, "literal" as it is usually told (benchmarks/literal.toml).
+average. "globe_self" and "globe_tanh_self" are calibrated on a text that the model writes, which takes no data;
+"globe_calibrated" and "globe_tanh_calibrated" on a given text. The table shows their errors of the weights, which they
+do not minimise. "alternating" is the corrected classic recipe, "literal" the recipe as it is usually told
+(benchmarks/literal.toml).
 """
 
 import argparse
@@ -59,7 +59,7 @@ Trace = list[tuple[float, float]]  # (seconds, relative error)
 
 @dataclass(frozen=True)
 class Method:
-    """What one method made of a model."""
+    """The result of a method on a model."""
 
     weights: Callable[[ExpertLayer, str], torch.Tensor]  # (E, P, D) of a layer and family
     errors: dict[str, float]
@@ -76,18 +76,18 @@ def globe(
 
     def on_step(record: dict) -> None:
         family, now = record["family"], clock()
-        # the start of up cannot be told from the end of gate: it is taken to last as long as that of gate
+        # the start of up cannot be told from the end of gate: assume that it takes as long as the start of gate
         seconds = now - first.setdefault(family, now) + first["gate"] - began
         if calibration is None and record["support_median"] <= config.support:
             traces[family].append((seconds, record["relative_error"]))
 
     result = fit(source, config, on_step=on_step, calibration=calibration)
     seconds = clock() - began
-    places = {layer.layer: own for layer, own in source.blocks}
+    spans = {layer.layer: span for layer, span in source.layer_spans}
 
     def weights(layer: ExpertLayer, family: str) -> torch.Tensor:
         factors = result.families[family]
-        return reconstruct(factors.at(places[layer.layer]), factors.bank, result.config.phi)
+        return reconstruct(factors.at(spans[layer.layer]), factors.bank, result.config.phi)
 
     errors = {family: result.report["families"][family]["relative_error"] for family in FAMILIES}
     return Method(weights, errors, traces, seconds, result.config.tensor_bytes), result
@@ -114,20 +114,20 @@ def mobe(families: dict[str, FamilyWeights], result: FitResult, config: MobeConf
     began = clock()
     fits = {family: fit_mobe(weights, result.config, config, clock) for family, weights in families.items()}
     seconds = clock() - began
-    for family, one in fits.items():
-        if not one.completed:
+    for family, fitted in fits.items():
+        if not fitted.completed:
             print(f"mobe: a layer of {family} diverged; its best state before is kept", file=sys.stderr)
     return Method(
         lambda layer, family: fits[family].reconstruct(layer),
-        {family: one.relative_error for family, one in fits.items()},
-        {family: [(took, error) for _, took, error in one.history] for family, one in fits.items()},
+        {family: fitted.relative_error for family, fitted in fits.items()},
+        {family: [(took, error) for _, took, error in fitted.history] for family, fitted in fits.items()},
         seconds,
-        sum(one.num_bytes for one in fits.values()),
+        sum(fitted.num_bytes for fitted in fits.values()),
     )
 
 
 def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Method], FitResult]:
-    """Every method by name, and the GloBE fit that set the bytes."""
+    """Run every method; return the methods by name, and the GloBE fit that sets the bytes."""
     device, varpro = resolve_device(args.device), VarProConfig(steps=args.steps)
     clock = time.process_time if device == "cpu" else time.perf_counter
     methods: dict[str, Method] = {}
@@ -165,7 +165,7 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
 
 
 def planted(args: argparse.Namespace) -> SyntheticSource:
-    """Experts in the sizes of --size, a planted atom for four of them."""
+    """Return the source for --size, with a planted atom for every four experts."""
     layers, shape = SIZES[args.size]
     atoms = max(layers * shape.experts // 4, args.support)
     name, device = f"synthetic_{args.size}", resolve_device(args.device)
@@ -175,8 +175,7 @@ def planted(args: argparse.Namespace) -> SyntheticSource:
 
 
 def _peak_bytes(result: FitResult, source: ExpertSource, device: str) -> dict:
-    """What the process took at its peak, of a GPU where there is one, with the planted bank; and what the fit had been
-    said to take."""
+    """Return the peak memory of the process, of a GPU where there is one, and the estimate; the planted bank counts."""
     last = result.history[-1]
     needs = estimate(result.config, device=device, stored_bytes=source.stored_bytes(FAMILIES[0]))
     if "peak_device_bytes" in last:
@@ -193,7 +192,7 @@ def _row(name: str, method: Method, methods: dict[str, Method]) -> dict:
     for family in FAMILIES:
         trace = method.traces.get(family, [])
         # MoBE ends with a refit that the error under way lacks
-        target = min((one.errors[family] for other, one in methods.items() if other.startswith("mobe")), default=0.0)
+        target = min((m.errors[family] for other, m in methods.items() if other.startswith("mobe")), default=0.0)
         if name.startswith("mobe"):
             target = min(error for _, error in trace)
         row |= {f"{family}_error": method.errors[family], f"{family}_seconds_to_mobe": _seconds_to(trace, target)}
@@ -201,7 +200,7 @@ def _row(name: str, method: Method, methods: dict[str, Method]) -> dict:
 
 
 def _draw(path: Path, title: str, methods: dict[str, Method]) -> None:
-    """The error against the seconds, a plot per family; a method without steps is a dotted line."""
+    """Draw the error against the seconds, a plot per family; a method without steps is a dotted line."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
@@ -224,14 +223,17 @@ def main() -> None:
     parser.add_argument("model_dir", type=Path, nargs="?", help="the shipped model by default")
     parser.add_argument("--size", choices=list(SIZES), help="no model, but planted experts in its sizes")
     parser.add_argument("--ratio", type=float, default=DEFAULT_RATIO)
-    parser.add_argument("--rank", type=int, help="of every method but SVD; what the ratio yields by default")
+    parser.add_argument("--rank", type=int, help="of every method but SVD; the ratio decides by default")
     parser.add_argument("--support", type=int, default=FitConfig.support)
     parser.add_argument("--steps", type=int, default=VarProConfig.steps, help="of GloBE")
     parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", type=Path, help="measure perplexity, KL and top-1 agreement on it")
     parser.add_argument(
-        "--calibrate", nargs="+", default=[], help="a text, self (what the model writes) or both: add fits to them"
+        "--calibrate",
+        nargs="+",
+        default=[],
+        help="a text file, or self (the model writes the text); adds fits",
     )
     parser.add_argument("--curves", type=Path, help="a plot of the errors over time")
     parser.add_argument("--ledger", action="store_true", help="append the rows to benchmarks/results")
@@ -267,8 +269,8 @@ def main() -> None:
         models |= {name: with_experts(source, method.weights, device) for name, method in methods.items()}
         quality = evaluate(models, windows)
         for row in rows:
-            own = quality[row["provider"]]
-            row |= {"perplexity": own.perplexity, "kl": own.kl, "top1": own.top1}
+            measured = quality[row["provider"]]
+            row |= {"perplexity": measured.perplexity, "kl": measured.kl, "top1": measured.top1}
             row |= {"dense_perplexity": quality["dense"].perplexity}
     if args.curves:
         _draw(args.curves, f"{base.name}: {', '.join(f'{name} {value}' for name, value in shape.items())}", methods)

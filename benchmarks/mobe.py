@@ -1,23 +1,23 @@
-"""MoBE, the published method that GloBE is held against: atoms per layer, dense convex codes, plain Adam.
+"""Fit MoBE, the published method that GloBE is held against: atoms per layer, dense convex codes, plain Adam.
 
-For one family and each layer by itself, over its E experts i with normalised weights W_i (P, D):
+For a family and each layer separately, over its E experts i with normalised weights W_i (P, D):
 
     minimise  sum_i || W_i - A_i f(sum_j softmax(theta_i)_j B_j) ||^2
 
 A_i (P, R) adapters, B_j (R, D) the m atoms of the layer, theta_i (m,) logits, f silu, tanh or identity. Adam at lr 0.07
-on all three at once. After "MoBE: Mixture-of-Basis-Experts for Compressing MoE-based LLMs" (arXiv 2508.05257); written
-from the paper's description, so what it leaves open is our choice and in its favour:
+on all three at once. After "MoBE: Mixture-of-Basis-Experts for Compressing MoE-based LLMs" (arXiv 2508.05257), written
+from the description in the paper. Where the paper leaves a choice, the choice favours MoBE:
 
 * One mean and one scale normalise a family. At the end both are folded into the adapters, by least squares on the raw
-  weights and the stored atoms as `globe_fit.fitting` does it: exactly the scale, and of the mean what lies in the row
+  weights and the stored atoms as `globe_fit.finish` does it: the scale exactly, the mean as far as it lies in the row
   space of the basis.
-* What is returned is the best state on the way, not the last.
+* The result is the best state on the way, not the last state.
 * A layer gets atoms in proportion to its experts, all layers together as many as the GloBE bank of `sizes`: with the
   same rank, the same bytes but for the codes.
 * Both starts have atoms of RMS 0.3. Cold: Gaussian atoms, logits and adapters. Warm: grouped SVD within the layer, with
-  least-squares adapters. A softmax of finite logits never selects one atom alone, so the warm atoms are unmixed:
+  least-squares adapters. A softmax of finite logits never selects a single atom, so the warm atoms are unmixed:
   theta_i is 3 on the group of the expert and 0 elsewhere, and B solves softmax(theta) B = the SVD atoms. The bases at
-  step 0 are the SVD's, whatever the logits, and the logits still have a gradient.
+  step 0 are the SVD bases, whatever the logits, and the logits still have a gradient.
 """
 
 import math
@@ -45,7 +45,7 @@ _RIDGE = 1e-6  # of the adapters at the warm start
 
 @dataclass(frozen=True)
 class MobeConfig:
-    """Settings of the baseline. Raises RequestError for one that makes no sense."""
+    """Settings of the baseline. Raises RequestError for a setting out of its range."""
 
     steps: int = 5000
     lr: float = 0.07
@@ -62,7 +62,7 @@ class MobeConfig:
 
 @dataclass(frozen=True)
 class MobeLayer:
-    """The factors of one layer and family, as they are stored."""
+    """The stored factors of a layer and family."""
 
     bank: torch.Tensor  # (m, R, D)
     codes: torch.Tensor  # (E, m) float32: softmax of the logits
@@ -71,7 +71,7 @@ class MobeLayer:
 
 @dataclass(frozen=True)
 class MobeFit:
-    """One family. `history` has (step, seconds, error of the best state so far, before the refit)."""
+    """The fit of a family. `history` has (step, seconds, error of the best state so far, before the refit)."""
 
     phi: str
     layers: dict[int, MobeLayer]
@@ -81,29 +81,30 @@ class MobeFit:
 
     @property
     def num_bytes(self) -> int:
-        tensors = [tensor for one in self.layers.values() for tensor in (one.bank, one.codes, one.adapter)]
+        """Count the bytes of all stored factors."""
+        tensors = [t for factors in self.layers.values() for t in (factors.bank, factors.codes, factors.adapter)]
         return sum(tensor.nbytes for tensor in tensors)
 
     def reconstruct(self, layer: ExpertLayer, experts: range | None = None) -> torch.Tensor:
-        """(E, P, D) float32: the dense weights of the given experts of a layer, by default all."""
-        own = self.layers[layer.layer]
-        places = slice(None) if experts is None else slice(experts.start, experts.stop)
-        return own.adapter[places].float() @ _basis(own.bank.float(), own.codes[places], self.phi)
+        """Return the dense weights (E, P, D) float32 of the given experts of a layer, by default all."""
+        factors = self.layers[layer.layer]
+        chosen = slice(None) if experts is None else slice(experts.start, experts.stop)
+        return factors.adapter[chosen].float() @ _basis(factors.bank.float(), factors.codes[chosen], self.phi)
 
 
 def fit_mobe(
     weights: FamilyWeights, sizes: GlobeConfig, config: MobeConfig, clock: Clock = time.perf_counter
 ) -> MobeFit:
-    """MoBE with the rank, the number of atoms and the dtype of `sizes`, one layer in memory at a time.
+    """Fit MoBE with the rank, the number of atoms and the dtype of `sizes`, a layer in memory at a time.
 
-    `clock` tells the seconds of the history. Deterministic: one seed gives one result on one machine. Raises
-    RequestError when a layer would be left without an atom, GlobeError when the start itself is not finite.
+    `clock` tells the seconds of the history. A seed gives one result on a machine. Raises RequestError when a layer
+    gets no atom, GlobeError when the start is not finite.
     """
     sizes = replace(sizes, scope="layer")
     base, statistics = sizes.base, weights.statistics
     if sizes.num_atoms * min(base.num_experts.values()) < base.total_experts:
         raise RequestError(
-            f"{sizes.num_atoms} atoms leave a layer of {base.name} without one; give at least one per layer."
+            f"{sizes.num_atoms} atoms leave a layer of {base.name} without atoms; give at least one atom per layer."
         )
     began = clock()
     generator = torch.Generator().manual_seed(config.seed + FAMILIES.index(weights.family))
@@ -111,13 +112,12 @@ def fit_mobe(
     svd_atoms = grouped_svd(weights, sizes).mul_(_START_RMS) if config.warm_start else None
     seconds = [clock() - began] * (config.steps + 1)
     lost_at, lost, completed, layers = [0.0] * (config.steps + 1), 0.0, True, {}
-    for layer, places in weights.source.blocks:
+    for layer, span in weights.source.layer_spans:
         raw = weights.source.read(layer, weights.family).to(weights.device)
         target = (raw - statistics.mean) / statistics.scale
-        group = groups[places] - groups[places][0]
-        atoms = slice(int(groups[places][0]), int(groups[places][-1]) + 1)
-        own = None if svd_atoms is None else svd_atoms[atoms]
-        start = _start(target, sizes.rank, group, own, config.phi, generator)
+        first, last = int(groups[span][0]), int(groups[span][-1])
+        atoms_of_layer = None if svd_atoms is None else svd_atoms[first : last + 1]
+        start = _start(target, sizes.rank, groups[span] - first, atoms_of_layer, config.phi, generator)
         best, trace = _descend(target, start, config, clock)
         for step in range(config.steps + 1):
             took, error = trace[min(step, len(trace) - 1)]
@@ -134,7 +134,7 @@ def fit_mobe(
 
 
 def _basis(bank: torch.Tensor, codes: torch.Tensor, phi: str) -> torch.Tensor:
-    """(E, R, D) from atoms (m, R, D) and codes (E, m)."""
+    """Compose the bases (E, R, D) from atoms (m, R, D) and codes (E, m)."""
     return PHI_FUNCTIONS[phi](codes @ bank.flatten(1)).view(-1, *bank.shape[1:])
 
 
@@ -146,7 +146,7 @@ def _start(
     phi: str,
     generator: torch.Generator,
 ) -> list[torch.Tensor]:
-    """Adapters (E, P, R), atoms (m, R, D), logits (E, m) for `target` (E, P, D); warm where there are atoms."""
+    """Return adapters (E, P, R), atoms (m, R, D), logits (E, m) for `target` (E, P, D); warm with `svd_atoms`."""
     (experts, inner, width), count = target.shape, int(group[-1]) + 1
     if svd_atoms is None:
         shapes = (experts, inner, rank), (count, rank, width), (experts, count)
@@ -161,7 +161,7 @@ def _start(
 def _descend(
     target: torch.Tensor, start: list[torch.Tensor], config: MobeConfig, clock: Clock
 ) -> tuple[list[torch.Tensor], list[tuple[float, float]]]:
-    """The best state, and (seconds, its squared error) at each step; the list ends early where Adam diverged."""
+    """Return the best state, and its (seconds, squared error) by step; the list ends early where Adam diverged."""
     adapter, bank, logits = parameters = [tensor.contiguous().requires_grad_() for tensor in start]
     optimizer = torch.optim.Adam(parameters, lr=config.lr, fused=True)
     best, lowest, trace, began = [tensor.detach().clone() for tensor in parameters], math.inf, [], clock()
@@ -185,7 +185,7 @@ def _descend(
 
 
 def _store(raw: torch.Tensor, state: list[torch.Tensor], dtype: torch.dtype, phi: str) -> tuple[MobeLayer, float]:
-    """The layer in the stored dtype, adapters refitted on `raw` (E, P, D), and its squared error there."""
+    """Return the layer in the stored dtype, with adapters refitted on `raw` (E, P, D), and its squared error."""
     _, bank, logits = state
     bank, codes = bank.to(dtype), logits.softmax(1)
     basis = _basis(bank.float(), codes, phi)

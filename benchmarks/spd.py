@@ -1,11 +1,12 @@
-"""Batched solves of small positive definite systems: the CUDA extension and the op as shipped against torch.
+"""Time batched solves of small positive definite systems: the CUDA extension against torch.
 
-    python benchmarks/spd.py                       on a GPU: the sizes that the fit solves, fp32
-    python benchmarks/spd.py --cpu                 the torch fallback, on fewer systems
+    python benchmarks/spd.py                       on a GPU, fp32
+    python benchmarks/spd.py --cpu                 torch alone, on fewer systems
 
-All solve the same systems: `torch_solve` and `torch_cholesky` are given them with the ridge already added. Solutions
-are compared with those of torch.linalg.solve in float64 before anything is timed. Bytes are the least that must move:
-each gram and right-hand side read once, each solution written once.
+Providers: "globe_extension" is the CUDA extension, where it is built; "globe" is the call of the fit, which `FASTER` in
+globe_kernels/ops/batched_spd_solve.py decides; "torch_cholesky" and "torch_solve" are torch. Solutions are compared
+with torch.linalg.solve in float64 before anything is timed. Bytes are the least that must move: each gram and
+right-hand side read once, each solution written once.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from measure import device_name, measure_ceilings, time_side_by_side
 from globe_kernels.ops.batched_spd_solve import LARGEST, batched_spd_solve, launch_batched_spd_solve, load_extension
 from globe_kernels.testing import relative_errors
 
-RIDGE = 1e-6
 ORDERS, COLUMNS = (12, 32, 64, 128), (1, 16)
 OTHERS = ("torch_cholesky", "torch_solve")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -29,7 +29,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cpu", action="store_true", help="the torch fallback")
+    parser.add_argument("--cpu", action="store_true", help="torch alone, on a CPU")
     parser.add_argument("--systems", type=int, action="append", help="512 and 6144; with --cpu 64")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
     parser.add_argument("--repeats", type=int, default=20)
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a list of rows on stdout, nothing else")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; use --cpu for the fallback.")
+        parser.error("torch sees no CUDA device; use --cpu to time torch on a CPU.")
     device, dtype = "cpu" if args.cpu else "cuda", DTYPES[args.dtype]
     with_extension = not args.cpu and load_extension()
     if not (args.cpu or with_extension):
@@ -48,9 +48,9 @@ def main() -> None:
     for systems in args.systems or ((64,) if args.cpu else (512, 6144)):
         for k in (order for order in ORDERS if order <= LARGEST[dtype]):
             for q in COLUMNS:
-                gram, rhs, shifted = random_systems(systems, k, q, dtype, device)
-                calls = providers(gram, rhs, shifted, with_extension)
-                errors = _gate(calls, torch.linalg.solve(shifted.double(), rhs.double()), k)
+                gram, rhs = random_systems(systems, k, q, dtype, device)
+                calls = providers(gram, rhs, with_extension)
+                errors = _gate(calls, torch.linalg.solve(gram.double(), rhs.double()), k)
                 times = time_side_by_side(calls, device, args.repeats)
                 best = min(times[name].median_us for name in OTHERS)
                 moved = (gram.numel() + 2 * rhs.numel()) * gram.element_size()
@@ -84,32 +84,25 @@ def main() -> None:
         )
 
 
-def random_systems(
-    systems: int, k: int, q: int, dtype: torch.dtype, device: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """gram, rhs, and gram with the ridge that the op adds; condition numbers of about 10."""
+def random_systems(systems: int, k: int, q: int, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw gram (systems, k, k) with condition numbers of about 10, and rhs (systems, k, q)."""
     factor = torch.randn(systems, k, 4 * k, device=device, dtype=dtype)
-    gram = factor @ factor.mT
-    shift = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)
-    shifted = gram + shift[:, None, None] * torch.eye(k, device=device, dtype=dtype)
-    return gram, torch.randn(systems, k, q, device=device, dtype=dtype), shifted
+    return factor @ factor.mT, torch.randn(systems, k, q, device=device, dtype=dtype)
 
 
-def providers(
-    gram: torch.Tensor, rhs: torch.Tensor, shifted: torch.Tensor, with_extension: bool
-) -> dict[str, Callable[[], torch.Tensor]]:
-    """Solutions by provider."""
-    extension = {"globe_extension": lambda: launch_batched_spd_solve(gram, rhs, RIDGE).solution}
+def providers(gram: torch.Tensor, rhs: torch.Tensor, with_extension: bool) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return {provider: a call that solves}."""
+    extension = {"globe_extension": lambda: launch_batched_spd_solve(gram, rhs).solution}
     return {
         **(extension if with_extension else {}),
-        "globe": lambda: batched_spd_solve(gram, rhs, RIDGE)[0],
-        "torch_cholesky": lambda: torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(shifted)[0]),
-        "torch_solve": lambda: torch.linalg.solve(shifted, rhs),
+        "globe": lambda: batched_spd_solve(gram, rhs).solution,
+        "torch_cholesky": lambda: torch.cholesky_solve(rhs, torch.linalg.cholesky_ex(gram)[0]),
+        "torch_solve": lambda: torch.linalg.solve(gram, rhs),
     }
 
 
 def _gate(calls: dict[str, Callable[[], torch.Tensor]], expected: torch.Tensor, k: int) -> dict[str, float]:
-    """Relative rms error of each. Raises SystemExit when one of ours is wrong."""
+    """Return {provider: relative rms error}. Raises SystemExit when a provider of this project is wrong."""
     solutions = {name: call() for name, call in calls.items()}
     errors = {name: relative_errors(solution, expected)[0] for name, solution in solutions.items()}
     for name, error in errors.items():

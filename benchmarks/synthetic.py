@@ -1,10 +1,10 @@
-"""Experts of any size that nobody has to store: planted shared structure and noise, made when they are read.
+"""Make experts of any size when they are read: planted shared structure and noise, nothing stored.
 
     W_i = A_i sum_j alpha_ij B_j + NOISE N_i
 
-A_i (P, R) and N_i (P, D) are Gaussian, drawn anew at each reading from a seed of their own; B_j are the atoms of one
+A_i (P, R) and N_i (P, D) are Gaussian, drawn again at each reading from a seed per expert; B_j are the atoms of a
 planted bank, held in bf16 while its family is read; alpha_i has `support` Gaussian codes. A_i and alpha_i are scaled so
-that the structured part has entries of RMS 1: NOISE^2 / (1 + NOISE^2) of the energy is not of the planted form. The
+that the structured part has entries of RMS 1: NOISE^2 / (1 + NOISE^2) of the energy does not have the planted form. The
 experts are rounded to bf16, as in a checkpoint.
 """
 
@@ -22,7 +22,7 @@ NOISE = 0.3
 
 
 class SyntheticSource(ExpertSource):
-    """Stands where the source of a checkpoint stands in a fit; the experts are made on `device`."""
+    """A source of a fit without a checkpoint; the experts are made on `device`."""
 
     def __init__(self, name: str, layers: int, shape: LayerShape, *, rank: int, atoms: int, support: int, device: str):
         self.base = BaseModel(
@@ -31,7 +31,7 @@ class SyntheticSource(ExpertSource):
         self.layers = [ExpertLayer(layer, shape.experts, {}) for layer in range(layers)]
         self._device, self._support = device, support
         self._bank = torch.empty(atoms, rank, shape.hidden, dtype=torch.bfloat16, device=device)
-        self._family = ""  # that the bank is of
+        self._family = ""  # of the bank
 
     def read(
         self,
@@ -45,15 +45,15 @@ class SyntheticSource(ExpertSource):
         inner, width = self.base.intermediate_size, self.base.hidden_size
         bank, rank = self._bank_of(family), self._bank.shape[1]
         made = torch.empty(len(experts), inner, width, device=self._device)
-        for place, expert in enumerate(experts):
+        for number, expert in enumerate(experts):
             seed = (layer.layer * layer.num_experts + expert) * len(FAMILIES) + FAMILIES.index(family)
             generator = torch.Generator(self._device).manual_seed(1 + seed)
-            own = torch.randperm(len(bank), generator=generator, device=self._device)[: self._support]
+            chosen = torch.randperm(len(bank), generator=generator, device=self._device)[: self._support]
             codes = torch.randn(self._support, generator=generator, device=self._device) / self._support**0.5
             adapter = torch.randn(inner, rank, generator=generator, device=self._device) / rank**0.5
-            mixture = (codes @ bank[own].float().flatten(1)).view(rank, width)
+            mixture = (codes @ bank[chosen].float().flatten(1)).view(rank, width)
             noise = torch.randn(inner, width, generator=generator, device=self._device)
-            made[place] = (adapter @ mixture + NOISE * noise).bfloat16()
+            made[number] = (adapter @ mixture + NOISE * noise).bfloat16()
         made = made if columns is None else made[..., columns].contiguous()
         return made if out is None else out.copy_(made)
 
@@ -67,4 +67,4 @@ class SyntheticSource(ExpertSource):
         return self._bank
 
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
-        """Nothing to find: the weights are made here."""
+        """Accept all weights, which are made here."""

@@ -6,10 +6,10 @@
 
 Writes globe_kernels/ops/tables/<device>.json, which launches read. Each stage is searched on its own, for every row
 tile that makes sense; the rest is coordinate descent from the default: tile, then warps, pipeline stages and grouping.
-What a card cannot run is not compiled. An entry is written only for results that agree with the reference. It holds
-what was found where that is faster than the default, measured side by side, else the default: for moe_ffn and
-dense_twin as a whole layer, for moe_ffn_bank_first as its own stages, palette_in and mix (the others run as those of moe_ffn of
-the same rank), for compose_layer as the composition of one family.
+What a card cannot run is not compiled. An entry is written only for results that agree with the reference. It holds the
+found configuration where that is faster than the default, measured side by side, else the default: for moe_ffn and
+dense_twin as a whole layer, for moe_ffn_bank_first as its own stages, palette_in and mix (the others run as those of
+moe_ffn of the same rank), for compose_layer as the composition of one family.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-// globe_csrc::batched_spd_solve for torch; globe_kernels/ops/batched_spd_solve.py says what it computes.
+// globe_csrc::batched_spd_solve for torch; globe_kernels/ops/batched_spd_solve.py has the formula.
 #include "batched_spd_solve.cuh"
 
 #include <ATen/Functions.h>
@@ -14,19 +14,16 @@ namespace {
 using namespace globe::spd;
 
 template <typename T>
-void run(const at::Tensor &gram, const at::Tensor &rhs, double ridge, const at::Tensor &solution,
-         const at::Tensor &condition, const at::Tensor &raised) {
+void run(const at::Tensor &gram, const at::Tensor &rhs, const at::Tensor &solution, const at::Tensor &info) {
     const auto *values = gram.const_data_ptr<T>();
     const Systems<T> systems{
         .gram = values,
         .rhs = rhs.const_data_ptr<T>(),
         .solution = solution.mutable_data_ptr<T>(),
-        .condition = condition.mutable_data_ptr<T>(),
-        .raised = raised.mutable_data_ptr<int32_t>(),
+        .info = info.mutable_data_ptr<int32_t>(),
         .count = gram.size(0),
         .q = rhs.size(2),
         .k = static_cast<int>(gram.size(1)),
-        .ridge = static_cast<T>(ridge),
         .aligned = gram.size(1) % V<T> == 0 && reinterpret_cast<uintptr_t>(values) % sizeof(Chunk<T>) == 0,
     };
     C10_CUDA_CHECK(launch(systems, c10::cuda::getCurrentCUDAStream()));
@@ -42,7 +39,7 @@ int shared_bytes(const at::Tensor &gram) {
     });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> solve(const at::Tensor &gram, const at::Tensor &rhs, double ridge) {
+std::tuple<at::Tensor, at::Tensor> solve(const at::Tensor &gram, const at::Tensor &rhs) {
     TORCH_CHECK_VALUE(gram.is_cuda() && gram.device() == rhs.device(), "gram and rhs must be on one CUDA device.");
     TORCH_CHECK_VALUE(gram.is_contiguous() && rhs.is_contiguous(), "gram and rhs must be contiguous.");
     TORCH_CHECK_VALUE(gram.scalar_type() == rhs.scalar_type() &&
@@ -58,19 +55,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> solve(const at::Tensor &gram, con
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&room, cudaDevAttrMaxSharedMemoryPerBlockOptin, gram.get_device()));
     TORCH_CHECK_VALUE(shared_bytes(gram) <= room, "Systems of order ", gram.size(1), " need ", shared_bytes(gram),
                       " bytes of shared memory and this card has ", room, "; use float32 or a smaller k.");
-    const at::Tensor solution = at::empty_like(rhs), condition = at::empty({gram.size(0)}, gram.options());
-    const at::Tensor raised = at::empty({gram.size(0)}, gram.options().dtype(at::kInt));
+    const at::Tensor solution = at::empty_like(rhs);
+    const at::Tensor info = at::empty({gram.size(0)}, gram.options().dtype(at::kInt));
     if (gram.size(0) > 0) {
         const auto run_it = gram.scalar_type() == at::kFloat ? run<float> : run<double>;
-        run_it(gram, rhs, ridge, solution, condition, raised);
+        run_it(gram, rhs, solution, info);
     }
-    return {solution, condition, raised};
+    return {solution, info};
 }
 
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(globe_csrc, library) {
-    library.def("batched_spd_solve(Tensor gram, Tensor rhs, float ridge) -> (Tensor, Tensor, Tensor)");
+    library.def("batched_spd_solve(Tensor gram, Tensor rhs) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(globe_csrc, CUDA, library) { library.impl("batched_spd_solve", solve); }

@@ -1,14 +1,13 @@
-// Batched solves of small symmetric positive semidefinite systems by Cholesky: (gram + ridge * scale * I) x = rhs.
+// Batched solves of small symmetric positive definite systems by Cholesky: gram x = rhs.
 //
-// WIDTH threads own one system and thread i its row i, so k <= WIDTH. The factor is computed in place in shared memory,
-// left-looking, V columns (16 bytes of a row) at a time. Orders that V does not divide are padded with scale * I. What
-// follows is free of CUDA down to the kernel: host.cpp runs the same lines with a thread of the CPU for every lane.
+// WIDTH threads share a system, and thread i has its row i, so k <= WIDTH. The factor is computed in place in shared memory,
+// left-looking, V columns (16 bytes of a row) at a time. Orders that V does not divide are padded with the identity. The
+// code down to the kernel is free of CUDA: host.cpp runs the same lines with a thread of the CPU for every lane.
 #pragma once
 
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #ifdef __CUDACC__
@@ -21,29 +20,22 @@
 
 namespace globe::spd {
 
-constexpr int LARGEST = 128;   // order of a system
-constexpr int MOST_RAISES = 3; // of the ridge of one system, by RAISE each; batched_spd_solve.py has the same two
-constexpr int RAISE = 100;
-constexpr int COLUMNS = 4; // of the right-hand side at a time
+constexpr int LARGEST = 128; // order of a system
+constexpr int COLUMNS = 4;   // of the right-hand side at a time
 
 template <typename T> constexpr int V = 16 / sizeof(T);
-template <typename T> constexpr T EPSILON = std::numeric_limits<T>::epsilon();
-template <typename T> constexpr T INFINITE = std::numeric_limits<T>::infinity();
-template <typename T> constexpr T NOT_A_NUMBER = std::numeric_limits<T>::quiet_NaN();
 
 template <typename T> struct alignas(16) Chunk {
     T at[V<T>];
 };
 
 template <typename T> struct Systems {
-    const T *gram;    // (count, k, k), of which the lower triangles are read
-    const T *rhs;     // (count, k, q)
-    T *solution;      // (count, k, q)
-    T *condition;     // (count)
-    int32_t *raised;  // (count)
+    const T *gram; // (count, k, k), of which the lower triangles are read
+    const T *rhs;  // (count, k, q)
+    T *solution;   // (count, k, q); left as it was for a system that failed
+    int32_t *info; // (count); 1 for a system that failed, else 0
     int64_t count, q;
     int k;
-    T ridge;
     bool aligned; // every row of gram starts on 16 bytes
 };
 
@@ -52,7 +44,7 @@ template <typename T> GLOBE_BOTH constexpr int padded(int k) { return (k + V<T> 
 // An odd number of chunks: eight lanes that read the same chunk of eight rows meet no bank twice.
 template <typename T> GLOBE_BOTH constexpr int stride(int k) { return V<T> * (padded<T>(k) / V<T> | 1); }
 
-// Values of shared memory of one system: the matrix, and two buffers in which the lanes publish V rows.
+// Values of shared memory that a system takes: the matrix, and two buffers in which the lanes publish V rows.
 template <typename T> GLOBE_BOTH constexpr int shared_values(int k) {
     return padded<T>(k) * stride<T>(k) + 2 * V<T> * COLUMNS;
 }
@@ -65,7 +57,7 @@ template <int WIDTH> struct Block {
     template <typename T> static constexpr int shared_bytes(int k) { return SYSTEMS * shared_values<T>(k) * sizeof(T); }
 };
 
-// Calls `launch` with the fewest lanes, a part of a warp, a warp or a block, that have one for each of k rows.
+// Calls `launch` with the fewest lanes that give each of k rows a lane: a part of a warp, a warp or a block.
 template <typename Launch> auto with_width(int k, Launch launch) {
     if (k <= 16)
         return launch(std::integral_constant<int, 16>{});
@@ -76,7 +68,7 @@ template <typename Launch> auto with_width(int k, Launch launch) {
     return launch(std::integral_constant<int, LARGEST>{});
 }
 
-// Room that a card must have for one system: 99 KB is sm_86, sm_89 and sm_120, 163 KB sm_80.
+// Shared memory that a card must have for a system: 99 KB is sm_86, sm_89 and sm_120, 163 KB sm_80.
 static_assert(Block<LARGEST>::shared_bytes<float>(LARGEST) <= 99 * 1024);
 static_assert(Block<LARGEST>::shared_bytes<double>(110) <= 99 * 1024);
 static_assert(Block<LARGEST>::shared_bytes<double>(LARGEST) <= 163 * 1024);
@@ -86,8 +78,8 @@ template <typename T> GLOBE_DEVICE Chunk<T> &chunk(T *values) { return *reinterp
 template <typename T, typename Group>
 GLOBE_DEVICE void load(const Group &group, const T *gram, const Systems<T> &systems, T *matrix) {
     const int k = systems.k, order = padded<T>(k), per_row = order / V<T>;
-    for (int place = group.rank(); place < order * per_row; place += Group::WIDTH) {
-        const int row = place / per_row, first = place % per_row * V<T>;
+    for (int number = group.rank(); number < order * per_row; number += Group::WIDTH) {
+        const int row = number / per_row, first = number % per_row * V<T>;
         if (first > row)
             continue;
         const T *source = gram + row * k + first;
@@ -101,17 +93,10 @@ GLOBE_DEVICE void load(const Group &group, const T *gram, const Systems<T> &syst
     }
 }
 
-// Replaces the lower triangle by that of L, with the inverse of its diagonal. False, in every thread, when a pivot is
-// not above its own rounding error.
-template <typename T, typename Group>
-GLOBE_DEVICE bool factorise(const Group &group, T *matrix, T *panel, int k, T ridge, T &condition) {
+// Replaces the lower triangle by the lower triangle of L, with the inverse of the diagonal. Returns false, in every
+// thread, when a pivot is not positive.
+template <typename T, typename Group> GLOBE_DEVICE bool factorise(const Group &group, T *matrix, T *panel, int k) {
     const int order = padded<T>(k), pitch = stride<T>(k), row = group.rank();
-    T mean = 0;
-    for (int i = 0; i < k; ++i)
-        mean += matrix[i * pitch + i];
-    mean /= k;
-    const T scale = mean > 0 ? mean : T(1), threshold = k * EPSILON<T> * scale;
-    T least = INFINITE<T>, most = 0;
     for (int j = 0; j < order; j += V<T>) {
         const bool below = row >= j && row < order;
         Chunk<T> sums{};
@@ -119,16 +104,16 @@ GLOBE_DEVICE bool factorise(const Group &group, T *matrix, T *panel, int k, T ri
             sums = chunk(matrix + row * pitch + j);
 #pragma unroll
             for (int v = 0; v < V<T>; ++v)
-                if (row == j + v)
-                    sums.at[v] += ridge * scale + (row < k ? T(0) : scale);
+                if (row == j + v && row >= k)
+                    sums.at[v] += 1;
             for (int c = 0; c < j; c += V<T>) {
-                const Chunk<T> own = chunk(matrix + row * pitch + c);
+                const Chunk<T> left = chunk(matrix + row * pitch + c);
 #pragma unroll
                 for (int v = 0; v < V<T>; ++v) {
                     const Chunk<T> other = chunk(matrix + (j + v) * pitch + c);
 #pragma unroll
                     for (int w = 0; w < V<T>; ++w)
-                        sums.at[v] -= own.at[w] * other.at[w];
+                        sums.at[v] -= left.at[w] * other.at[w];
                 }
             }
         }
@@ -138,37 +123,33 @@ GLOBE_DEVICE bool factorise(const Group &group, T *matrix, T *panel, int k, T ri
                 panel[v * V<T> + row - j] = sums.at[v];
             group.sync();
             const T pivot = panel[v * V<T> + v];
-            if (!(pivot > threshold))
+            if (!(pivot > 0)) // a NaN too
                 return false;
             const T inverse = 1 / std::sqrt(pivot);
-            if (j + v < k) {
-                least = pivot < least ? pivot : least;
-                most = pivot > most ? pivot : most;
-            }
-            const T own = sums.at[v] * inverse;
-            sums.at[v] = row == j + v ? inverse : own;
+            const T value = sums.at[v] * inverse;
+            sums.at[v] = row == j + v ? inverse : value;
 #pragma unroll
             for (int w = v + 1; w < V<T>; ++w)
-                sums.at[w] -= own * (panel[v * V<T> + w] * inverse);
+                sums.at[w] -= value * (panel[v * V<T> + w] * inverse);
         }
         if (below)
             chunk(matrix + row * pitch + j) = sums;
         group.sync();
     }
-    condition = most / least;
     return true;
 }
 
-// One step of L y = b, or of L^T x = y, on the rows from j on: their unknowns are computed by every thread, and taken
-// from the right-hand sides of the rows that are left. Synchronises once, so buffers of consecutive steps differ.
+// A step of L y = b, or of L^T x = y, on the rows from j on. Every thread computes the unknowns of these rows; each row
+// that is left subtracts them from `sides`, its values of the right-hand side. Synchronises once, so buffers of
+// consecutive steps differ.
 template <bool FORWARD, typename T, typename Group>
-GLOBE_DEVICE void substitute(const Group &group, T *matrix, T *buffer, int pitch, int order, int j, T (&own)[COLUMNS]) {
+GLOBE_DEVICE void substitute(const Group &group, T *matrix, T *buffer, int pitch, int order, int j, T (&sides)[COLUMNS]) {
     const int row = group.rank();
     const bool inside = row >= j && row < j + V<T>;
     if (inside)
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-            buffer[(row - j) * COLUMNS + c] = own[c];
+            buffer[(row - j) * COLUMNS + c] = sides[c];
     group.sync();
     T x[V<T>][COLUMNS];
 #pragma unroll
@@ -200,46 +181,35 @@ GLOBE_DEVICE void substitute(const Group &group, T *matrix, T *buffer, int pitch
             factors.at[v] = matrix[(j + v) * pitch + row];
 #pragma unroll
         for (int c = 0; c < COLUMNS; ++c)
-            own[c] = row == j + v ? x[v][c] : own[c] - factors.at[v] * x[v][c];
+            sides[c] = row == j + v ? x[v][c] : sides[c] - factors.at[v] * x[v][c];
     }
 }
 
-// System `number`, by all threads of a group.
+// Solves system `number` by all threads of a group.
 template <typename T, typename Group>
 GLOBE_DEVICE void solve_one(const Group &group, const Systems<T> &systems, int64_t number, T *matrix) {
     const int k = systems.k, order = padded<T>(k), pitch = stride<T>(k), row = group.rank();
     const int64_t q = systems.q;
     T *buffer = matrix + order * pitch;
-    T ridge = systems.ridge, condition = NOT_A_NUMBER<T>;
-    int raised = 0;
-    for (; raised <= MOST_RAISES; ++raised) {
-        load(group, systems.gram + number * k * k, systems, matrix);
-        group.sync();
-        if (factorise(group, matrix, buffer, k, ridge, condition))
-            break;
-        ridge = RAISE * (ridge > EPSILON<T> ? ridge : EPSILON<T>);
-    }
-    const bool failed = raised > MOST_RAISES;
-    if (row == 0) {
-        systems.condition[number] = condition;
-        systems.raised[number] = failed ? -1 : raised;
-    }
+    load(group, systems.gram + number * k * k, systems, matrix);
+    group.sync();
+    const bool solvable = factorise(group, matrix, buffer, k);
+    if (row == 0)
+        systems.info[number] = solvable ? 0 : 1;
     const T *rhs = systems.rhs + (number * k + row) * q;
     T *solution = systems.solution + (number * k + row) * q;
-    for (int64_t first = 0; first < q; first += COLUMNS) {
-        T own[COLUMNS];
+    for (int64_t first = 0; solvable && first < q; first += COLUMNS) {
+        T sides[COLUMNS];
         for (int c = 0; c < COLUMNS; ++c)
-            own[c] = row < k && first + c < q ? rhs[first + c] : T(0);
-        if (!failed) {
-            int step = 0;
-            for (int j = 0; j < order; j += V<T>)
-                substitute<true>(group, matrix, buffer + (step++ & 1) * V<T> * COLUMNS, pitch, order, j, own);
-            for (int j = order - V<T>; j >= 0; j -= V<T>)
-                substitute<false>(group, matrix, buffer + (step++ & 1) * V<T> * COLUMNS, pitch, order, j, own);
-        }
+            sides[c] = row < k && first + c < q ? rhs[first + c] : T(0);
+        int step = 0;
+        for (int j = 0; j < order; j += V<T>)
+            substitute<true>(group, matrix, buffer + (step++ & 1) * V<T> * COLUMNS, pitch, order, j, sides);
+        for (int j = order - V<T>; j >= 0; j -= V<T>)
+            substitute<false>(group, matrix, buffer + (step++ & 1) * V<T> * COLUMNS, pitch, order, j, sides);
         for (int c = 0; c < COLUMNS; ++c)
             if (row < k && first + c < q)
-                solution[first + c] = failed ? NOT_A_NUMBER<T> : own[c];
+                solution[first + c] = sides[c];
     }
     group.sync(); // the next system overwrites the matrix
 }

@@ -2,8 +2,8 @@
 
     python csrc/check.py
 
-Prints registers, spills and shared memory of each kernel as a table. Exit code 1 when one spills or does not compile;
-0 where there is no nvcc.
+Prints registers, spills and shared memory of each kernel as a table. The exit code is 1 when a kernel spills or does
+not compile, and 0 where nvcc is missing.
 """
 
 import re
@@ -30,7 +30,7 @@ _KERNEL = re.compile(  # in the log of ptxas, by its mangled name
 
 
 class Row(NamedTuple):
-    """What the compiler made of one kernel."""
+    """The resources of a compiled kernel."""
 
     target: str
     dtype: str
@@ -45,7 +45,7 @@ def find_nvcc() -> str | None:
 
 
 def _run(*command: str | Path) -> str:
-    """What the command prints on both streams. Raises SystemExit with that when it fails."""
+    """Return the output of a command on both streams. Raises SystemExit with the output when the command fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if done.returncode:
         sys.exit(f"csrc: {' '.join(map(str, command))} failed:\n{done.stdout}")
@@ -53,7 +53,7 @@ def _run(*command: str | Path) -> str:
 
 
 def compile_all(nvcc: str) -> Iterator[Row]:
-    """Every kernel for every target."""
+    """Compile every kernel for every target."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "instances.cu").write_text(_INSTANCES)

@@ -1,7 +1,7 @@
 // The lines of batched_spd_solve.cuh on a CPU, a thread for every lane and a barrier for every synchronisation:
 //
-//     host shared                                  a line per kernel of its largest system: type, width, bytes of a block
-//     host f32|f64 COUNT K Q RIDGE INPUT OUTPUT    INPUT: gram, rhs; OUTPUT: solution, condition, raised (int32)
+//     host shared                            a line per kernel of its largest system: type, width, bytes of a block
+//     host f32|f64 COUNT K Q INPUT OUTPUT    INPUT: gram, rhs; OUTPUT: solution, info (int32)
 //
 // Built with -fsanitize=thread it finds the synchronisation that is missing.
 #include "batched_spd_solve.cuh"
@@ -41,25 +41,22 @@ template <typename T> void solve(char **arguments) {
     systems.count = std::atoll(arguments[0]);
     systems.k = std::atoi(arguments[1]);
     systems.q = std::atoll(arguments[2]);
-    systems.ridge = static_cast<T>(std::atof(arguments[3]));
     systems.aligned = systems.k % V<T> == 0;
     const int64_t rows = systems.count * systems.k;
     std::vector<Chunk<T>> gram(rows * systems.k / V<T> + 1); // for its alignment
-    std::vector<T> rhs(rows * systems.q), solution(rhs.size()), condition(systems.count);
-    std::vector<int32_t> raised(systems.count);
-    std::ifstream input(arguments[4], std::ios::binary);
+    std::vector<T> rhs(rows * systems.q), solution(rhs.size());
+    std::vector<int32_t> info(systems.count);
+    std::ifstream input(arguments[3], std::ios::binary);
     input.read(reinterpret_cast<char *>(gram.data()), rows * systems.k * sizeof(T));
     input.read(reinterpret_cast<char *>(rhs.data()), rhs.size() * sizeof(T));
     systems.gram = gram[0].at;
     systems.rhs = rhs.data();
     systems.solution = solution.data();
-    systems.condition = condition.data();
-    systems.raised = raised.data();
+    systems.info = info.data();
     with_width(systems.k, [&](auto width) { run<T, decltype(width)::value>(systems); });
-    std::ofstream output(arguments[5], std::ios::binary);
+    std::ofstream output(arguments[4], std::ios::binary);
     output.write(reinterpret_cast<const char *>(solution.data()), solution.size() * sizeof(T));
-    output.write(reinterpret_cast<const char *>(condition.data()), condition.size() * sizeof(T));
-    output.write(reinterpret_cast<const char *>(raised.data()), raised.size() * sizeof(int32_t));
+    output.write(reinterpret_cast<const char *>(info.data()), info.size() * sizeof(int32_t));
 }
 
 template <typename T> void print_shared(const char *type) {
@@ -75,9 +72,9 @@ int main(int count, char **arguments) {
     if (mode == "shared" && count == 2) {
         print_shared<float>("float");
         print_shared<double>("double");
-    } else if (mode == "f32" && count == 8) {
+    } else if (mode == "f32" && count == 7) {
         solve<float>(arguments + 2);
-    } else if (mode == "f64" && count == 8) {
+    } else if (mode == "f64" && count == 7) {
         solve<double>(arguments + 2);
     } else {
         return 2;

@@ -1,4 +1,4 @@
-"""From a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
+"""Write a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
-from globe_fit.result import FitResult, reconstruct
+from globe_fit.result import FitResult, reconstruct, slice_experts
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES, ExpertKey
 from globe_kernels.format.checkpoint import (
@@ -17,7 +17,6 @@ from globe_kernels.format.checkpoint import (
     METRICS_NAME,
     QUANT_METHOD,
     REPORT_NAME,
-    Code,
     GlobeCheckpoint,
     GlobeConfig,
     LayerFactors,
@@ -27,7 +26,7 @@ from globe_kernels.format.checkpoint import (
 )
 from globe_kernels.format.files import ShardWriter, holds_only_staging, require_room, staged_directory
 
-# Weights in any format are not copied into an export, nor is what describes the files of the base.
+# An export takes over neither weights in any format nor files that describe the files of the base.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 _NOT_COPIED = {
     "config.json",
@@ -38,19 +37,19 @@ _NOT_COPIED = {
     REPORT_NAME,
     METRICS_NAME,
 }
-# Decides between experts by small differences: bf16 would make ties of them.
+# The router chooses by small differences of this tensor: bf16 would turn them into ties.
 _NEVER_CAST = "e_score_correction_bias"
 
 OnTensor = Callable[[int, int], None]  # tensors done, tensors in all
 
 
 def save_fit(result: FitResult, source: ExpertSource, path: str | Path) -> None:
-    """Write the GloBE checkpoint of `result`, atomically; a failure leaves what `path` held."""
+    """Write the GloBE checkpoint of `result` atomically: after a failure `path` holds its old files."""
     banks = {family: factors.bank for family, factors in result.families.items()}
     with writing_checkpoint(path, result.config, banks) as writer:
-        for layer, places in source.blocks:
+        for layer, span in source.layer_spans:
             for family, factors in result.families.items():
-                writer.add_layer(layer.layer, family, factors.at(places))
+                writer.add_layer(layer.layer, family, factors.at(span))
         writer.finish(result.report, result.history)
 
 
@@ -64,9 +63,9 @@ def export_globe(
 ) -> None:
     """Write a Hugging Face directory that `from_pretrained` loads as GloBE once globe_kernels is imported.
 
-    The tensors of the base other than gate and up experts are copied, fused down experts and biases in the layout of
-    GlobeMoEFFN, one shard in memory at a time. Floating tensors are cast to `dtype` when it is given. Raises
-    RequestError when the checkpoint is of another model.
+    All tensors of the base but gate and up experts are copied, one shard in memory at a time; fused down experts and
+    biases get the layout of GlobeMoEFFN. Floating tensors are cast to `dtype` when it is given. Raises RequestError
+    when the checkpoint is of another model.
     """
     require_same_model(checkpoint.config, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
@@ -98,7 +97,7 @@ def export_dense(
     dtype: torch.dtype | None = None,
     on_tensor: OnTensor | None = None,
 ) -> None:
-    """Write the reconstructed dense model, in the layout of the base: for engines that do not know GloBE."""
+    """Write the reconstructed dense model in the layout of the base, for engines that do not know GloBE."""
     require_same_model(checkpoint.config, base)
     banks = {family: checkpoint.bank(family) for family in FAMILIES}
     keys = list(base.files.weight_map)
@@ -110,9 +109,7 @@ def export_dense(
     def dense(key: ExpertKey, family: str) -> torch.Tensor:
         factors = layer_factors(key.layer, family)
         if key.expert is not None:
-            one = slice(key.expert, key.expert + 1)
-            code = Code(factors.code.index[one], factors.code.value[one])
-            factors = LayerFactors(factors.adapter[one], code)
+            factors = slice_experts(factors, slice(key.expert, key.expert + 1))
         return reconstruct(factors, banks[family], checkpoint.config.phi)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -133,14 +130,14 @@ def _is_compressed(key: ExpertKey | None) -> bool:
 
 
 def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor of the base that is not compressed, under its names in the model that runs as GloBE."""
+    """Yield a tensor of the base that is not compressed, under its names in the model that runs as GloBE."""
     parsed, tensor = base.expert_keys.get(key), base.files.read(key)
     if parsed is None or parsed.expert is not None:
         yield key, tensor
         return
     prefix, _, name = key.rpartition(".")
-    for own, view in base.architecture.kept(name, tensor).items():
-        yield f"{prefix}.{own}", view
+    for kept_name, view in base.architecture.kept(name, tensor).items():
+        yield f"{prefix}.{kept_name}", view
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -156,14 +153,14 @@ def _bytes(base: ExpertSource, keys: list[str]) -> int:
     return sum(base.files.num_bytes(key) for key in keys)
 
 
-def require_same_model(config: GlobeConfig, base: ExpertSource) -> None:
-    """Raises RequestError when a checkpoint of that configuration was not fitted on a model like `base`."""
+def require_same_model(sizes: GlobeConfig, base: ExpertSource) -> None:
+    """Raises RequestError when a checkpoint of `sizes` was not fitted on a model like `base`."""
     for name in ("model_type", "hidden_size", "intermediate_size", "num_experts", "left_dense"):
-        expected, found = getattr(config.base, name), getattr(base.base, name)
+        expected, found = getattr(sizes.base, name), getattr(base.base, name)
         if expected != found:
             raise RequestError(
-                f"The checkpoint was fitted on {config.base.name} with {name} {expected} and {base.model_dir} has "
-                f"{found}; give the model that it was fitted on."
+                f"The checkpoint was fitted on {sizes.base.name} with {name} {expected} and {base.model_dir} has "
+                f"{found}; give the directory of {sizes.base.name}."
             )
 
 
@@ -189,7 +186,7 @@ def _write_model(
         config["quantization_config"] = quantization
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that this one replaces
+    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that is replaced
     with staged_directory(out, last="config.json") as staging:
         for path in base.model_dir.iterdir():
             if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _NOT_COPIED:
@@ -212,7 +209,7 @@ def _write_model(
 
 
 def _may_replace(out: Path) -> bool:
-    """An empty directory, or one that an export wrote (its card says so)."""
+    """Tell whether an export may replace `out`: it is empty, or its model card says that an export wrote it."""
     card = out / "README.md"
     return holds_only_staging(out) or (card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""The end of a family's fit: what is stored is rounded, refitted on the raw weights and measured."""
+"""End the fit of a family: round the factors, refit the adapters on the raw weights, and measure the result."""
 
 import torch
 
@@ -15,9 +15,9 @@ from globe_kernels.ops.compose_basis import compose_basis_ref
 
 
 def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:
-    """Factors in the stored dtype, with adapters refitted on the raw weights, and the report on what is stored.
+    """Return the factors in the stored dtype, with refitted adapters, and the report on them.
 
-    Of several ranks the first gets the whole bank and all adapters, the others none of either and no spot checks.
+    Of several ranks the first gets the whole bank, all adapters and the spot checks; the others get none of them.
     """
     base, dtype, ranks = sizes.base, sizes.torch_dtype, weights.ranks
     bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
@@ -25,12 +25,12 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
     lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
     lost_in_metric, energy_in_metric = 0.0, 0.0
     for block in weights.raw():
-        # rounded as the runtime holds it in this dtype, so that the adapters make up for the rounding
-        basis = compose_basis_ref(code.index[block.places], code.value[block.places], bank, sizes.phi, dtype)
+        # the basis is rounded as the runtime rounds it, so that the adapters make up for the rounding
+        basis = compose_basis_ref(code.index[block.span], code.value[block.span], bank, sizes.phi, dtype)
         target = weights.in_metric(block, block.weights)
         stored = refit_adapters(target, weights.in_metric(block, basis.float()), ranks).to(dtype)
         if ranks.leads:
-            adapter[block.places] = stored.cpu()
+            adapter[block.span] = stored.cpu()
         residual = block.weights - stored.float() @ basis.float()
         lost_in_metric += weights.weighted(block, residual).square().sum(dtype=torch.float64).item()
         energy_in_metric += weights.weighted(block, block.weights).square().sum(dtype=torch.float64).item()
@@ -58,7 +58,7 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         "mean": statistics.mean,
         "scale": statistics.scale,
         "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
-        **measure(weights, best, dear=True),
+        **measure(weights, best, expensive=True),
         "palette_sizes": palette_sizes(best.codes, base),
         "spot_checks": spot_checks(weights, factors, sizes.phi) if ranks.leads else [],
     }
@@ -66,12 +66,12 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
 
 
 def _collected(bank: torch.Tensor, weights: FamilyWeights) -> torch.Tensor:
-    """The bank of all columns, in host memory, on the first rank; no atoms on the others."""
+    """Return the bank (M, R, D) of all columns in host memory on the first rank, and no atoms on the others."""
     ranks, width = weights.ranks, weights.source.base.hidden_size
     if ranks.world == 1:
         return bank.cpu()
     whole = torch.empty(len(bank) if ranks.leads else 0, bank.shape[1], width, dtype=bank.dtype)
-    for number, part in enumerate(bank):  # one atom at a time: no rank but the first has room for more
+    for number, part in enumerate(bank):  # an atom at a time: only the first rank has room for more
         atom = ranks.whole(part, width)
         if ranks.leads:
             whole[number] = atom.cpu()

@@ -263,7 +263,7 @@ class _Run:
         }
         if step % _LOG_EVERY == 0 or last:
             expensive = step % (_LOG_EVERY * max(1, self._config.steps // (_EXPENSIVE_TIMES * _LOG_EVERY))) == 0 or last
-            record |= measure(self._weights, state, dear=expensive) | run_time(self._weights, self._pass_seconds)
+            record |= measure(self._weights, state, expensive=expensive) | run_time(self._weights, self._pass_seconds)
             if self._weights.metric is None:
                 record["mse"] = error * self._weights.statistics.scale**2  # the normalised weights have variance 1
             record["regularised"] = regularised_solves() - self._regularised

@@ -1,4 +1,4 @@
-"""The result of a fit: factors in the dtype in which they are stored and run."""
+"""Hold the result of a fit: factors in the dtype in which they are stored and run."""
 
 from dataclasses import dataclass
 
@@ -16,20 +16,25 @@ class FamilyFactors:
     code: Code  # (n, C)
     adapter: torch.Tensor  # (n, P, R)
 
-    def at(self, places: slice) -> LayerFactors:
-        """The factors of the experts at `places`."""
-        return LayerFactors(self.adapter[places], Code(self.code.index[places], self.code.value[places]))
+    def at(self, span: slice) -> LayerFactors:
+        """Return the factors of the experts of `span`, a slice among all n experts."""
+        return slice_experts(LayerFactors(self.adapter, self.code), span)
+
+
+def slice_experts(factors: LayerFactors, span: slice) -> LayerFactors:
+    """Return the factors of a slice of the experts."""
+    return LayerFactors(factors.adapter[span], Code(factors.code.index[span], factors.code.value[span]))
 
 
 def reconstruct(layer: LayerFactors, bank: torch.Tensor, phi: str) -> torch.Tensor:
-    """(E, P, D) float32: the dense weights that the factors stand for, without rounding in between."""
+    """Return the dense weights (E, P, D) float32 that the factors stand for, without rounding in between."""
     basis = compose_basis_ref(layer.code.index, layer.code.value, bank, phi, torch.float32)
     return layer.adapter.float() @ basis
 
 
 @dataclass(frozen=True)
 class FitStatus:
-    """How a fit ended, and what to try next."""
+    """Whether a fit completed, and advice on the next fit."""
 
     completed: bool
     advice: str
@@ -37,10 +42,10 @@ class FitStatus:
 
 @dataclass(frozen=True)
 class FitResult:
-    """What `globe_fit.fit` returns, whatever the options.
+    """The result of `globe_fit.fit`, of one type whatever the options.
 
-    `report` has the errors per layer and family beside the baselines; `history` one record per logged
-    step. Over several ranks only the first has the banks and the adapters. Save it with `globe_fit.export.save_fit`.
+    `report` has the errors per layer and family beside the baselines, `history` a record per logged step. Of several
+    ranks only the first has the banks and the adapters. `globe_fit.export.save_fit` writes the result to disk.
     """
 
     config: GlobeConfig

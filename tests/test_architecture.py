@@ -61,7 +61,7 @@ def strategy_comparisons(path: Path) -> list[int]:
         parts = [one for part in compared for one in getattr(part, "elts", [part])]
         if {one.value for one in parts if isinstance(one, ast.Constant)} & {*STRATEGIES, DENSE.name}:
             lines.append(node.lineno)
-    return lines
+    return sorted(lines)
 
 
 def test_only_the_strategies_compare_their_names(tmp_path):

@@ -1,1 +1,1 @@
-"""The metric of a calibrated fit: statistics of the inputs of the experts, over a text."""
+"""Calibrate a fit: collect statistics of the inputs of the experts over a text, and make a metric of them."""

@@ -1,7 +1,7 @@
-"""What a text says of the experts: the metric of a calibrated fit.
+"""Make the metric of a calibrated fit from a text that the dense model runs over.
 
-Over the T tokens t of the text, x_t the input of the experts of layer l, and those tokens that are routed to expert i
-with weight w_t, where it computes w_t V_i h(g, u), g = W_gate x_t, u = W_up x_t:
+T tokens t, x_t the input of the experts of layer l. A token that is routed to expert i with router weight w_t gets
+w_t V_i h(g, u) from this expert, g = W_gate x_t, u = W_up x_t, V_i the down matrix.
 
     C_l       = sum_t x_t x_t^T / T
     S_gate,ik = sum_t w_t^2 (dh_k / dg_k)^2 ||V_i[:, k]||^2        S_up,ik the same with dh_k / du_k
@@ -10,16 +10,16 @@ with weight w_t, where it computes w_t V_i h(g, u), g = W_gate x_t, u = W_up x_t
 
     minimise  sum_ik d_ik || (W_i - What_i)_k L_l ||^2
 
-the error of what the experts compute instead of that of their weights. It is a diagonal Gauss-Newton (Fisher-like)
-weighting of an expert's output: an error e of row k moves the output for token t by w_t (dh_k/dg_k) (e x_t) V_i[:, k].
-Of its square the part that depends on the row is S, the part that depends on the direction is C_l, as if they were
-independent; how errors of different rows add up is left out. The square root was measured better than S itself.
+The sum approximates the error of the outputs of the experts, by a diagonal Gauss-Newton (Fisher-like) weighting: an
+error e of row k moves the output for token t by w_t (dh_k/dg_k) (e x_t) V_i[:, k]. S holds the part of the square that
+depends on the row, C_l the part that depends on the direction, as if the two were independent; how errors of different
+rows add up is left out. The square root of S was measured to be better than S.
 
-Both parts are relative to their layer, so that layers weigh as they do without them, and both are shrunk: a text of
-finite length says nothing of some directions, and hardly reaches some experts. All experts of a layer share C_l, which
-is never averaged over layers.
+d and L are relative to their layer, so that layers weigh as they do in a fit without a text. Both are shrunk, because a
+finite text says nothing of some directions and hardly reaches some experts. All experts of a layer share C_l, which is
+never averaged over layers.
 
-Without a text at hand the model writes one itself (globe_fit.calibration.self_text), which takes no data at all.
+Where the user has no text, the model writes it (globe_fit.calibration.self_text), which takes no data at all.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,13 +36,13 @@ from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows
 from globe_fit.data.model import WINDOW, load_model, token_windows
 from globe_fit.data.source import ExpertSource
-from globe_fit.data.stream import Metric
+from globe_fit.data.stream import ErrorMetric
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import require_room, sha256
 
-SELF = "self"  # in the place of a text file: what the model itself writes
+SELF = "self"  # instead of a text file: the model writes the text
 
 _NAME = "calibration"
 _SHRINKAGE = 0.1  # of C_l
@@ -52,21 +52,22 @@ _OFFLOADED = "offload-"
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text of a calibrated fit and what it said of the experts."""
+    """The text of a calibrated fit and the sums over it."""
 
     text: str  # name of the file, for people, or SELF
-    sha256: str | None  # of the file
+    sha256: str | None  # of the file; None for SELF
     tokens: int
     sums: dict[int, Sums]  # by layer id, on the CPU
 
-    def metrics(self, device: str) -> dict[str, Metric]:
-        """{family: the metric of its fit} on `device`; the roots are shared."""
+    def metrics(self, device: str) -> dict[str, ErrorMetric]:
+        """Return {family: the metric of its fit} on `device`; the families share the roots."""
         roots = {layer: metric_root(sums.moment).to(device) for layer, sums in self.sums.items()}
         rows = {family: [row_weights(sums.rows[family]) for sums in self.sums.values()] for family in FAMILIES}
-        return {family: Metric(roots, torch.cat(rows[family]).sqrt().to(device)) for family in FAMILIES}
+        return {family: ErrorMetric(roots, torch.cat(rows[family]).sqrt().to(device)) for family in FAMILIES}
 
     @property
     def facts(self) -> dict:
+        """Return the text and its size, in JSON types, for the configuration of the fit."""
         return {"text": self.text, "sha256": self.sha256, "tokens": self.tokens}
 
 
@@ -80,12 +81,12 @@ def calibrate(
     on_batch: OnBatch | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Calibration:
-    """Run the dense model of `source` on `device` once over a text file, or over what it writes itself (SELF).
+    """Run the dense model of `source` on `device` once over a text file, or over a text that it writes (SELF).
 
-    A model that does not fit into `memory_limit` bytes, or into what is available, is read from disk layer by layer for
-    every batch, which `say` is told; such a model cannot write. With `snapshots`, what an interrupted fit had collected
-    is taken over. Raises RequestError for a text that is missing or too short and for too little memory, GlobeError for
-    a model whose inputs are not finite.
+    A model that does not fit into `memory_limit` bytes, or into the available memory, is read from disk layer by layer
+    for every batch, and `say` gets a sentence about it; such a model cannot write. With `snapshots`, the sums that an
+    interrupted fit had collected are taken over. Raises RequestError for a text that is missing or too short and for
+    too little memory, GlobeError for a model whose inputs are not finite.
     """
     saved = None if snapshots is None else snapshots.load(_NAME)
     if saved is not None:
@@ -96,48 +97,48 @@ def calibrate(
         }
         return Calibration(**facts["calibration"], sums=sums)
     if text == SELF:
-        sums, tokens = _run_on_its_own(source, device, memory_limit, on_batch)
+        sums, tokens = _run_over_self_text(source, device, memory_limit, on_batch)
     else:
         windows = token_windows(source.model_dir, text)
         sums, tokens = _run(source, windows, device, memory_limit, snapshots, on_batch, say), windows.numel()
-    for layer, one in sums.items():
-        if not all(torch.isfinite(tensor).all() for tensor in (one.moment, *one.rows.values())):
+    for layer, of_layer in sums.items():
+        if not all(torch.isfinite(tensor).all() for tensor in (of_layer.moment, *of_layer.rows.values())):
             raise GlobeError(
                 f"The inputs of the experts of layer {layer} are not finite on {text}; calibrate on another text."
             )
     result = Calibration(Path(text).name, _sha256(text), tokens, sums)
     if snapshots is not None:
-        tensors = {f"{layer}.moment": one.moment for layer, one in sums.items()}
-        tensors |= {f"{layer}.{family}": one.rows[family] for layer, one in sums.items() for family in FAMILIES}
+        tensors = {f"{layer}.moment": of_layer.moment for layer, of_layer in sums.items()}
+        tensors |= {f"{layer}.{f}": of_layer.rows[f] for layer, of_layer in sums.items() for f in FAMILIES}
         snapshots.save(_NAME, 0, tensors, {"calibration": result.facts, "layers": list(sums)})
     return result
 
 
 def require_text(text: str | Path) -> None:
-    """Raises RequestError when there is no such text to calibrate on."""
+    """Raises RequestError when `text` is neither a file nor SELF."""
     if text != SELF and not Path(text).is_file():
         raise RequestError(
-            f'{text} is not a file; give a text file to calibrate on, or "{SELF}" for what the model writes.'
+            f'{text} is not a file; give a text file to calibrate on, or "{SELF}" for a text that the model writes.'
         )
 
 
 def identity(text: str | Path) -> str:
-    """What tells one text to calibrate on from another."""
+    """Return a string that tells a text to calibrate on from any other."""
     return _sha256(text) or SELF
 
 
 def _sha256(text: str | Path) -> str | None:
-    """Of the file; what the model writes has none."""
+    """Hash the file; None for SELF."""
     return None if text == SELF else sha256(Path(text))
 
 
-def _run_on_its_own(
+def _run_over_self_text(
     source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch | None
 ) -> tuple[dict[int, Sums], int]:
-    """The sums of a text that the model writes, and its tokens."""
+    """Let the model write a text; return the sums over it and its number of tokens."""
     plan = plan_run(source, device, memory_limit, writes=True)
     model = load_model(source.model_dir, device)
-    done = 0  # of the batches that are written, which come before those that are collected
+    done = 0  # batches that were written; collecting them counts as much again
 
     def on_written(number: int, total: int) -> None:
         nonlocal done
@@ -162,6 +163,7 @@ def _run(
     on_batch: OnBatch | None,
     say: Callable[[str], None],
 ) -> dict[int, Sums]:
+    """Return the sums over the windows of a text, in memory or from disk as the memory allows."""
     plan = plan_run(source, device, memory_limit)
     batches = windows.split(plan.windows)
     if not plan.offload:
@@ -179,17 +181,17 @@ def _run(
 
 @contextmanager
 def _offload_folder(snapshots: Snapshots | None) -> Iterator[Path]:
-    """A folder for this run only, beside the snapshots where there are any: those are on a disk that has room."""
+    """Make a folder for this run alone; beside the snapshots where there are any, on a disk that has room."""
     if snapshots is not None:
         snapshots.directory.mkdir(parents=True, exist_ok=True)
-        for left in snapshots.directory.glob(f"{_OFFLOADED}*"):  # by a run that was killed
+        for left in snapshots.directory.glob(f"{_OFFLOADED}*"):  # a killed run left them
             rmtree(left, ignore_errors=True)
     with TemporaryDirectory(prefix=_OFFLOADED, dir=None if snapshots is None else snapshots.directory) as folder:
         yield Path(folder)
 
 
 def metric_root(moment: torch.Tensor) -> torch.Tensor:
-    """(D, D) float32 lower triangular L with L L^T = C / mean(diag C) + 0.1 I."""
+    """Return lower triangular L (D, D) float32 with L L^T = C / mean(diag C) + 0.1 I, for the moment C (D, D)."""
     moment = moment.double()
     level = moment.diagonal().mean()
     shrunk = moment / torch.where(level > 0, level, 1.0)
@@ -198,7 +200,7 @@ def metric_root(moment: torch.Tensor) -> torch.Tensor:
 
 
 def row_weights(sensitivities: torch.Tensor) -> torch.Tensor:
-    """(E, P) float32 d of one layer and family from its S (E, P); ones where the text says nothing."""
+    """Return d (E, P) float32 of one layer and family from S (E, P); ones where the text reaches no expert."""
     level = sensitivities.double().mean()
     if level == 0:
         return torch.ones_like(sensitivities)

@@ -1,4 +1,7 @@
-"""What a calibrated fit collects while the dense model runs over a text; the formulas are in globe_fit.calibration.metric."""
+"""Collect sums over a text while the dense model runs over it, for the metric of a calibrated fit.
+
+globe_fit.calibration.metric has the formulas.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +16,14 @@ from globe_kernels.format.architectures import FAMILIES, Architecture
 from globe_kernels.model.targets import activation_of
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 
-_CHUNK = 4096  # tokens that are looked at together, which bounds the memory
+_CHUNK = 4096  # tokens that are summed together, which bounds the memory
 
 OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
 
 @dataclass(frozen=True)
 class Sums:
-    """Of one layer: the moment C (D, D) and by family the sensitivities S (E, P) of the rows."""
+    """The sums of one layer: the moment C (D, D), and {family: sensitivities S (E, P) of the rows}."""
 
     moment: torch.Tensor
     rows: dict[str, torch.Tensor]
@@ -30,17 +33,17 @@ class Sums:
 def collect(
     model: Any, source: ExpertSource, batches: Sequence[torch.Tensor], device: str, on_batch: OnBatch | None = None
 ) -> dict[int, Sums]:
-    """{layer id: its sums, float32 on the CPU} of all `batches` of windows, over which `model` runs."""
+    """Run `model` over all `batches` of windows; return {layer id: its sums, float32 on the CPU}."""
     with _accumulating(model, source, device) as totals:
         for number, batch in enumerate(batches):
-            # without the head, whose logits are not needed, and without keys and values for a next token
+            # no head, because nobody needs the logits; no keys and values, because no token follows
             model.model(batch.to(device), use_cache=False)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     tokens = sum(batch.numel() for batch in batches)
     result = {}
     for layer in list(totals):
-        total = totals.pop(layer)  # a layer at a time is held twice
+        total = totals.pop(layer)  # pop: only one layer at a time is in memory twice
         rows = {family: sums.float().cpu() for family, sums in total.rows.items()}
         result[layer] = Sums(total.moment.div_(tokens).float().cpu(), rows)
     return result
@@ -48,24 +51,24 @@ def collect(
 
 @contextmanager
 def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dict[int, Sums]]:
-    """Sums by layer of all that the experts of `model` are given inside."""
+    """Inside, every call of the experts of `model` adds to the sums that this yields, {layer id: sums}."""
     activation = activation_of(model)
     experts_of = {layer.layer: layer.num_experts for layer in source.layers}
     width, inner = source.base.hidden_size, source.base.intermediate_size
-    # fp32 on a GPU: fp64 is slow there, and the moments of a text err more than its sums
+    # fp32 on a GPU: fp64 is slow there, and a finite text errs more than fp32 sums do
     dtype = torch.float64 if device == "cpu" else torch.float32
     totals: dict[int, Sums] = {}
     removers = []
-    for layer, path in source.architecture.live_experts(model):
+    for layer, name in source.architecture.live_experts(model):
         rows = {family: torch.zeros(experts_of[layer], inner, dtype=dtype, device=device) for family in FAMILIES}
         totals[layer] = Sums(torch.zeros(width, width, dtype=dtype, device=device), rows)
 
         def add(experts: Any, inputs: tuple, total: Sums = totals[layer]) -> None:
-            hidden, index, weight = inputs
+            hidden, index, router_weight = inputs
             _add_moment(total.moment, hidden)
-            _add_sensitivities(total.rows, source.architecture, experts, activation, hidden, index, weight)
+            _add_sensitivities(total.rows, source.architecture, experts, activation, hidden, index, router_weight)
 
-        removers.append(_before_forward(model.get_submodule(path), add))
+        removers.append(_before_forward(model.get_submodule(name), add))
     try:
         yield totals
     finally:
@@ -74,18 +77,18 @@ def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dic
 
 
 def _before_forward(experts: Any, action: Callable[[Any, tuple], None]) -> Callable[[], object]:
-    """Let `action` see the module, with its weights, and its inputs on every call; returns what ends that."""
+    """Call `action` with the module, its weights loaded, and its inputs before every call; return a remover."""
     if not hasattr(experts, "_hf_hook"):
         return experts.register_forward_pre_hook(action).remove
-    # offloaded: accelerate loads the weights inside the call, so the action must come after its hook
+    # offloaded: the hook of accelerate loads the weights inside the call, so the action must come after that hook
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
-    class Seen(ModelHook):
+    class ActionHook(ModelHook):
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
             action(module, args)
             return args, kwargs
 
-    add_hook_to_module(experts, Seen(), append=True)
+    add_hook_to_module(experts, ActionHook(), append=True)
     return lambda: remove_hook_from_module(experts)
 
 
@@ -102,12 +105,12 @@ def _add_sensitivities(
     activation: str,
     hidden: torch.Tensor,
     index: torch.Tensor,
-    weight: torch.Tensor,
+    router_weight: torch.Tensor,
 ) -> None:
-    """hidden (T, D); index and weight (T, K), where ids that name no expert contribute nothing."""
-    count, choices = len(totals["gate"]), index.shape[1]
+    """Add S to `totals` for hidden (T, D), index and router_weight (T, K); ids that name no expert add nothing."""
+    count, top_k = len(totals["gate"]), index.shape[1]
     ids, order = index.flatten().sort()
-    squares = weight.flatten().float().square()
+    squares = router_weight.flatten().float().square()
     bounds = torch.searchsorted(ids, torch.arange(count + 1, dtype=ids.dtype, device=ids.device)).tolist()
     down = architecture.kept("down_proj", experts.down_proj)["down_proj"]
     for expert, (start, stop) in enumerate(pairwise(bounds)):
@@ -118,16 +121,16 @@ def _add_sensitivities(
             f: architecture.part(experts.gate_up_proj_bias, f)[expert].float() if architecture.has_bias else None
             for f in FAMILIES
         }
-        reach = down[expert].float().square().sum(0)  # (P,)
-        for places in order[start:stop].split(_CHUNK):
-            x = hidden[places // choices].float()
+        reach = down[expert].float().square().sum(0)  # (P,) ||V[:, k]||^2
+        for routed in order[start:stop].split(_CHUNK):  # numbers of routed rows, t * K + k
+            x = hidden[routed // top_k].float()
             outputs = [torch.nn.functional.linear(x, matrices[f], biases[f]) for f in FAMILIES]
             for family, slope in zip(FAMILIES, _slopes(activation, outputs), strict=True):
-                totals[family][expert] += (squares[places] @ slope.square()) * reach
+                totals[family][expert] += (squares[routed] @ slope.square()) * reach
 
 
 def _slopes(activation: str, outputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Derivatives of the activation, which is elementwise, in the outputs of gate and up."""
+    """Return the derivatives of the activation, which is elementwise, by the outputs of gate and of up."""
     with torch.enable_grad():
         inputs = [output.requires_grad_() for output in outputs]
         return torch.autograd.grad(GATED_ACTIVATIONS[activation](*inputs).sum(), inputs)

@@ -1,8 +1,8 @@
-"""Whether the dense model fits into memory for a run over a text, and what the run takes; by the headers alone.
+"""Plan the run of a dense model over a text: in memory or from disk, and how many windows make a batch.
 
-A model that does not fit is run with all its layers on disk: accelerate reads the weights of each module when it is
-called and drops them after. No layer stays in memory, because a batch of as many windows as memory allows needs each of
-them once.
+The plan reads headers alone. A model that does not fit into memory runs with all its layers on disk: accelerate reads
+the weights of each module when it is called and drops them after. No layer stays in memory, because a batch of as many
+windows as memory allows needs each layer once.
 """
 
 import math
@@ -25,20 +25,22 @@ _MOST_WINDOWS = 1024  # a quarter of a million tokens: more would hardly save re
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How a dense model is run over a text."""
+    """How a dense model runs over a text, and the memory it takes."""
 
     offload: bool
-    windows: int  # of a batch
-    in_memory_bytes: int  # the least that the run would take without offloading
-    peak_bytes: int  # at most; on the device and in host memory together
+    windows: int  # per batch
+    in_memory_bytes: int  # the least memory of a run without offloading
+    peak_bytes: int  # an upper bound; device and host memory together
     available_bytes: float
-    rewritten_bytes: int  # on disk, by transformers: experts that it fuses cannot be read where they are
+    rewritten_bytes: int  # disk that transformers writes: experts that it fuses cannot stay in their files
 
 
 def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, writes: bool = False) -> RunPlan:
-    """The plan within `limit` bytes and what is available; of a model that `writes` its text before it. Raises
-    RequestError when not even one layer fits, when a model that is to write does not fit, or when offloading needs
-    accelerate."""
+    """Plan a run within `limit` bytes and the available memory; a model that `writes` makes its text first.
+
+    Raises RequestError when not even one layer fits, when a model that writes does not fit, or when offloading needs
+    accelerate.
+    """
     available = min(_available(device), math.inf if limit is None else limit)
     sizes = {key: source.files.num_bytes(key) for key in source.files.weight_map}
     whole, outside, by_layer = sum(sizes.values()), 0, {}
@@ -46,12 +48,12 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
         layer = search(r"layers\.(\d+)\.", key)
         if layer is not None:
             by_layer[layer[1]] = by_layer.get(layer[1], 0) + size
-        elif not key.startswith("lm_head."):  # the head is not run, and stays on disk
+        elif not key.startswith("lm_head."):  # the head does not run and stays on disk
             outside += size
     largest = max(by_layer.values())
     sums = len(source.layers) * source.base.hidden_size**2 * (8 if device == "cpu" else 4)
     window = WINDOW * _token_bytes(source)
-    # loading converts a layer at a time, before there are sums
+    # loading converts a layer at a time, before the sums exist
     writing = AT_ONCE * _written_bytes(source) if writes else 0
     in_memory = whole + max(largest, sums + window, writing)
     if in_memory <= available:
@@ -61,9 +63,9 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
     if writes:
         raise RequestError(
             f"{source.base.name} would take {in_memory / 2**30:.2f} GiB to write a text and {available / 2**30:.2f} "
-            "GiB may be used; give a text file to calibrate on, over which it can be run layer by layer."
+            "GiB may be used; give a text file to calibrate on, over which the model can run layer by layer."
         )
-    # of a layer that is converted there are two copies
+    # a layer that is converted is in memory twice
     least = outside + max(2 * largest, largest + sums + window)
     if least > available:
         raise RequestError(
@@ -78,13 +80,13 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
     left = available - outside - largest - sums
     windows = int(min(max(left / window, 1), _MOST_WINDOWS))
     peak = outside + max(2 * largest, largest + sums + windows * window)
-    # the experts of a layer that are tensors of their own
+    # experts that are separate tensors
     rewritten = sum(sizes[key] for key, parsed in source.expert_keys.items() if parsed.expert is not None)
     return RunPlan(True, windows, in_memory, peak, available, rewritten)
 
 
 def _token_bytes(source: ExpertSource) -> int:
-    """What a token takes at most while a layer runs: some of it in fp32 whatever the weights are."""
+    """Bound the bytes that a token takes while a layer runs; as if all of it were fp32, as some of it is."""
     config = AutoConfig.from_pretrained(source.model_dir).to_dict()  # with its defaults
     width, inner = source.base.hidden_size, source.base.intermediate_size
     heads = config["num_attention_heads"]
@@ -92,13 +94,13 @@ def _token_bytes(source: ExpertSource) -> int:
     head = max(config.get("head_dim") or 0, split, width // heads)
     dense = max(config.get(key) or 0 for key in ("intermediate_size", "shared_expert_intermediate_size"))
     experts = config["num_experts_per_tok"] * (4 * width + 4 * inner)
-    # scores of every head, which not every attention keeps from memory
+    # scores of every head: some implementations of attention hold them
     attention = heads * (6 * head + 3 * WINDOW)
     return 4 * (8 * width + experts + attention + 3 * dense)
 
 
 def _written_bytes(source: ExpertSource) -> int:
-    """What a window takes at most while a model writes it: keys, values, and what it takes to choose a token."""
+    """Bound the bytes that a window takes while the model writes it: keys, values, and the choice of a token."""
     config = AutoConfig.from_pretrained(source.model_dir).to_dict()
     heads = config.get("num_key_value_heads") or config["num_attention_heads"]
     head = config.get("head_dim") or source.base.hidden_size // config["num_attention_heads"]
@@ -108,12 +110,13 @@ def _written_bytes(source: ExpertSource) -> int:
 
 
 def _available(device: str) -> float:
-    """Bytes that may still be taken: the fewer of host and device, because weights reach a GPU through the host."""
+    """Return the free bytes: the fewer of host and device, because weights reach a GPU through the host."""
     host = min(_meminfo(), _container())
     return host if device == "cpu" else min(host, torch.cuda.mem_get_info(device)[0])
 
 
 def _meminfo() -> float:
+    """Return the bytes that the kernel reports as available."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
@@ -122,11 +125,11 @@ def _meminfo() -> float:
 
 
 def _container() -> float:
-    """What the limit of a container leaves; its cached files do not count, they give way."""
+    """Return the bytes that the limit of a container leaves; cached files do not count, because they give way."""
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         return limit - int(used["anon"])
-    except (OSError, ValueError, KeyError):  # none, or of another kind
+    except (OSError, ValueError, KeyError):  # no limit, or another kind of control group
         return math.inf

@@ -9,15 +9,15 @@ from globe_fit.cli import plots
 from globe_fit.cli.console import megabytes
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import require_same_model
-from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_places, sparsity
+from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_experts, sparsity
 from globe_fit.measure.inspection import stored_codes
-from globe_fit.result import reconstruct
+from globe_fit.result import reconstruct, slice_experts
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.metrics import METRICS
 from globe_fit.run.snapshots import stream_path
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, Code, GlobeCheckpoint, LayerFactors
+from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, GlobeCheckpoint
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.version import __version__
 
@@ -109,14 +109,13 @@ def _collect(directory: Path, base: Path | None) -> _Facts:
 
 def _spot_checks(checkpoint: GlobeCheckpoint, source: ExpertSource, family: str) -> list[dict]:
     bank, found = checkpoint.bank(family), []
-    for number in sampled_places(source.base.total_experts, _EXPERTS_OF_BASE):
-        layer, span = next(block for block in source.blocks if number < block[1].stop)
-        expert = slice(number - span.start, number - span.start + 1)
-        factors = checkpoint.layer(layer.layer, family)
-        factors = LayerFactors(factors.adapter[expert], Code(factors.code.index[expert], factors.code.value[expert]))
-        dense = source.read(layer, family, range(expert.start, expert.stop))[0]
+    for number in sampled_experts(source.base.total_experts, _EXPERTS_OF_BASE):
+        layer, span = next((layer, span) for layer, span in source.layer_spans if number < span.stop)
+        expert = number - span.start
+        factors = slice_experts(checkpoint.layer(layer.layer, family), slice(expert, expert + 1))
+        dense = source.read(layer, family, range(expert, expert + 1))[0]
         stored = reconstruct(factors, bank, checkpoint.config.phi)[0]
-        found.append({"layer": layer.layer, "expert": expert.start, **compare(dense, stored)})
+        found.append({"layer": layer.layer, "expert": expert, **compare(dense, stored)})
     return found
 
 

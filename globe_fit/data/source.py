@@ -1,7 +1,7 @@
-"""Streams the experts of a Hugging Face checkpoint from its safetensors files, one layer at a time.
+"""Stream the experts of a Hugging Face checkpoint from its safetensors files, one layer at a time.
 
-Reads both layouts: one 2-D tensor per expert (`experts.{e}.gate_proj.weight`) and fused 3-D tensors
-(`experts.gate_up_proj`, laid out as the architecture says). Nothing is read before it is asked for.
+Both layouts are read: a 2-D tensor per expert (`experts.{e}.gate_proj.weight`) and fused 3-D tensors
+(`experts.gate_up_proj`, laid out as the architecture says). Nothing is read before the caller asks for it.
 """
 
 import math
@@ -26,7 +26,7 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL"
 
 
 def read_config(model_dir: Path) -> dict:
-    """config.json of a model directory. Raises RequestError when there is none, GlobeError when it is damaged."""
+    """Read config.json of a model directory. Raises RequestError when it is missing, GlobeError when it is damaged."""
     path = model_dir / _CONFIG_NAME
     if not path.is_file():
         raise RequestError(
@@ -36,9 +36,9 @@ def read_config(model_dir: Path) -> dict:
 
 
 def configured_base(config: dict, where: Path) -> BaseModel:
-    """The experts that a config.json describes, without a look at the weights.
+    """Return the sizes that a config.json, at path `where`, gives the experts; no weight is read.
 
-    Raises RequestError when it is of no known MoE model, GlobeError when it lacks sizes; `where` is its path.
+    Raises RequestError when the model is not a known MoE model, GlobeError when sizes are missing.
     """
     architecture = architecture_of(config.get("model_type"))
     try:
@@ -57,10 +57,10 @@ def configured_base(config: dict, where: Path) -> BaseModel:
 
 
 class TensorFiles:
-    """The safetensors files of a model directory: which tensor is where. Tensors are read when they are asked for."""
+    """The safetensors files of a model directory, and which file holds which tensor."""
 
     def __init__(self, model_dir: Path):
-        """Raises GlobeError for a shard that is missing, truncated or lacks a tensor that the index lists."""
+        """Open the files. Raises GlobeError for a shard that is missing, truncated or lacks a tensor of the index."""
         self.model_dir = model_dir
         index = model_dir / INDEX_NAME
         if index.is_file():
@@ -102,11 +102,11 @@ class TensorFiles:
 
     @property
     def names(self) -> list[str]:
-        """File names of the shards."""
+        """Return the file names of the shards."""
         return list(self._handles)
 
     def view(self, key: str):
-        """A lazy slice of a tensor: shape, dtype, and rows on demand."""
+        """Return a lazy slice of a tensor: its shape, its dtype, and rows on demand."""
         return self._handles[self.weight_map[key]].get_slice(key)
 
     def num_bytes(self, key: str) -> int:
@@ -119,24 +119,23 @@ class TensorFiles:
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """Where the experts of one layer are on disk."""
+    """The names of the tensors that hold the experts of one layer."""
 
     layer: int
     num_experts: int
-    keys: dict[str, list[str]]  # matrix (as in ExpertKey) -> a key per expert, or one fused key
+    keys: dict[str, list[str]]  # matrix (as in ExpertKey) -> a key per expert, or the key of the fused tensor
 
 
 class ExpertSource:
     """The gate and up experts of every MoE layer of a checkpoint on disk.
 
-    `base` has the sizes (read from the tensors, checked against config.json). One bank needs one (P, D): where layers
-    differ, those of the shape that holds the most weights are the source, and the others are in `base.left_dense`
-    and nowhere else. `read` returns the experts of one layer and family; it keeps nothing, so what is resident is what
-    the caller holds.
+    `base` has the sizes, which are read from the tensors and checked against config.json. A bank needs one shape
+    (P, D): where layers differ, the source has the layers of the shape that holds the most weights, and
+    `base.left_dense` alone names the others. `read` returns the experts of one layer and family, and keeps nothing.
     """
 
     def __init__(self, model_dir: str | Path):
-        """Raises RequestError for a directory that is not a known MoE model, GlobeError for a damaged one."""
+        """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
         if not self.model_dir.is_dir():
             raise RequestError(
@@ -151,7 +150,8 @@ class ExpertSource:
             if ".experts." in key and key.endswith(("_blocks", "_scales")):
                 raise RequestError(
                     f"{key} in {self.model_dir} is of an MXFP4 checkpoint and GloBE reads {', '.join(_READABLE)}; load "
-                    "it in transformers with Mxfp4Config(dequantize=True) and save it with save_original_format=False."
+                    "the model in transformers with Mxfp4Config(dequantize=True) and save it with "
+                    "save_original_format=False."
                 )
             parsed = self.architecture.parse_key(key)
             # layers past num_hidden_layers are prediction heads that transformers does not load
@@ -162,7 +162,7 @@ class ExpertSource:
         inner, width = _shape_of_most(self.layers, shapes)
         left_dense = {layer: shape for layer, shape in shapes.items() if shape != (inner, width)}
         self.layers = [layer for layer in self.layers if layer.layer not in left_dense]
-        self.expert_keys = {key: one for key, one in self.expert_keys.items() if one.layer not in left_dense}
+        self.expert_keys = {key: e for key, e in self.expert_keys.items() if e.layer not in left_dense}
         self.base = replace(
             configured,
             hidden_size=width,
@@ -187,7 +187,7 @@ class ExpertSource:
                 "checkpoint is incomplete or of another model, download it again."
             )
         counts = {layer: self._count(found[layer]) for layer in expected_layers}
-        if configured not in counts.values():  # not layers that differ, but another model's configuration
+        if configured not in counts.values():  # the configuration of another model, not layers that differ
             counts = {}
         layers = []
         for layer in expected_layers:
@@ -215,7 +215,7 @@ class ExpertSource:
         return layers
 
     def _count(self, found: dict[tuple[str, int | None], str]) -> int | None:
-        """E of one layer, where its experts are as many as the rows of its router; None where they are not."""
+        """Return E of one layer, where the layer has as many experts as its router has rows; else None."""
         (_, expert), key = next(iter(found.items()))
         router = self.architecture.router_key(key)
         if router not in self.files.weight_map:
@@ -227,7 +227,7 @@ class ExpertSource:
         return tuple(self.files.view(key).get_shape())
 
     def _shapes(self, inner: int, width: int) -> dict[int, tuple[int, int]]:
-        """{layer id: (P, D) of its gate and up experts}, by the headers; `inner` and `width` are those of config.json.
+        """Read {layer id: (P, D) of its gate and up experts} from the headers; config.json says (inner, width).
 
         Raises RequestError when the experts of one layer differ, GlobeError when no layer is as config.json says.
         """
@@ -240,8 +240,8 @@ class ExpertSource:
                     )
         shapes = {}
         for layer in self.layers:
-            one = self._fused_shape if "gate_up" in layer.keys else self._separate_shape
-            shapes[layer.layer] = one(layer, inner, width)
+            read_shape = self._fused_shape if "gate_up" in layer.keys else self._separate_shape
+            shapes[layer.layer] = read_shape(layer, inner, width)
         if (inner, width) not in shapes.values():
             rows, columns = next(iter(shapes.values()))
             raise GlobeError(
@@ -259,26 +259,26 @@ class ExpertSource:
         if len(found) > 1:
             (first, key), (second, other) = list(found.items())[:2]
             raise RequestError(
-                f"The experts of layer {layer.layer} differ in shape: {key} is of an expert of {first} and {other} of "
-                f"one of {second}; layers may differ, the experts of one layer may not, so this model cannot be fitted."
+                f"The experts of layer {layer.layer} differ in shape: {key} is of a {first} expert and {other} of a "
+                f"{second} expert; GloBE fits models whose layers differ, not layers whose experts differ."
             )
         ((inner, width),) = found
         return inner, width
 
     def _fused_shape(self, layer: ExpertLayer, inner: int, width: int) -> tuple[int, int]:
-        """As config.json says, or another when all that is fused in the layer agrees on it."""
+        """Return (P, D) as config.json says, or another shape when all fused tensors of the layer agree on it."""
         found = {
             name: [self._shape(key) for key in layer.keys.get(name.replace("_proj", ""), ())]
             for name in self.architecture.fused_shapes(layer.num_experts, inner, width)
         }
-        _, *own = found["gate_up_proj"][0]
-        rows, columns = own[::-1] if self.architecture.transposed else own
+        _, *matrix = found["gate_up_proj"][0]
+        rows, columns = matrix[::-1] if self.architecture.transposed else matrix
         for shape in ((inner, width), (rows // 2, columns)):
             expected = self.architecture.fused_shapes(layer.num_experts, *shape)
-            if all(found[name] == [one] for name, one in expected.items()):
+            if all(found[name] == [wanted] for name, wanted in expected.items()):
                 return shape
         expected = self.architecture.fused_shapes(layer.num_experts, inner, width)
-        name = next(name for name, one in expected.items() if found[name] != [one])
+        name = next(name for name, shape in expected.items() if found[name] != [shape])
         raise GlobeError(
             f"{name} of the experts of layer {layer.layer} in {self.model_dir} is "
             f"{', '.join(map(str, found[name])) or 'missing'} and config.json says {expected[name]}; the files are "
@@ -293,29 +293,28 @@ class ExpertSource:
         columns: slice | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(E, P, D), in `out` or in float32: the given experts and columns of one layer and family, by default all;
-        others are not read."""
+        """Read experts and columns of one layer and family, by default all, into `out` or float32 (E, P, D)."""
         experts = range(layer.num_experts) if experts is None else experts
         columns = slice(0, self.base.hidden_size) if columns is None else columns
         if out is None:
             out = torch.empty(len(experts), self.base.intermediate_size, columns.stop - columns.start)
-        for place, matrix in enumerate(self._matrices(layer, family, experts, columns)):
-            out[place] = matrix
+        for number, matrix in enumerate(self._matrices(layer, family, experts, columns)):
+            out[number] = matrix
         return out
 
     def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
-        """That of the experts of one layer and family on disk; float32 where they differ."""
+        """Return the dtype of the experts of one layer and family on disk; float32 where they differ."""
         keys = layer.keys.get(family) or layer.keys["gate_up"]
         found = {self.files.view(key).get_dtype() for key in keys}
         return _READABLE[found.pop()] if len(found) == 1 else torch.float32
 
     def stored_bytes(self, family: str) -> int:
-        """Of all experts of one family, as they are on disk."""
+        """Count the bytes of all experts of one family on disk."""
         per_value = sum(layer.num_experts * self.stored_dtype(layer, family).itemsize for layer in self.layers)
         return per_value * self.base.intermediate_size * self.base.hidden_size
 
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
-        """Raises GlobeError naming the expert when one of `weights`, those of `experts`, is NaN or infinite."""
+        """Raises GlobeError that names the expert when a value of `weights`, of `experts`, is NaN or infinite."""
         # one reduction: a NaN or an infinity anywhere makes the sum of magnitudes non-finite
         if torch.isfinite(weights.abs().sum()):
             return
@@ -342,17 +341,17 @@ class ExpertSource:
                 yield view[expert, start : start + self.base.intermediate_size, columns]
 
     @cached_property
-    def blocks(self) -> list[tuple[ExpertLayer, slice]]:
-        """Every layer with the places of its experts among all n experts."""
-        blocks, start = [], 0
+    def layer_spans(self) -> list[tuple[ExpertLayer, slice]]:
+        """Return every layer with the span of its experts among all n experts."""
+        spans, start = [], 0
         for layer in self.layers:
-            blocks.append((layer, slice(start, start + layer.num_experts)))
+            spans.append((layer, slice(start, start + layer.num_experts)))
             start += layer.num_experts
-        return blocks
+        return spans
 
 
 def _shape_of_most(layers: list[ExpertLayer], shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """The (P, D) that most weights have, of two with as many that of the first layer."""
+    """Return the (P, D) of the most weights; of two equal counts, the shape that comes first."""
     weights: dict[tuple[int, int], int] = {}
     for layer in layers:
         shape = shapes[layer.layer]

@@ -1,17 +1,18 @@
-"""The objective of a fit, and the weights it is measured on.
+"""Stream the experts of a family onto a device, and state the objective of a fit.
 
 For one family, over all n experts i with weights W_i (P, D):
 
     minimise  sum_i || W_i - A_i phi(sum_j alpha_ij B_j) ||^2 / sum_i || W_i ||^2
 
-A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights normalised by one mean and
-one scale per family; errors that are reported are always those of the stored factors on the raw weights.
+A_i (P, R) adapters, B_j (R, D) atoms, alpha_i codes. The solvers see weights that are normalised by one mean and one
+scale per family. A report always measures the stored factors on the raw weights.
 
-A calibrated fit measures the rows of an error in the metric of their layer, each with a weight of its own
-(globe_fit.calibration.metric): every matrix of D columns is multiplied by L_l, and row k of expert i by sqrt(d_ik), before it
-enters the norm. The best A_i for a basis is the same with and without the weights of the rows: least squares of each.
+A calibrated fit measures errors in the metric of each layer l, and weights row k of expert i by d_ik
+(globe_fit.calibration.metric): before a norm is taken, every matrix of D columns is multiplied by L_l, and row k of
+expert i by sqrt(d_ik). The row weights do not change the best A_i for a basis, because each row is a separate
+least-squares problem.
 
-Of several ranks (globe_fit.run.distributed) each sees its own columns of every W_i.
+Each of several ranks (globe_fit.run.distributed) holds its columns of every W_i.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from globe_fit.run.distributed import ALONE, Ranks
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and standard deviation over all weights of a family, and the energy per layer."""
+    """The mean and standard deviation over all weights of a family, and the energy of each layer."""
 
     mean: float
     scale: float
@@ -39,30 +40,30 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Block:
-    """Some experts of one layer, as the passes over the weights visit them."""
+    """The experts that a pass over the weights visits together, all of one layer."""
 
     layer: ExpertLayer
     experts: range  # within the layer
-    places: slice  # among all n experts
-    weights: torch.Tensor  # (len(experts), P, D) float32, D of the columns that were asked for
+    span: slice  # among all n experts
+    weights: torch.Tensor  # (len(experts), P, D) float32; D counts the columns that the pass reads
 
 
 @dataclass(frozen=True)
-class Metric:
-    """In what the errors of a calibrated fit of one family are measured."""
+class ErrorMetric:
+    """The metric in which a calibrated fit of one family measures errors."""
 
     roots: dict[int, torch.Tensor]  # layer id -> L (D, D)
     row_scales: torch.Tensor  # (n, P), sqrt(d)
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole; 0 where there is nothing to have a share of, such as a layer of zeros."""
+    """Return part / whole; 0 where the whole is 0, as for a layer of zeros."""
     return part / whole if whole else 0.0
 
 
-# A pass holds the weights of two blocks, one in use and one being read, and up to five temporaries of that size. An
-# eighth of a layer keeps all of that below one layer; below the minimum blocks only cost launches, above the maximum
-# they only cost memory.
+# A pass holds the weights of two blocks, the block in use and the block being read, and up to five temporaries of the
+# same size. Blocks of an eighth of a layer keep the sum below one layer. Smaller blocks than the minimum only cost
+# launches, larger blocks than the maximum only cost memory.
 _BLOCKS_PER_LAYER = 8
 _MIN_BLOCK_BYTES = 4 * 2**20
 _MAX_BLOCK_BYTES = 256 * 2**20
@@ -70,16 +71,16 @@ _MAX_BLOCK_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class FamilyWeights:
-    """The experts of one family, streamed onto `device` in blocks of at most one layer."""
+    """The experts of one family, which stream onto `device` in blocks of at most one layer."""
 
     source: ExpertSource
     family: str
     device: str
     statistics: Statistics
-    metric: Metric | None = None  # of a calibrated fit
+    metric: ErrorMetric | None = None  # None: the fit is not calibrated
     normalised_energy: float = 1.0  # sum of squares of the normalised weights, in the metric
     ranks: Ranks = ALONE
-    kept: list[Block] | None = None  # on a GPU: a list that the first whole pass fills with the experts as stored
+    kept: list[Block] | None = None  # of a GPU: the first whole pass fills it with the experts as stored
 
     @classmethod
     def measure(
@@ -87,10 +88,10 @@ class FamilyWeights:
         source: ExpertSource,
         family: str,
         device: str,
-        metric: Metric | None = None,
+        metric: ErrorMetric | None = None,
         ranks: Ranks = ALONE,
     ) -> "FamilyWeights":
-        """A pass over the weights for their statistics, with `metric` another for their energy in the metric.
+        """Measure the statistics of the weights in one pass and, with `metric`, their energy in the metric in another.
 
         Raises GlobeError when a weight is NaN or infinite.
         """
@@ -100,14 +101,14 @@ class FamilyWeights:
         for block in unmeasured.raw():
             source.require_finite(block.layer, family, block.experts, block.weights)
             total += block.weights.sum(dtype=torch.float64).item()
-            # per expert: an fp64 copy of one, not of the block
+            # per expert: an fp64 copy of an expert, not of the block
             energy[block.layer.layer] += sum(expert.double().square().sum().item() for expert in block.weights)
             del block  # before the next block is read
         total, *energies = ranks.sums(total, *energy.values())
         energy = dict(zip(energy, energies, strict=True))
         mean = total / count
         scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
-        # without a metric: one per weight, by definition of the scale
+        # without a metric: 1 per weight, by definition of the scale
         measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), metric, float(count), ranks)
         if metric is None:
             return measured
@@ -117,90 +118,89 @@ class FamilyWeights:
         return replace(measured, normalised_energy=in_metric)
 
     def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
-        """`matrices` (..., D) of the experts of a block, their columns in the metric."""
+        """Bring the columns of `matrices` (..., D), of the experts of a block, into the metric."""
         return matrices if self.metric is None else matrices @ self.metric.roots[block.layer.layer]
 
     def weighted(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
-        """`matrices` (E, P, D) of the experts of a block, as their squares are to be summed."""
+        """Bring the columns and rows of `matrices` (E, P, D), of the experts of a block, into the metric."""
         if self.metric is None:
             return matrices
-        return self.in_metric(block, matrices).mul_(self.metric.row_scales[block.places, :, None])
+        return self.in_metric(block, matrices).mul_(self.metric.row_scales[block.span, :, None])
 
     @property
     def columns(self) -> slice:
-        """Those of the D columns that this rank holds."""
+        """Return which of the D columns this rank holds."""
         return self.ranks.part(self.source.base.hidden_size)
 
-    def raw(self, whole: slice | None = None) -> Iterator[Block]:
-        """All experts as they are stored, in the columns of this rank; or only those at the places `whole` among all n,
-        in all columns."""
-        # map, not a loop: a loop variable would keep a block alive while the next one is waited for
+    def raw(self, span: slice | None = None) -> Iterator[Block]:
+        """Visit all experts as they are stored, in the columns of this rank; or those of `span`, in all columns."""
+        # map, not a loop: a loop variable would keep a block alive while the next block is waited for
         if torch.device(self.device).type == "cpu":
-            return _read_ahead(self._blocks(self.source.read, whole))
-        if whole is None and self.kept:
+            return _read_ahead(self._blocks(self.source.read, span))
+        if span is None and self.kept:
             return map(_in_float32, iter(self.kept))
         upload = Upload(self.source, self.device)
-        coming = _read_ahead(self._blocks(upload.read, whole))
+        coming = _read_ahead(self._blocks(upload.read, span))
         stored = map(lambda block: replace(block, weights=upload.arrived(block.weights)), coming)
-        return map(_in_float32, stored if whole is not None or self.kept is None else _keeping(stored, self.kept))
+        return map(_in_float32, stored if span is not None or self.kept is None else _keeping(stored, self.kept))
 
-    def normalised(self, whole: slice | None = None) -> Iterator[Block]:
-        """The same with mean 0 and standard deviation 1 over the family."""
-        return map(self._normalise, self.raw(whole))
+    def normalised(self, span: slice | None = None) -> Iterator[Block]:
+        """Visit the same experts with mean 0 and standard deviation 1 over the family."""
+        return map(self._normalise, self.raw(span))
 
     def _normalise(self, block: Block) -> Block:
         block.weights.sub_(self.statistics.mean).div_(self.statistics.scale)
         return block
 
-    def _blocks(self, read: Callable[..., torch.Tensor], whole: slice | None) -> Iterator[Block]:
-        """The blocks of a pass, by `read` in the arguments of that of a source."""
+    def _blocks(self, read: Callable[..., torch.Tensor], span: slice | None) -> Iterator[Block]:
+        """Make the blocks of a pass; `read` takes the arguments of ExpertSource.read."""
         base = self.source.base
-        columns = self.columns if whole is None else slice(0, base.hidden_size)
-        places = slice(0, base.total_experts) if whole is None else whole
-        for layer, inside in self.source.blocks:
+        columns = self.columns if span is None else slice(0, base.hidden_size)
+        visited = slice(0, base.total_experts) if span is None else span
+        for layer, of_layer in self.source.layer_spans:
             size = block_experts(layer.num_experts, base.intermediate_size, base.hidden_size)
-            if whole is not None:
-                size = max(1, size // self.ranks.world)  # in the bytes of a block of columns
-            start, stop = max(inside.start, places.start), min(inside.stop, places.stop)
+            if span is not None:
+                size = max(1, size // self.ranks.world)  # whole experts in the bytes of a block of columns
+            start, stop = max(of_layer.start, visited.start), min(of_layer.stop, visited.stop)
             for first in range(start, stop, size):
-                own = slice(first, min(first + size, stop))
-                experts = range(own.start - inside.start, own.stop - inside.start)
-                yield Block(layer, experts, own, read(layer, self.family, experts, columns))
+                last = min(first + size, stop)
+                experts = range(first - of_layer.start, last - of_layer.start)
+                yield Block(layer, experts, slice(first, last), read(layer, self.family, experts, columns))
 
 
 class Upload:
-    """Copies experts to `device` through pinned memory, on a stream of its own.
+    """Copy experts to `device` through pinned memory, on a separate stream.
 
-    `read` is for the thread that reads ahead, `arrived` for the one that computes.
+    The thread that reads ahead calls `read`, the thread that computes calls `arrived`.
     """
 
     def __init__(self, source: ExpertSource, device: str):
         self._source, self._stream = source, torch.cuda.Stream(device)
 
     def read(self, layer: ExpertLayer, family: str, experts: range, columns: slice) -> torch.Tensor:
-        """As `source.read`, on the device; only the stream of this upload may use it before it has `arrived`."""
+        """Read as `source.read` does, onto the device; other streams may use the result once it has `arrived`."""
         shape = (len(experts), self._source.base.intermediate_size, columns.stop - columns.start)
-        with torch.cuda.stream(self._stream):  # its device too: a thread begins on the first one
+        with torch.cuda.stream(self._stream):  # sets the device too: a thread begins on the first GPU
             # torch gives pinned memory away only when all copies out of it are complete, so no two reads share it early
             staging = torch.empty(shape, dtype=self._source.stored_dtype(layer, family), pin_memory=True)
             self._source.read(layer, family, experts, columns, out=staging)
             return staging.to(self._stream.device, non_blocking=True)
 
     def arrived(self, weights: torch.Tensor) -> torch.Tensor:
-        """`weights` as `read` returned them, for the current stream, which waits for the copy; the host does not."""
+        """Hand `weights` of `read` to the current stream, which waits for the copy; the host does not wait."""
         current = torch.cuda.current_stream(self._stream.device)
         current.wait_stream(self._stream)
-        weights.record_stream(current)  # the stream that they belong to must not reuse them earlier
+        weights.record_stream(current)  # the upload stream must not reuse the memory earlier
         return weights
 
 
 def _in_float32(block: Block) -> Block:
-    """A copy in any case: a pass writes to its blocks."""
+    """Copy the block to float32, also where it is float32: a pass writes to its blocks."""
     return replace(block, weights=block.weights.to(torch.float32, copy=True))
 
 
 def _keeping(blocks: Iterator[Block], kept: list[Block]) -> Iterator[Block]:
-    """The same blocks, which are in `kept` once all have passed."""
+    """Yield the same blocks, and put them into `kept` once all have passed."""
     passed = []
     for block in blocks:
         passed.append(block)
@@ -209,17 +209,17 @@ def _keeping(blocks: Iterator[Block], kept: list[Block]) -> Iterator[Block]:
 
 
 def block_experts(num_experts: int, inner: int, width: int) -> int:
-    """Experts in a block of a layer of `num_experts`."""
+    """Return how many experts of (inner, width) make a block of a layer of `num_experts`."""
     expert_bytes = inner * width * 4
     wanted = min(max(num_experts * expert_bytes // _BLOCKS_PER_LAYER, _MIN_BLOCK_BYTES), _MAX_BLOCK_BYTES)
     return min(max(1, wanted // expert_bytes), num_experts)
 
 
 def _read_ahead(blocks: Iterator[Block]) -> Iterator[Block]:
-    """The same blocks; while one is in use a thread reads the next."""
+    """Yield the same blocks; a thread reads the next block while the caller uses a block."""
     with ThreadPoolExecutor(1, "reader") as reader:
         coming = reader.submit(next, blocks, None)
         while (block := coming.result()) is not None:
             coming = reader.submit(next, blocks, None)
             yield block
-            del block  # before the next one is waited for
+            del block  # before the next block is waited for

@@ -1,4 +1,4 @@
-"""What a fit is held against: truncated SVD of every expert, at the same bytes and at the rank of the fit."""
+"""Measure the baseline of a fit: truncated SVD of every expert, at the same bytes and at the rank of the fit."""
 
 import torch
 
@@ -7,14 +7,14 @@ from globe_kernels.format.checkpoint import BaseModel
 
 
 def equal_byte_rank(base: BaseModel, num_bytes: float) -> int:
-    """The largest rank at which separate SVD factors of every gate and up expert, in bf16, fit in `num_bytes`."""
+    """Return the largest rank at which separate bf16 SVD factors of every gate and up expert fit in `num_bytes`."""
     inner, width = base.intermediate_size, base.hidden_size
     per_rank = 2 * base.total_experts * (inner + width) * 2
     return min(int(num_bytes // per_rank), inner, width)
 
 
 def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best rank-`rank` factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
+    """Return the best factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
     if weights.shape[1] > weights.shape[2]:
         right, left = truncated_svd(weights.mT, rank)
         return left.mT, right.mT
@@ -24,21 +24,21 @@ def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
 
 
 def stored_svd(weights: torch.Tensor, rank: int) -> torch.Tensor:
-    """(E, P, D) float32: what the truncated SVD stands for once its factors are stored in bf16."""
+    """Return (E, P, D) float32: the product of the truncated SVD factors of weights (E, P, D), rounded to bf16."""
     left, right = truncated_svd(weights, rank)
     return left.bfloat16().float() @ right.bfloat16().float()
 
 
 def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
-    """Relative squared error of the truncated SVD of every expert at each of `ranks` (Eckart and Young, 1936).
+    """Return the relative squared error of truncated SVD at each rank of `ranks` (Eckart and Young, 1936).
 
-    Of several ranks each decomposes its share of the experts, whole.
+    Each process of `weights.ranks` decomposes its share of the experts, in all columns.
     """
     lost = [0.0] * len(ranks)
     for block in weights.raw(weights.ranks.part(weights.source.base.total_experts)):
         narrow = block.weights if block.weights.shape[1] <= block.weights.shape[2] else block.weights.mT
         spectrum = torch.linalg.eigvalsh((narrow @ narrow.mT).double()).clamp_min(0)  # ascending
-        for place, rank in enumerate(ranks):
-            lost[place] += spectrum[:, : max(spectrum.shape[1] - rank, 0)].sum().item()
-        del block, narrow  # before the next one is read
+        for number, rank in enumerate(ranks):
+            lost[number] += spectrum[:, : max(spectrum.shape[1] - rank, 0)].sum().item()
+        del block, narrow  # before the next block is read
     return [share(value, weights.statistics.total_energy) for value in weights.ranks.sums(*lost)]

@@ -1,6 +1,6 @@
-"""What a state of a fit is like: sparsity, atoms, conditioning, sampled experts, run time. Nothing here changes it.
+"""Measure a state of a fit: sparsity, atoms, conditioning, sampled experts, run time. Nothing here changes the state.
 
-Names and units are those of globe_fit.run.metrics. With n experts, M atoms B_j (R, D) and codes alpha (n, M):
+globe_fit.run.metrics has the names and units. With n experts, M atoms B_j (R, D) and codes alpha (n, M):
 
     support C_i = |{j: alpha_ij != 0}|, use U_j = |{i: alpha_ij != 0}|
     entropy of i = -sum_j p_ij log p_ij / log C_i, with p_ij = |alpha_ij| / sum_k |alpha_ik|; 0 for a single atom
@@ -25,26 +25,28 @@ SMALL_CODE = 0.01
 SAMPLED_EXPERTS = 3
 _CHUNK_BYTES = 8 * 2**20
 _ANGLES = 8
-_POINTS = 128  # of a spectrum that is kept
+_POINTS = 128  # kept of a spectrum
 
 
 @torch.no_grad()
-def measure(weights: FamilyWeights, state: BankState, *, dear: bool) -> dict:
-    """The metrics of `state`; `dear` adds the coherence of the bank, the condition numbers and the sampled experts.
-    What is not finite is None."""
+def measure(weights: FamilyWeights, state: BankState, *, expensive: bool) -> dict:
+    """Return the metrics of `state`; None for a value that is not finite.
+
+    `expensive` adds the coherence of the bank, the condition numbers and the sampled experts.
+    """
     norms = state.atom_norms(weights.ranks)
     found = sparsity(state.codes, weights.source.base) | _spread("atom_norm", norms)
-    if dear:
+    if expensive:
         gram = atom_gram(state.bank)
         weights.ranks.all_sum(gram)
         if torch.isfinite(gram).all():  # a state on its way to divergence cannot be decomposed
             used = state.codes[:, (state.codes != 0).any(0)].double()
-            found |= coherence(gram) | {"codes_condition": condition(used.T @ used)} | sampled(weights, state)
+            found |= coherence(gram) | {"codes_condition": condition(used.T @ used)} | measure_sample(weights, state)
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in found.items()}
 
 
 def sparsity(codes: torch.Tensor, base: BaseModel) -> dict:
-    """How codes (n, M) use the atoms."""
+    """Return the metrics of how codes (n, M) use the atoms."""
     size = codes.detach().abs()
     used = size > 0
     supports, use = used.sum(1), used.sum(0)
@@ -65,24 +67,24 @@ def sparsity(codes: torch.Tensor, base: BaseModel) -> dict:
 
 
 def palette_sizes(codes: torch.Tensor, base: BaseModel) -> dict[str, int]:
-    """{layer: atoms that its experts use}"""
+    """Return {layer id: number of atoms that the experts of the layer use}."""
     by_layer = (codes != 0).split(list(base.num_experts.values()))
     return {str(layer): int(used.any(0).sum()) for layer, used in zip(base.num_experts, by_layer, strict=True)}
 
 
 def support_overlap(first: torch.Tensor, second: torch.Tensor) -> float:
-    """Mean over the experts of |S and T| / |S or T| for their supports S, T in two codes (n, M) (Jaccard)."""
-    one, other = first != 0, second != 0
-    return ((one & other).sum(1) / (one | other).sum(1).clamp_min(1)).double().mean().item()
+    """Return the mean over the experts of |S and T| / |S or T| for the supports S, T in two codes (n, M) (Jaccard)."""
+    s, t = first != 0, second != 0
+    return ((s & t).sum(1) / (s | t).sum(1).clamp_min(1)).double().mean().item()
 
 
 def dense_codes(code: Code, num_atoms: int) -> torch.Tensor:
-    """(n, M) from the sparse storage."""
+    """Return dense codes (n, M) for the sparse storage."""
     return torch.zeros(len(code.value), num_atoms).scatter_add_(1, code.index.long(), code.value)
 
 
 def atom_gram(bank: torch.Tensor) -> torch.Tensor:
-    """(M, M) float64: <B_i, B_j>, without a temporary of the size of the bank."""
+    """Return <B_i, B_j> (M, M) float64, without a temporary of the size of the bank."""
     flat = bank.detach().flatten(1)
     gram = torch.zeros(len(flat), len(flat), dtype=torch.float64, device=flat.device)
     for part in flat.split(max(1, _CHUNK_BYTES // (4 * len(flat))), dim=1):
@@ -91,7 +93,7 @@ def atom_gram(bank: torch.Tensor) -> torch.Tensor:
 
 
 def coherence(gram: torch.Tensor) -> dict:
-    """How alike the atoms of a Gram matrix (M, M) are, over all pairs."""
+    """Return the coherence over all pairs of atoms of a Gram matrix (M, M)."""
     norm = gram.diagonal().sqrt().clamp_min(torch.finfo(gram.dtype).tiny)
     rows, columns = torch.triu_indices(*gram.shape, offset=1, device=gram.device)
     pairs = (gram / norm / norm[:, None])[rows, columns].abs()
@@ -105,39 +107,39 @@ def coherence(gram: torch.Tensor) -> dict:
 
 
 def condition(gram: torch.Tensor) -> float:
-    """Largest over smallest eigenvalue of a symmetric float64 matrix; at most 1 / machine epsilon."""
+    """Return the largest over the smallest eigenvalue of a symmetric float64 matrix; at most 1 / machine epsilon."""
     values = torch.linalg.eigvalsh(gram)
     return (values[-1] / values[0].clamp_min(torch.finfo(values.dtype).eps * values[-1])).item()
 
 
 def spectrum(matrix: torch.Tensor) -> torch.Tensor:
-    """Singular values of a matrix, float64, descending."""
+    """Return the singular values of a matrix, float64, descending."""
     narrow = (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT).double()
     return torch.linalg.eigvalsh(narrow @ narrow.mT).clamp_min(0).sqrt().flip(0)
 
 
 def effective_rank(values: torch.Tensor, energy: float = 0.95) -> int:
-    """How many of the singular values `values`, descending, hold that share of the energy."""
+    """Count the largest of the descending singular values that hold the share `energy` of the energy together."""
     held = values.square().cumsum(0)
     return int((held < energy * held[-1]).sum()) + 1
 
 
-def sampled_places(total: int, count: int = SAMPLED_EXPERTS) -> list[int]:
-    """Places of a few experts among all n, the same in every fit of a model."""
+def sampled_experts(total: int, count: int = SAMPLED_EXPERTS) -> list[int]:
+    """Draw a few of `total` experts, by number among all n, the same in every fit of a model."""
     return sorted(torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count].tolist())
 
 
-def sampled(weights: FamilyWeights, state: BankState) -> dict:
-    """Sampled experts in normalised weights: what rank R could hold of them, what their composed bases hold."""
-    rows = [_sampled(weights, state, place) for place in sampled_places(weights.source.base.total_experts)]
+def measure_sample(weights: FamilyWeights, state: BankState) -> dict:
+    """Return metrics of the sampled experts, normalised: the energy that rank R and the composed bases can hold."""
+    rows = [_measure_expert(weights, state, expert) for expert in sampled_experts(weights.source.base.total_experts)]
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     return means | {"gram_condition": max(row["gram_condition"] for row in rows)}
 
 
-def _sampled(weights: FamilyWeights, state: BankState, place: int) -> dict[str, float]:
-    (block,) = weights.normalised(slice(place, place + 1))
+def _measure_expert(weights: FamilyWeights, state: BankState, number: int) -> dict[str, float]:
+    (block,) = weights.normalised(slice(number, number + 1))
     expert = block.weights[0]
-    basis = weights.ranks.whole(state.basis(block.places)[0], expert.shape[1]).double()
+    basis = weights.ranks.whole(state.basis(block.span)[0], expert.shape[1]).double()
     values = spectrum(expert)
     # W Q Q^T is the best that adapters can do with a basis whose rows span Q
     held = spectrum(expert.double() @ torch.linalg.qr(basis.mT).Q)
@@ -152,25 +154,29 @@ def _sampled(weights: FamilyWeights, state: BankState, place: int) -> dict[str, 
 
 
 def spot_checks(weights: FamilyWeights, factors: FamilyFactors, phi: str) -> list[dict]:
-    """The sampled experts as they are stored, beside the raw ones."""
-    places = sampled_places(weights.source.base.total_experts)
-    return [_spot_check(weights, factors, phi, place) for place in places]
+    """Compare the sampled experts as they are stored with the raw experts."""
+    experts = sampled_experts(weights.source.base.total_experts)
+    return [_spot_check(weights, factors, phi, number) for number in experts]
 
 
-def _spot_check(weights: FamilyWeights, factors: FamilyFactors, phi: str, place: int) -> dict:
-    (block,) = weights.raw(slice(place, place + 1))
-    stored = reconstruct(factors.at(block.places), factors.bank, phi)[0].to(weights.device)
+def _spot_check(weights: FamilyWeights, factors: FamilyFactors, phi: str, number: int) -> dict:
+    (block,) = weights.raw(slice(number, number + 1))
+    stored = reconstruct(factors.at(block.span), factors.bank, phi)[0].to(weights.device)
     return {"layer": block.layer.layer, "expert": block.experts.start, **compare(block.weights[0], stored)}
 
 
 def compare(dense: torch.Tensor, stored: torch.Tensor) -> dict:
-    """A matrix (P, D) and what is stored for it: relative squared error, spectra, principal angles in degrees between
-    the spaces of their top right singular vectors. Spectra are thinned; `number` says which values are kept."""
+    """Compare a dense matrix (P, D) with the stored matrix: relative squared error, spectra, principal angles.
+
+    The angles, in degrees, are between the spaces of the top right singular vectors. Spectra are thinned; `number` says
+    which values are kept.
+    """
     dense, stored = dense.double(), stored.double()
     before, after = spectrum(dense), spectrum(stored)
     kept = torch.linspace(0, len(before) - 1, min(len(before), _POINTS)).round().long()
-    top = [functional.normalize(truncated_svd(one[None], min(_ANGLES, len(before)))[1][0]) for one in (dense, stored)]
-    cosines = torch.linalg.svdvals(top[0] @ top[1].mT).clamp_max(1)
+    count = min(_ANGLES, len(before))
+    top, other_top = (functional.normalize(truncated_svd(matrix[None], count)[1][0]) for matrix in (dense, stored))
+    cosines = torch.linalg.svdvals(top @ other_top.mT).clamp_max(1)
     return {
         "relative_error": share((dense - stored).square().sum().item(), dense.square().sum().item()),
         "number": (kept + 1).tolist(),
@@ -181,7 +187,7 @@ def compare(dense: torch.Tensor, stored: torch.Tensor) -> dict:
 
 
 def run_time(weights: FamilyWeights, seconds: float) -> dict:
-    """Speed of a pass over all experts that took `seconds`, and the memory of the process so far."""
+    """Return the speed of a pass over all experts that took `seconds`, and the peak memory of the process so far."""
     base = weights.source.base
     read = base.total_experts * base.intermediate_size * base.hidden_size * 4
     unit = 1 if sys.platform == "darwin" else 1024
@@ -197,7 +203,7 @@ def run_time(weights: FamilyWeights, seconds: float) -> dict:
 
 
 def histogram(values: torch.Tensor, limits: tuple[float, float] | None = None, bins: int = 32) -> dict[str, list]:
-    """{"counts", "edges"}: at most `bins` bins of equal width; of integers, bins of a whole number of them."""
+    """Return {"counts", "edges"} of at most `bins` bins of equal width; a bin of integers is a whole number wide."""
     found = values.detach().cpu().numpy()
     edges: np.ndarray | int = bins
     if not values.is_floating_point():

@@ -1,4 +1,4 @@
-"""What compression does to a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
+"""Measure the effect of compression on a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
 
 import math
 import time
@@ -20,7 +20,7 @@ OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
 @dataclass(frozen=True)
 class Quality:
-    """One model on one text. `kl` (nats per token) and `top1` compare with the reference model."""
+    """The quality of a model on a text. `kl` (nats per token) and `top1` compare with the reference model."""
 
     perplexity: float
     kl: float
@@ -32,10 +32,10 @@ class Quality:
 def evaluate(
     models: Mapping[str, Any], windows: torch.Tensor, *, on_batch: OnBatch | None = None
 ) -> dict[str, Quality]:
-    """Every model on the same windows; the first model is the reference of `kl` and `top1`.
+    """Evaluate every model on the same windows (N, T); the first model is the reference of `kl` and `top1`.
 
-    The models take turns batch by batch, so that throughput is measured side by side; the first batch of
-    each warms up and is not timed where there is more than one. Raises RequestError when vocabularies differ.
+    The models take turns batch by batch, so that throughput is measured side by side. Of several batches the first
+    warms up and is not timed. Raises RequestError when vocabularies differ.
     """
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
     if len(set(vocabularies.values())) > 1 or int(windows.max()) >= min(vocabularies.values()):
@@ -78,8 +78,9 @@ def evaluate(
 
 
 def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:
-    """Sums over all positions; window by window, since a vocabulary in fp32 is large. No reference: itself."""
+    """Return sums over all positions of logits (B, T, vocabulary); without a reference, against the model itself."""
     sums = {"nll": 0.0, "kl": 0.0, "top1": 0.0}
+    # window by window, because the logits of a batch in fp32 are large
     for number, window in enumerate(logits):
         log_probs = F.log_softmax(window.float(), dim=-1)
         sums["nll"] += F.nll_loss(log_probs, target[number], reduction="sum").item()
@@ -94,7 +95,7 @@ def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor
 
 @torch.inference_mode()
 def read_token_by_token(model: Any, window: torch.Tensor) -> float:
-    """Tokens/s of `model` over a window (T,), a step per token; the first quarter warms up and is not timed."""
+    """Return the tokens/s of `model` over a window (T,), a step per token; the first quarter is not timed."""
     device = next(model.parameters()).device
     cache, began, untimed = None, 0.0, len(window) // 4
     for number, token in enumerate(window.to(device).view(-1, 1, 1)):
@@ -110,7 +111,7 @@ def read_token_by_token(model: Any, window: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def continue_text(model: Any, model_dir: str | Path, prompt: str, max_new_tokens: int) -> str:
-    """The greedy continuation of `prompt`."""
+    """Return the greedy continuation of `prompt`."""
     tokenizer = load_tokenizer(model_dir)
     inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
     inputs.pop("token_type_ids", None)

@@ -214,8 +214,8 @@ def estimate_seconds(source: ExpertSource, sizes: GlobeConfig, config: FitConfig
 class _FirstBlock(FamilyWeights):
     """The weights of a family; a pass reads only the first block."""
 
-    def _blocks(self, read: Callable[..., torch.Tensor], whole: slice | None) -> Iterator[Block]:
-        return islice(super()._blocks(read, whole), 1)
+    def _blocks(self, read: Callable[..., torch.Tensor], span: slice | None) -> Iterator[Block]:
+        return islice(super()._blocks(read, span), 1)
 
 
 def _seconds_per_pass(weights: FamilyWeights, visit: Callable[[Block], object]) -> float:

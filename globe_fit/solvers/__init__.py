@@ -1,1 +1,1 @@
-"""What lowers the error: the objective, its start, supports, and two solvers behind one protocol."""
+"""Lower the error of a fit: the objective, its start, supports, and two solvers behind one protocol."""

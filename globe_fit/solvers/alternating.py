@@ -1,15 +1,16 @@
-"""The classic recipe, corrected: codes and bank take turns, the adapters are eliminated.
+"""Fit by the classic recipe, corrected: codes and bank take turns, the adapters are eliminated.
 
-Codes and atoms are only worth estimating on targets in the coordinates of the bank, and those of separate factors W_i =
-A_i X_i are arbitrary: X_i and T X_i describe one expert for any invertible T. There are two ways out:
+Codes and atoms can only be estimated on targets in the coordinates of the bank. The coordinates of separate factors
+W_i = A_i X_i are arbitrary: X_i and T X_i describe the same expert for any invertible T. Two kinds of step avoid them:
 
-  in the metric of the adapters   A_i by least squares on the present Bhat_i, so in its coordinates by construction; the
-                                  steps lower sum_i || W_i - A_i sum_j a_ij B_j ||^2 itself, and so never raise the
-                                  eliminated objective, which is at most that
+  in the metric of the adapters   A_i solves least squares on the present Bhat_i, so it is in the coordinates of the
+                                  bank by construction; the steps lower sum_i || W_i - A_i sum_j a_ij B_j ||^2, and the
+                                  eliminated objective, which is at most this sum, never rises
   on aligned targets              X_i = Q_i^T W_i with Q_i^T Q_i = I nearest to W_i (orthogonal Procrustes: the polar
-                                  factor of W_i Bhat_i^T; Schoenemann, 1966); the plain metric is then that of W_i
+                                  factor of W_i Bhat_i^T; Schoenemann, 1966); an error of X_i is then
+                                  an error of W_i
 
-Nothing is held per expert but the codes; adapters and targets are made again for every block of a pass.
+The solver holds only the codes per expert; every block of a pass makes its adapters and targets again.
 """
 
 import math
@@ -21,7 +22,7 @@ from globe_fit.config import AlternatingConfig
 from globe_fit.data.stream import Block, FamilyWeights
 from globe_fit.linalg import SingularBasisError, solve_spd
 from globe_fit.measure.baselines import truncated_svd
-from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing
+from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing, support_index
 from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
@@ -30,7 +31,7 @@ from globe_fit.solvers.coding import (
     next_temperature,
     non_negative,
     on_simplex,
-    support_index,
+    require_entmax,
 )
 from globe_fit.solvers.dictionary import (
     RIDGE,
@@ -49,12 +50,14 @@ from globe_fit.solvers.start import allowed_atoms
 from globe_fit.solvers.support import fix_support
 from globe_kernels.format.checkpoint import GlobeConfig
 
-_PLATEAU = 1e-3  # gain of the error that starts the count of `patience` again
+_PLATEAU = 1e-3  # a larger gain of the error starts the count of `patience` again
 
 
 class Alternating:
-    """The solver, from `state` on, which it changes in place; one step is a round of codes, bank and norms. From the
-    round at which the support is fixed on, no expert has more than its support and no layer more than its palette."""
+    """The solver; it changes `state` in place, and a step is a round of codes, bank and norms.
+
+    Once the support is fixed, no expert has more atoms than its support and no layer more than its palette.
+    """
 
     def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: AlternatingConfig):
         self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
@@ -66,10 +69,12 @@ class Alternating:
         if config.dictionary == "mod":
             self.extras["dictionary_condition"] = 1.0
         self._soft = config.coding.method == "entmax"
+        if self._soft or config.coding.initial == "simplex":
+            require_entmax()
         if self._soft:
             self.extras["temperature"] = 1.0
             self._scores = torch.zeros_like(state.codes, requires_grad=True)
-            self._scale = torch.ones_like(state.codes[0])  # of the atoms, which the simplex cannot take up
+            self._scale = torch.ones_like(state.codes[0])  # of the codes of each atom: the simplex has none
             self._adam = torch.optim.Adam([self._scores], lr=config.entmax.lr, fused=True)
 
     def _fix(self) -> None:
@@ -94,7 +99,7 @@ class Alternating:
         try:
             self._round()
         except (SingularBasisError, torch.linalg.LinAlgError):  # type: ignore[reportPrivateImportUsage]
-            # the round was not finished; this state is no one's to go on from, also not after an interruption
+            # the round is not finished: nobody may go on from this state, also not after an interruption
             self.state.bank.fill_(torch.nan)
         self._step += 1
 
@@ -119,14 +124,14 @@ class Alternating:
                 )
 
     def _targets(self, block: Block) -> tuple[slice, torch.Tensor]:
-        """(places, (E, R, D) targets that the mixtures should come to)."""
+        """Return the span of a block and the targets (E, R, D) of its mixtures."""
         if self._config.targets == "aligned":
-            left, _, right = torch.linalg.svd(block.weights @ self.state.basis(block.places).mT, full_matrices=False)
-            return block.places, (left @ right).mT @ block.weights
+            left, _, right = torch.linalg.svd(block.weights @ self.state.basis(block.span).mT, full_matrices=False)
+            return block.span, (left @ right).mT @ block.weights
         if self._step == 0:
-            return block.places, truncated_svd(block.weights, self._sizes.rank)[1]
+            return block.span, truncated_svd(block.weights, self._sizes.rank)[1]
         seen = project(block, self.state)
-        return block.places, solve_spd(seen.gram, seen.cross)[0]
+        return block.span, solve_spd(seen.gram, seen.cross)[0]
 
     def _target_passes(self) -> Iterable[tuple[slice, torch.Tensor]]:
         return map(self._targets, self._weights.normalised())
@@ -141,8 +146,8 @@ class Alternating:
         if coding.initial != "given":
             atoms = state.bank.flatten(1)
             cross = torch.zeros_like(state.codes)
-            for places, targets in self._target_passes():
-                cross[places] = targets.flatten(1) @ atoms.mT
+            for span, targets in self._target_passes():
+                cross[span] = targets.flatten(1) @ atoms.mT
             if coding.initial == "nnls":
                 l1 = coding.l1 * cross.amax(1, keepdim=True)
                 codes, slack = non_negative(atoms @ atoms.mT, cross, self._allowed, l1)
@@ -161,7 +166,7 @@ class Alternating:
         return self._pruned(entmax(scores, self._config.entmax.alpha) * self._scale)
 
     def _entmax_steps(self) -> None:
-        """Adam on the scores; the objective is the eliminated one and `l1` times the mean sum of an expert's codes."""
+        """Take Adam steps on the scores; the loss is the eliminated error and `l1` times the mean sum of the codes."""
         for _ in range(self._config.entmax.steps):
             codes = self._soft_codes()
             leaf = codes.detach().requires_grad_()
@@ -177,9 +182,9 @@ class Alternating:
         directions = OptimalDirections(self.state)
         atoms = self.state.bank.flatten(1)
         gram = atoms @ atoms.mT
-        for places, targets in self._target_passes():
-            self._code_on_targets(places, targets, gram)
-            directions.add(places, targets)
+        for span, targets in self._target_passes():
+            self._code_on_targets(span, targets, gram)
+            directions.add(span, targets)
         raised, self.extras["dictionary_condition"] = directions.step()
         self.extras["ridge_raised"] += raised
 
@@ -187,8 +192,8 @@ class Alternating:
         config, atoms = self._config, self.state.bank.flatten(1)
         if config.coding.method == "omp" and not self._fixed:
             gram = atoms @ atoms.mT
-            for places, targets in self._target_passes():
-                self._code_on_targets(places, targets, gram)
+            for span, targets in self._target_passes():
+                self._code_on_targets(span, targets, gram)
         elif not self._soft or self._fixed:
             for seen in self._metric_passes():
                 self._code_in_the_metric(seen)
@@ -197,36 +202,36 @@ class Alternating:
         else:
             self.extras["ridge_raised"] += atom_by_atom(self.state, self._metric_passes)
 
-    def _code_on_targets(self, places: slice, targets: torch.Tensor, gram: torch.Tensor) -> None:
+    def _code_on_targets(self, span: slice, targets: torch.Tensor, gram: torch.Tensor) -> None:
         if self._soft and not self._fixed:
             return
         cross = targets.flatten(1) @ self.state.bank.flatten(1).mT
         if self._config.coding.method == "omp" and not self._fixed:
-            codes = matching_pursuit(gram, cross, self._allowed[places], self._sizes.support)
+            codes = matching_pursuit(gram, cross, self._allowed[span], self._sizes.support)
         else:
-            index, valid = support_index(self._kept(places))
-            own = gram[index[:, :, None], index[:, None, :]]
-            codes = self._least_squares(own, cross.gather(1, index), places, index, valid)
-        self.state.codes[places] = codes
+            index, valid = support_index(self._kept(span))
+            of_support = gram[index[:, :, None], index[:, None, :]]
+            codes = self._least_squares(of_support, cross.gather(1, index), span, index, valid)
+        self.state.codes[span] = codes
 
     def _code_in_the_metric(self, seen: Projected) -> None:
-        """gram_jk = <B_j, G_i B_k>, cross_j = <B_j, C_i> for the atoms of the support."""
-        index, valid = support_index(self._kept(seen.places))
+        """Solve for the codes of a block with gram_jk = <B_j, G_i B_k>, cross_j = <B_j, C_i> over each support."""
+        index, valid = support_index(self._kept(seen.span))
         gram = seen.gram.new_empty(*index.shape, index.shape[1])
         cross = seen.gram.new_empty(index.shape)
-        for expert, own in enumerate(index):  # one at a time: a support of atoms is as large as S bases
-            atoms = self.state.bank[own]
+        for expert, support in enumerate(index):  # expert by expert: a support of atoms is as large as S bases
+            atoms = self.state.bank[support]
             gram[expert] = atoms.flatten(1) @ (seen.gram[expert] @ atoms).flatten(1).mT
             cross[expert] = atoms.flatten(1) @ seen.cross[expert].flatten()
-        self.state.codes[seen.places] = self._least_squares(gram, cross, seen.places, index, valid)
+        self.state.codes[seen.span] = self._least_squares(gram, cross, seen.span, index, valid)
 
-    def _kept(self, places: slice) -> torch.Tensor:
-        return self._allowed[places] if self._fixed else self.state.codes[places] != 0
+    def _kept(self, span: slice) -> torch.Tensor:
+        return self._allowed[span] if self._fixed else self.state.codes[span] != 0
 
     def _least_squares(
-        self, gram: torch.Tensor, cross: torch.Tensor, places: slice, index: torch.Tensor, valid: torch.Tensor
+        self, gram: torch.Tensor, cross: torch.Tensor, span: slice, index: torch.Tensor, valid: torch.Tensor
     ) -> torch.Tensor:
-        codes, raised = masked_least_squares(gram, cross, self.state.codes[places], index, valid)
+        codes, raised = masked_least_squares(gram, cross, self.state.codes[span], index, valid)
         self.extras["ridge_raised"] += raised
         return codes if self._fixed else self._pruned(codes)
 
@@ -237,7 +242,7 @@ class Alternating:
         yield Pass(1, self._evaluation(self.state))
         if config.steps > 0 and config.coding.initial != "given":
             yield Pass(1, lambda block: self._targets(block)[1].flatten(1) @ atoms.mT)
-            codes.clamp_min_(0)  # the non-negative codes for atoms that are orthogonal
+            codes.clamp_min_(0)  # non-negative least squares would give these codes if the atoms were orthogonal
         if self._soft:
             self._scores.copy_(entmax_scores(codes.clamp_min(0), torch.zeros_like(codes), config.entmax.alpha))
         self._step = 1
@@ -246,7 +251,7 @@ class Alternating:
         yield from self._passes_of_rounds(config.steps - free)
 
     def _passes_of_rounds(self, rounds: int) -> Iterator[Pass]:
-        """The passes of `rounds` rounds, all of them before or all of them after the support is fixed."""
+        """Yield the passes of `rounds` rounds, all before or all after the support is fixed."""
         config, state, soft = self._config, self.state, self._soft and not self._fixed
         yield Pass(rounds, self._evaluation(state))
         if soft:
@@ -257,9 +262,9 @@ class Alternating:
             directions = OptimalDirections(state)
 
             def visit(block: Block) -> None:
-                places, targets = self._targets(block)
-                self._code_on_targets(places, targets, gram)
-                directions.add(places, targets)
+                span, targets = self._targets(block)
+                self._code_on_targets(span, targets, gram)
+                directions.add(span, targets)
 
             yield Pass(rounds, visit)
             return
@@ -283,12 +288,12 @@ class Alternating:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         progress = [self._step, self._fixed, self._quiet, self._reference, *self.extras.values()]
-        own = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed, "support": self._support}
-        own["progress"] = torch.tensor(progress, dtype=torch.float64)
+        tensors = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed}
+        tensors |= {"support": self._support, "progress": torch.tensor(progress, dtype=torch.float64)}
         if self._soft:
-            own |= {"scores": self._scores.detach(), "scale": self._scale}
-            own |= {f"adam.{key}": value for key, value in self._adam.state[self._scores].items()}
-        return own
+            tensors |= {"scores": self._scores.detach(), "scale": self._scale}
+            tensors |= {f"adam.{key}": value for key, value in self._adam.state[self._scores].items()}
+        return tensors
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:

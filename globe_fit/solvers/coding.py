@@ -1,4 +1,4 @@
-"""Codes of many experts at once: the entmax family, non-negative and masked least squares, matching pursuit.
+"""Find the codes of many experts at once: entmax, non-negative and masked least squares, matching pursuit.
 
 Symbols: E experts, M atoms, S atoms of a support. The least-squares problems are given by their normal equations,
 
@@ -8,79 +8,47 @@ so that neither targets nor atoms are held here.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 
 from globe_fit.linalg import solve_spd
+from globe_fit.solvers.base import support_index
+from globe_kernels.errors import RequestError
 
 _SWEEPS = 200
 _PROJECTIONS = 300
-_SETTLED = 1e-6  # of the largest code: a change that no longer matters
+_SETTLED = 1e-6  # of the largest code: smaller changes end the descent
+
+
+def require_entmax() -> None:
+    """Raises RequestError when the package entmax is not installed."""
+    if find_spec("entmax") is None:
+        raise RequestError(
+            'Codes on the simplex need the package entmax; install it (pip install "globe-moe[fit]"), or give '
+            "coding.method least_squares and coding.initial nnls."
+        )
 
 
 def entmax(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """argmax_p p^T z + H_alpha(p) on the simplex, for scores z (E, M); alpha 2 is sparsemax, towards 1 softmax.
+    """Return argmax_p p^T z + H_alpha(p) on the simplex for scores z (E, M), differentiable; 0 where z is -inf.
 
-    p_j = max((alpha - 1) z_j - tau, 0)^(1 / (alpha - 1)), with tau so that p sums to 1: by sorting for alpha 2 (Martins
-    and Astudillo, 2016) and 1.5 (Peters, Niculae and Martins, 2019), by bisection for any other. Differentiable.
+    p_j = max((alpha - 1) z_j - tau, 0)^(1 / (alpha - 1)), with tau so that p sums to 1; alpha 2 is sparsemax, towards 1
+    softmax (Martins and Astudillo, 2016; Peters, Niculae and Martins, 2019).
     """
-    return _Entmax.apply(scores, alpha)  # type: ignore[return-value]
+    from entmax import entmax15, entmax_bisect, sparsemax  # of the extra "fit"
 
-
-class _Entmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, scores: torch.Tensor, alpha: float) -> torch.Tensor:
-        x = (alpha - 1) * scores
-        x = (x - x.amax(1, keepdim=True)).clamp_min(-2)  # tau is at least the largest less 1: nothing changes
-        tau = {2.0: _sparsemax_threshold, 1.5: _entmax15_threshold}.get(alpha, _bisected_threshold(alpha))(x)
-        p = (x - tau).clamp_min(0).pow(1 / (alpha - 1))
-        p /= p.sum(1, keepdim=True)  # what rounding left of 1
-        ctx.save_for_backward(p)
-        ctx.alpha = alpha
-        return p
-
-    @staticmethod
-    def backward(ctx, *gradients: torch.Tensor):  # type: ignore[override]
-        (p,) = ctx.saved_tensors
-        slope = torch.where(p > 0, p.pow(2 - ctx.alpha), 0)
-        weighted = slope * gradients[0]
-        return weighted - slope * weighted.sum(1, keepdim=True) / slope.sum(1, keepdim=True), None
-
-
-def _sparsemax_threshold(x: torch.Tensor) -> torch.Tensor:
-    ordered = x.sort(1, descending=True).values
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    tau = (ordered.cumsum(1) - 1) / count
-    size = (ordered > tau).sum(1, keepdim=True)
-    return tau.gather(1, size - 1)
-
-
-def _entmax15_threshold(x: torch.Tensor) -> torch.Tensor:
-    ordered = x.sort(1, descending=True).values
-    count = torch.arange(1, x.shape[1] + 1, device=x.device)
-    mean, square = ordered.cumsum(1) / count, ordered.square().cumsum(1) / count
-    tau = mean - (1 / count - (square - mean.square())).clamp_min(0).sqrt()
-    size = (ordered >= tau).sum(1, keepdim=True)
-    return tau.gather(1, size - 1)
-
-
-def _bisected_threshold(alpha: float):
-    def threshold(x: torch.Tensor) -> torch.Tensor:
-        low = x.amax(1, keepdim=True) - 1  # there the largest alone has 1
-        high = low + 1 - x.shape[1] ** (1 - alpha)  # there none has more than 1 / M
-        for _ in range(50):  # what fp64 resolves
-            middle = (low + high) / 2
-            above = (x - middle).clamp_min(0).pow(1 / (alpha - 1)).sum(1, keepdim=True) >= 1
-            low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-        return (low + high) / 2
-
-    return threshold
+    # the bisection of the package loses its threshold in the rounding of large scores; p does not depend on the shift
+    shifted = scores - scores.detach().amax(1, keepdim=True)
+    if alpha == 2.0:
+        return sparsemax(shifted, dim=1)
+    return entmax15(shifted, dim=1) if alpha == 1.5 else entmax_bisect(shifted, alpha, dim=1)
 
 
 def entmax_scores(codes: torch.Tensor, slack: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(E, M) scores z with entmax(z) = codes / sum; where a code is 0, the lower the larger its slack (E, M) >= 0.
+    """Return scores z (E, M) with entmax(z) = codes / sum; where a code is 0, z falls with its slack (E, M) >= 0.
 
-    Equal scores of all unused atoms would make them join together when the temperature rises.
+    With equal scores, all unused atoms would join at once when the temperature rises.
     """
     share = codes / codes.sum(1, keepdim=True).clamp_min(1e-12)
     slack = slack * (codes == 0)
@@ -88,9 +56,10 @@ def entmax_scores(codes: torch.Tensor, slack: torch.Tensor, alpha: float) -> tor
 
 
 def next_temperature(temperature: float, median_support: float, target: int, eta: float) -> float:
-    """T exp(-eta (median / target - 1)): with entmax(z / T) a larger T gives a larger support, so this sign is stable.
+    """Return T exp(-eta (median / target - 1)), from 1e-4 to 1e4.
 
-    Bounded, so that a support that does not answer cannot carry T to 0 or infinity.
+    A larger T gives a larger support of entmax(z / T), so the minus sign is stable. The bounds keep T finite where the
+    support does not answer.
     """
     return min(max(temperature * math.exp(-eta * (median_support / target - 1)), 1e-4), 1e4)
 
@@ -98,7 +67,7 @@ def next_temperature(temperature: float, median_support: float, target: int, eta
 def non_negative(
     gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor, l1: torch.Tensor | float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (E, M) >= 0, zero where not allowed, and their slack, the gradient (E, M), 0 on the support.
+    """Return codes (E, M) >= 0, zero where not allowed, and their slack (E, M): the gradient, 0 on the support.
 
     Coordinate descent, all experts at once (Franc, Hlavac and Navara, 2005); `l1` adds 2 l1 sum_j a_j.
     """
@@ -120,9 +89,10 @@ def non_negative(
 
 
 def on_simplex(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (E, M) on the simplex, zero where not allowed, and their slack, the gradient above that of the support.
+    """Return codes (E, M) on the simplex, zero where not allowed, and their slack (E, M).
 
-    Accelerated projected gradient (Beck and Teboulle, 2009); sparsemax is the projection.
+    The slack is the gradient less the gradient on the support. Accelerated projected gradient (Beck and Teboulle,
+    2009); sparsemax is the projection.
     """
     step = 1 / torch.linalg.eigvalsh(gram)[-1].clamp_min(1e-30)
     codes = ahead = allowed / allowed.sum(1, keepdim=True)
@@ -139,7 +109,7 @@ def on_simplex(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor) -
 
 
 def matching_pursuit(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Tensor, support: int) -> torch.Tensor:
-    """Codes (E, M) with at most `support` atoms: orthogonal matching pursuit (Pati et al., 1993) on Grams."""
+    """Return codes (E, M) with at most `support` atoms, by orthogonal matching pursuit (Pati et al., 1993)."""
     chosen = torch.zeros_like(allowed)
     codes = torch.zeros_like(cross)
     norm = gram.diagonal().clamp_min(1e-30).sqrt()
@@ -154,20 +124,14 @@ def matching_pursuit(gram: torch.Tensor, cross: torch.Tensor, allowed: torch.Ten
     return codes
 
 
-def support_index(kept: torch.Tensor, size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Indices (E, S) of the atoms of `kept` (E, M), and whether each place holds one; S is the largest support."""
-    size = int(kept.sum(1).max()) if size is None else size
-    index = torch.argsort(~kept, dim=1, stable=True)[:, :size]
-    return index, kept.gather(1, index)
-
-
 def masked_least_squares(
     gram: torch.Tensor, cross: torch.Tensor, codes: torch.Tensor, index: torch.Tensor, valid: torch.Tensor
 ) -> tuple[torch.Tensor, int]:
-    """Codes (E, M) that minimise each expert's objective on its support `index` (E, S), and how many ridges rose.
+    """Return codes (E, M) that minimise each objective on its support, and how often the ridge was raised.
 
-    `gram` (E, S, S) and `cross` (E, S) are those of the support; `codes` (E, M) the codes before, of which only the
-    support counts. The ridge acts on the change, so that the objective cannot rise, however large it is.
+    `index` and `valid` (E, S) are of `support_index`; `gram` (E, S, S) and `cross` (E, S) are restricted to the
+    support; `codes` (E, M) are the codes before. The ridge acts on the change of the codes: no ridge, however large,
+    can raise the objective.
     """
     before = codes.gather(1, index) * valid
     gram = gram * valid[:, :, None] * valid[:, None, :]

@@ -1,4 +1,4 @@
-"""The objective that both solvers lower: the error that is left once the adapters are eliminated.
+"""Evaluate the objective that both solvers lower: the error that is left once the adapters are eliminated.
 
 f(B, alpha) = min_A sum_i || W_i - A_i phi(sum_j alpha_ij B_j) ||^2 / sum_i || W_i ||^2
 """
@@ -15,10 +15,10 @@ from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 
 def eliminated_error(weights: FamilyWeights, state: BankState, index: torch.Tensor, ridge: float) -> float:
-    """The relative error; block by block, its gradient is added to the parts of the state that require one.
+    """Return the relative error; add its gradient, block by block, to the tensors of the state that require one.
 
-    The codes are zero but at `index` (n, C), and have no gradient elsewhere. Of several ranks each adds the gradient of
-    its own columns of the bank; that of the codes is summed over them.
+    The codes are zero but at `index` (n, C), and have no gradient elsewhere. Each of several ranks adds the gradient of
+    its columns of the bank; the gradient of the codes is summed over the ranks.
     """
     total = torch.zeros((), dtype=torch.float64, device=weights.device)
     for block in weights.normalised():
@@ -32,9 +32,8 @@ def eliminated_error(weights: FamilyWeights, state: BankState, index: torch.Tens
 def backward_block(
     weights: FamilyWeights, block: Block, state: BankState, index: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """Add the gradients of what one block, in the columns of this rank, adds to the relative error, where the state
-    requires some; returns it."""
-    mixture, add_gradients = state.mixture(block.places, index[block.places])
+    """Return the part of a block in the relative error, in the columns of this rank; add its gradients to the state."""
+    mixture, add_gradients = state.mixture(block.span, index[block.span])
     mixture.requires_grad_(state.bank.requires_grad or state.codes.requires_grad)
     basis = weights.in_metric(block, PHI_FUNCTIONS[state.phi](mixture))
     target = weights.weighted(block, block.weights)
@@ -53,8 +52,8 @@ def backward_block(
 def _quick_products(device: torch.device) -> Iterator[None]:
     """Inside, matrix products on a GPU may round their factors to TF32, ten bits of mantissa, and sum in fp32.
 
-    For A_i Bhat_i and A_i^T times the residual: they only say where the solve, which is fp32 with its Gram matrices,
-    has led to, to a relative 1e-3 of the residual.
+    The products are A_i Bhat_i and A_i^T times the residual. They only measure the solution, to a relative 1e-3 of the
+    residual; the Gram matrices and the solve itself stay in fp32.
     """
     before = torch.get_float32_matmul_precision()
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The solvers by name, and a solver for the settings of a fit."""
+"""Make a solver by the name in the settings of a fit."""
 
 from globe_fit.config import FitConfig
 from globe_fit.data.stream import FamilyWeights
@@ -9,7 +9,7 @@ from globe_kernels.format.checkpoint import GlobeConfig
 
 
 def make_solver(weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: FitConfig) -> Solver:
-    """Make the solver that `config` names; it improves `state` in place."""
+    """Return the solver that `config` names; it improves `state` in place."""
     if config.solver == "varpro":
         return VarPro(weights, state, sizes, config.varpro)
     return Alternating(weights, state, sizes, config.alternating)

@@ -1,12 +1,11 @@
-"""Variable projection: the adapters are eliminated, Adam runs on the bank and the codes.
+"""Fit by variable projection: the adapters are eliminated, Adam runs on the bank and the codes.
 
     f(B, alpha) = min_A sum_i || W_i - A_i phi(sum_j alpha_ij B_j) ||^2
 
-At the minimising A_i the gradient of f in the basis is that of the residual with A_i held constant (envelope
-theorem; Golub and Pereyra, 1973), so no gradient runs through the least-squares solve. There is no
-adapter state, and f does not depend on the coordinates that an expert chooses for its basis.
-Every step is one pass over the experts in blocks; what is resident is the bank, the codes, their Adam
-state and one block of weights.
+At the minimising A_i the gradient of f in the basis is the gradient of the residual with A_i held constant (envelope
+theorem; Golub and Pereyra, 1973), so no gradient runs through the least-squares solve. The adapters have no state, and
+f does not depend on the coordinates that an expert chooses for its basis. Every step is one pass over the experts
+in blocks. In memory are the bank, the codes, their Adam state and one block of weights.
 """
 
 import math
@@ -25,8 +24,10 @@ from globe_kernels.format.checkpoint import GlobeConfig
 
 
 class VarPro:
-    """The solver, from `state` on, which it changes in place: first to the candidates of each expert. From the step at
-    which the support is fixed on, no expert has more than its support and no layer more than its palette."""
+    """The solver; it changes `state` in place, at first by reducing the codes to the candidates of each expert.
+
+    Once the support is fixed, no expert has more atoms than its support and no layer more than its palette.
+    """
 
     def __init__(self, weights: FamilyWeights, state: BankState, sizes: GlobeConfig, config: VarProConfig):
         self.state, self._weights, self._sizes, self._config = state, weights, sizes, config
@@ -39,7 +40,7 @@ class VarPro:
         square = bank.detach().square().mean().sqrt().item() ** 2
         rms = weights.ranks.sums(square * (bank.shape[2] / sizes.base.hidden_size))[0] ** 0.5
         self._rates = (config.lr * rms, config.lr * config.code_lr_scale)
-        # fused: without temporaries of the size of the bank
+        # fused: no temporaries of the size of the bank
         self._adam = torch.optim.Adam([{"params": [bank]}, {"params": [codes]}], betas=config.betas, fused=True)
         self._step, self._fixed = 0, False
 
@@ -67,7 +68,7 @@ class VarPro:
             group["lr"] = rate * _schedule(self._step, self._config)
         self._adam.step()
         with torch.no_grad():
-            codes.mul_(self._allowed)  # momentum from before the support was fixed
+            codes.mul_(self._allowed)  # Adam has momentum from before the support was fixed
         self._step += 1
 
     def passes(self) -> Iterator[Pass]:
@@ -82,11 +83,11 @@ class VarPro:
     def tensors(self) -> dict[str, torch.Tensor]:
         counters = torch.tensor([self._step, self._fixed])
         rates = torch.tensor(self._rates, dtype=torch.float64)
-        own = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed}
-        own |= {"counters": counters, "rates": rates}
+        tensors = {"bank": self.state.bank, "codes": self.state.codes, "allowed": self._allowed}
+        tensors |= {"counters": counters, "rates": rates}
         for name, parameter in (("bank", self.state.bank), ("codes", self.state.codes)):
-            own |= {f"adam.{name}.{key}": value for key, value in self._adam.state[parameter].items()}
-        return {name: tensor.detach() for name, tensor in own.items()}
+            tensors |= {f"adam.{name}.{key}": value for key, value in self._adam.state[parameter].items()}
+        return {name: tensor.detach() for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -106,7 +107,7 @@ class VarPro:
 
 
 def _schedule(step: int, config: VarProConfig) -> float:
-    """Linear warm-up, then a cosine to `final_lr_scale`."""
+    """Return the scale of the learning rate at a step: linear warm-up, then a cosine to `final_lr_scale`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)

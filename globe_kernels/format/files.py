@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: staged directories and sharded safetensors."""
+"""Write files that appear whole or not at all: staged directories and sharded safetensors."""
 
 import errno
 import hashlib
@@ -24,9 +24,9 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
     """Write a set of files into `target` so that a failure leaves `target` as it was.
 
     Yields an empty staging directory on the same file system. On success its files are synced and renamed into
-    `target`. The file named `last` makes the set valid: the old one goes before the first rename and the new one
-    comes after all others, so a process killed in between leaves a directory that is refused, never a mixture. On
-    any failure before that the staging directory is removed; what a killed process left is removed by the next writer.
+    `target`. The file named `last` makes the set valid: the old file of this name goes before the first rename, the new
+    file comes after all others, so a process killed in between leaves a directory that loaders refuse, never a mixture.
+    A failure before the renames removes the staging directory; the next writer removes the staging of a killed process.
     """
     require_room(target, 0)
     created = not target.exists()
@@ -37,7 +37,7 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
         yield staging
         for path in staging.iterdir():
             if (target / path.name).is_dir():
-                raise RequestError(f"{target / path.name} is a directory and a file must go there; move it away.")
+                raise RequestError(f"{target / path.name} is a directory and a file must go there; move the directory.")
             path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
             _sync(path)
         (target / last).unlink(missing_ok=True)
@@ -54,8 +54,10 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
 
 @contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
-    """Write one file: yields another name beside it, and gives it its own once it is on the disk. After a failure or a
-    kill `target` is what it was."""
+    """Write one file so that a failure or a kill leaves `target` as it was.
+
+    Yields a temporary path beside `target`; the file gets the name `target` once it is on the disk.
+    """
     temporary = target.with_name(f"{target.name}.partial")
     try:
         yield temporary
@@ -83,11 +85,12 @@ def _sync(path: Path) -> None:
 
 
 def _as_user_error(error: Exception, target: Path) -> GlobeError:
+    # safetensors reports a full disk by a sentence alone
     full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
     if full:
         return GlobeError(
-            f"The disk that holds {target} is full ({_free(target)} bytes free): nothing was written and what was "
-            "there is unchanged; free some space or give another output directory."
+            f"The disk that holds {target} is full ({_free(target)} bytes free): nothing was written and the old "
+            "files are unchanged; free some space or give another output directory."
         )
     return GlobeError(f"Writing to {target} failed ({error}); mend the cause and run the same command again.")
 
@@ -98,7 +101,10 @@ def _free(target: Path) -> int:
 
 
 def require_room(target: Path, needed: int) -> None:
-    """Refuse before the work, not after it, when `needed` bytes cannot be written into directory `target`."""
+    """Refuse before the work, not after it, when `needed` bytes do not fit into directory `target`.
+
+    Raises RequestError for a path that cannot be written, GlobeError for a disk without room.
+    """
     existing = next(path for path in (target, *target.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise RequestError(f"{existing} is a file; give the path of a directory to write into.")
@@ -115,7 +121,7 @@ def require_room(target: Path, needed: int) -> None:
 
 
 def _is_running(pid: str) -> bool:
-    """Whether a process with that id lives: its staging directory is then in use."""
+    """Tell whether another process with this id lives, so that its staging directory is in use."""
     try:
         os.kill(int(pid), 0)
     except PermissionError:
@@ -126,31 +132,32 @@ def _is_running(pid: str) -> bool:
 
 
 def holds_only_staging(directory: Path) -> bool:
-    """Whether a directory is empty but for what a writer, running or killed, has staged."""
+    """Tell whether a directory holds nothing but the staging of writers, running or killed."""
     return all(path.name.startswith(_STAGING_PREFIX) for path in directory.iterdir())
 
 
 def read_json(path: Path, remedy: str) -> dict:
-    """The JSON object in a file. Raises GlobeError, ending in what to do (`remedy`), when it holds something else."""
+    """Read the JSON object in a file. Raises GlobeError, which ends in `remedy`, when the file holds anything else."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise GlobeError(f"{path} is not valid JSON ({error}); {remedy}.") from error
     if not isinstance(data, dict):
-        raise GlobeError(f"{path} holds a {type(data).__name__} and an object was expected; {remedy}.")
+        raise GlobeError(f"{path} holds a {type(data).__name__} and GloBE expects an object; {remedy}.")
     return data
 
 
 def sha256(path: Path) -> str:
+    """Hash the bytes of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardWriter:
-    """Writes named tensors to `stem.safetensors`, or to `stem-00001-of-0000N.safetensors` above 4 GiB.
+    """Write named tensors to `stem.safetensors`, or to `stem-00001-of-0000N.safetensors` above 4 GiB.
 
-    At most one shard of tensors is held in memory. One entry of metadata keeps the bytes reproducible:
-    safetensors writes several in random order.
+    At most one shard of tensors is in memory. Give one entry of metadata: safetensors writes several entries in random
+    order, and the bytes would not be reproducible.
     """
 
     def __init__(self, directory: Path, stem: str, metadata: dict[str, str]):
@@ -161,6 +168,7 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Add a tensor to the current shard; write the shard first when the tensor does not fit into it."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > MAX_SHARD_BYTES:
             self._flush()
@@ -175,7 +183,7 @@ class ShardWriter:
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> dict[str, str]:
-        """Write what is pending and give the shards their final names; returns {tensor name: file name}."""
+        """Write the last shard and give all shards their final names; return {tensor name: file name}."""
         if self._pending:
             self._flush()
         count = len(self._shards)

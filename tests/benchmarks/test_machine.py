@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.benchmarks.test_benchmarks import BENCHMARKS, run
 
 from globe_kernels.strategies import DENSE, cost
 from globe_kernels.strategies.base import LayerSizes
 from globe_kernels.strategies.cost import Machine, machine_for, machine_named, predict
+from tests.benchmarks.test_benchmarks import BENCHMARKS, run
 from tests.kernels.cases import DEVICE
 
 SIZES = LayerSizes(16, 4, 64, 48, 16, 4, 8, "identity", 4)

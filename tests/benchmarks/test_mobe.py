@@ -1,4 +1,4 @@
-"""The baseline is MoBE at its best: it starts where it says, keeps what it finds, and is as large as GloBE."""
+"""The baseline is MoBE at its best: it starts as described, keeps its best state, and is as large as GloBE."""
 
 import json
 import subprocess
@@ -116,7 +116,7 @@ def test_as_large_as_globe_within_one_atom_per_layer(save_tiny, architecture):
 
 def test_what_cannot_be_is_said(noise):
     sizes = GlobeConfig(noise.base, rank=3, num_atoms=2, support=2)
-    with pytest.raises(RequestError, match="2 atoms leave a layer of planted without one"):
+    with pytest.raises(RequestError, match="2 atoms leave a layer of planted without atoms"):
         fit_mobe(measured(noise), sizes, MobeConfig(1))
     for changes in ({"phi": "relu"}, {"steps": -1}, {"lr": 0.0}):
         with pytest.raises(RequestError, match=next(iter(changes))):

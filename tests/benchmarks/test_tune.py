@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from tests.benchmarks.test_benchmarks import BENCHMARKS
 
 from globe_kernels.ops import tuning
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, ComposeConfig, ComposeShape, default_compose
 from globe_kernels.ops.mix import MixConfig, MixShape, default_mix
 from globe_kernels.ops.palette_in import PaletteInConfig, PaletteInShape, default_palette_in
 from globe_kernels.ops.tuning import TARGETS, FfnConfig, FfnShape, GemmConfig, Target, default_config, nearest, supports
+from tests.benchmarks.test_benchmarks import BENCHMARKS
 from tests.kernels.cases import DEVICE, needs_kernels
 
 H100 = TARGETS["sm_90"]
@@ -196,7 +196,9 @@ def test_tokens_of_bank_first_are_those_of_a_chunk(tune, monkeypatch):
     monkeypatch.setattr(tune, "tune_palette_in", lambda layer, inputs, bench: counts.append(len(inputs.hidden)))
     monkeypatch.setattr(tune, "tune_mix", lambda layer, inputs, bench: counts.append(len(inputs.hidden)))
     monkeypatch.setattr(tune.random_layer.__globals__["BankFirstWeights"], "chunk_tokens", lambda self: 4)
-    assert len(list(tune.entries(small_layer(tune), ["moe_ffn_bank_first"], [2, 8, 16], tune.Bench(DEVICE, H100, 1)))) == 4
+    assert (
+        len(list(tune.entries(small_layer(tune), ["moe_ffn_bank_first"], [2, 8, 16], tune.Bench(DEVICE, H100, 1)))) == 4
+    )
     assert counts == [2, 2, 4, 4]
 
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from globe_fit.data.source import ExpertLayer
+from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.data.stream import FamilyWeights
 from globe_kernels.format.checkpoint import BaseModel
 
@@ -21,10 +21,8 @@ class MemorySource:
         self.base = BaseModel(
             "planted", "qwen3_moe", width, inner, {layer: len(w) for layer, w in self.weights.items()}
         )
-        self.blocks, start = [], 0
-        for layer in self.layers:
-            self.blocks.append((layer, slice(start, start + layer.num_experts)))
-            start += layer.num_experts
+
+    layer_spans = ExpertSource.layer_spans
 
     def read(self, layer, family: str, experts: range | None = None, columns: slice = slice(None)) -> torch.Tensor:
         experts = range(layer.num_experts) if experts is None else experts

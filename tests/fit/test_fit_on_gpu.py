@@ -36,7 +36,7 @@ def test_blocks_are_those_of_the_cpu(source):
         one, other = (replace(on_cpu, device=device, ranks=ranks) for device in ("cpu", "cuda"))
         for _ in range(2):
             for expected, block in zip(one.normalised(), other.normalised(), strict=True):
-                assert expected.places == block.places
+                assert expected.span == block.span
                 assert_close(block.weights.cpu(), expected.weights, rms=1e-6, peak=1e-6)
 
 

@@ -70,7 +70,7 @@ def test_every_phi_fits(source, config):
 
 def test_scope_layer(source):
     result = fit(source, FitConfig(rank=48, atoms=15, support=4, scope="layer", varpro=VarProConfig(steps=2)))
-    used = [set(result.families["gate"].at(places).code.index.flatten().tolist()) for _, places in source.blocks]
+    used = [set(result.families["gate"].at(span).code.index.flatten().tolist()) for _, span in source.layer_spans]
     assert not used[0] & used[1] and not used[1] & used[2]
 
 
@@ -116,8 +116,8 @@ def test_the_refit_folds_the_normalisation(noise, monkeypatch):
     result = fit(noise, FitConfig(rank=5, atoms=10, support=2, varpro=VarProConfig(steps=0)))
     report, factors = result.report["families"]["up"], result.families["up"]
     residuals = [
-        noise.weights[layer.layer] - reconstruct(factors.at(places), factors.bank, "identity")
-        for layer, places in noise.blocks
+        noise.weights[layer.layer] - reconstruct(factors.at(span), factors.bank, "identity")
+        for layer, span in noise.layer_spans
     ]
     everything = torch.cat(list(noise.weights.values()))
     assert report["mean"] == pytest.approx(everything.mean().item(), rel=1e-5)

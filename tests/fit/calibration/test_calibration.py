@@ -1,4 +1,4 @@
-"""A calibrated fit: what it collects of the inputs, the metric is what is minimised, and it survives a kill."""
+"""A calibrated fit: the sums over the inputs, the metric that the fit minimises, and a fit that survives a kill."""
 
 import pytest
 import torch
@@ -79,11 +79,11 @@ def errors_in_metric(source, result, family: str, metric: Calibration) -> torch.
     """(P,) share that each row loses of the energy of all, in the metric."""
     lost, energy = torch.zeros(source.base.intermediate_size), 0.0
     factors = result.families[family]
-    for layer, places in source.blocks:
+    for layer, span in source.layer_spans:
         sums = metric.sums[layer.layer]
         root, weight = metric_root(sums.moment), row_weights(sums.rows[family])[..., None]
         weights = source.read(layer, family)
-        residual = weights - reconstruct(factors.at(places), factors.bank, result.config.phi)
+        residual = weights - reconstruct(factors.at(span), factors.bank, result.config.phi)
         lost += (weight * (residual @ root).square()).sum((0, 2))
         energy += (weight * (weights @ root).square()).sum().item()
     return lost / energy
@@ -95,9 +95,9 @@ def test_a_calibrated_fit_is_better_where_the_inputs_are(noise):
     for family in ("gate", "up"):
         report = calibrated.report["families"][family]
         assert free.report["families"][family]["calibrated_error"] is None
-        own = errors_in_metric(noise, calibrated, family, metric).sum().item()
-        assert report["calibrated_error"] == pytest.approx(own, rel=2e-2)
-        assert own < 0.5 * errors_in_metric(noise, free, family, metric).sum().item()
+        expected = errors_in_metric(noise, calibrated, family, metric).sum().item()
+        assert report["calibrated_error"] == pytest.approx(expected, rel=2e-2)
+        assert expected < 0.5 * errors_in_metric(noise, free, family, metric).sum().item()
         assert report["relative_error"] > free.report["families"][family]["relative_error"]
     assert calibrated.config.provenance["calibration"] == {"text": "planted", "sha256": "0", "tokens": 200}
 
@@ -109,16 +109,16 @@ def test_rows_that_matter_are_fitted_better(noise):
     by_inputs, by_rows = fit(noise, CONFIG, calibration=none), fit(noise, CONFIG, calibration=rows)
     for family in ("gate", "up"):
         report = by_rows.report["families"][family]
-        own, other = (errors_in_metric(noise, result, family, rows) for result in (by_rows, by_inputs))
-        assert report["calibrated_error"] == pytest.approx(own.sum().item(), rel=2e-2)
-        assert own.sum() < 0.9 * other.sum()
-        assert own[:2].sum() < 0.7 * other[:2].sum()
-        assert own[2:].sum() > other[2:].sum()
+        with_rows, without = (errors_in_metric(noise, result, family, rows) for result in (by_rows, by_inputs))
+        assert report["calibrated_error"] == pytest.approx(with_rows.sum().item(), rel=2e-2)
+        assert with_rows.sum() < 0.9 * without.sum()
+        assert with_rows[:2].sum() < 0.7 * without[:2].sum()
+        assert with_rows[2:].sum() > without[2:].sum()
         # of the raw weights, every row alike
         factors, lost, energy = by_rows.families[family], 0.0, 0.0
-        for layer, places in noise.blocks:
+        for layer, span in noise.layer_spans:
             weights = noise.read(layer, family)
-            lost += (weights - reconstruct(factors.at(places), factors.bank, "identity")).square().sum().item()
+            lost += (weights - reconstruct(factors.at(span), factors.bank, "identity")).square().sum().item()
             energy += weights.square().sum().item()
         assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-4)
 

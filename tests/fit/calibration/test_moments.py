@@ -1,4 +1,4 @@
-"""What is collected while a model runs, against autograd through its own experts, in memory and offloaded."""
+"""The sums over a text, against autograd through the experts of the model, in memory and offloaded."""
 
 import pytest
 import torch

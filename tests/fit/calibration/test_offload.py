@@ -1,4 +1,4 @@
-"""When a model is run from disk, in batches of what size, and what is said when that cannot be."""
+"""The plan of a run over a text: from disk or in memory, the size of the batches, and the refusals."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""A text that the model writes itself follows the model's own distribution, and a fit to it beats one without."""
+"""A text that the model writes follows the distribution of the model, and a fit to the text beats a fit without."""
 
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from globe_kernels.errors import RequestError
 
 
 class Bigrams:
-    """A "model" of four tokens whose next token depends on the last alone, and which counts what it was given."""
+    """A "model" of four tokens whose next token depends on the last alone, and which counts the tokens that it gets."""
 
     def __init__(self):
         self.probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [1, 0, 0, 0], [0, 0.5, 0.5, 0], [0.25] * 4])
@@ -56,39 +56,39 @@ def test_the_shipped_model_writes_what_it_finds_likely():
     windows = sample_windows(model, 48, "cpu", count=8)
     with torch.no_grad():
         log_probs = model(windows).logits[:, :-1].float().log_softmax(-1)
-    own = -log_probs.gather(2, windows[:, 1:, None]).mean()
+    written = -log_probs.gather(2, windows[:, 1:, None]).mean()
     entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
-    assert own == pytest.approx(entropy.item(), rel=0.1)  # of the full distribution: no temperature, no cut
+    assert written == pytest.approx(entropy.item(), rel=0.1)  # of the full distribution: no temperature, no cut
     uniform = torch.tensor(float(model.config.vocab_size)).log()
-    assert own < 0.8 * uniform
+    assert written < 0.8 * uniform
 
 
 def test_a_fit_to_what_the_model_writes_is_closer_to_the_model(tmp_path, monkeypatch):
     source, config = ExpertSource(shipped_model()), FitConfig(varpro=VarProConfig(steps=30, warmup_steps=5))
     monkeypatch.setattr(calibration, "sample_windows", lambda *args, **kw: sample_windows(*args, **kw, count=24))
     done = []
-    own = calibrate(
+    self_text = calibrate(
         source,
         SELF,
         snapshots=open_snapshots(tmp_path, source, config, calibrated_on=SELF),
         on_batch=lambda *counts: done.append(counts),
     )
-    assert own.facts == {"text": "self", "sha256": None, "tokens": 24 * 256}
+    assert self_text.facts == {"text": "self", "sha256": None, "tokens": 24 * 256}
     assert done[0] == (1, 2 * 255) and done[-1] == (2 * 255, 2 * 255) and done == sorted(done)
     with pytest.raises(RequestError, match="calibration was self and is None"):
         open_snapshots(tmp_path, source, config)
-    places = {layer.layer: inside for layer, inside in source.blocks}
+    spans = {layer.layer: span for layer, span in source.layer_spans}
     models = {"dense": load_model(shipped_model())}
-    for name, metric in (("free", None), ("own", own)):
+    for name, metric in (("free", None), ("self", self_text)):
         result = fit(source, config, calibration=metric)
 
         def weights(layer, family, result=result):
             factors = result.families[family]
-            return reconstruct(factors.at(places[layer.layer]), factors.bank, "identity")
+            return reconstruct(factors.at(spans[layer.layer]), factors.bank, "identity")
 
         models[name] = with_experts(source, weights)
     quality = evaluate(models, token_windows(shipped_model(), shipped_model() / "heldout.txt")[:12])
-    assert quality["own"].kl < 0.8 * quality["free"].kl
+    assert quality["self"].kl < 0.8 * quality["free"].kl
 
 
 def test_a_model_that_does_not_fit_cannot_write():

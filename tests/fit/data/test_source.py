@@ -30,7 +30,7 @@ def test_reads_what_the_live_model_holds(save_tiny, model_type, fused):
         assert torch.equal(source.read(layer, "gate"), gate)
         assert torch.equal(source.read(layer, "up"), up)
         assert torch.equal(source.read(layer, "up", range(1, 3), slice(5, 40)), up[1:3, :, 5:40])
-    assert source.blocks[-1][1].stop == source.base.total_experts
+    assert source.layer_spans[-1][1].stop == source.base.total_experts
 
 
 @pytest.fixture
@@ -130,9 +130,7 @@ def test_spellings_of_the_number_of_experts(model_dir, spelling):
 
 def test_experts_of_one_layer_in_different_shapes(model_dir):
     change_tensor(model_dir, KEY, lambda tensor: tensor[:40].contiguous())
-    sentence = (
-        r"experts of layer 1 differ in shape: .* is of an expert of \(48, 64\) and .*3.up_proj.weight of one of \(40,"
-    )
+    sentence = r"experts of layer 1 differ in shape: .* is of a \(48, 64\) expert and .*3.up_proj.weight of a \(40,"
     with pytest.raises(RequestError, match=sentence):
         ExpertSource(model_dir)
 
@@ -215,7 +213,7 @@ SMALL_CONFIG = json.dumps(
     [
         ({}, "holds no config.json"),
         ({"config.json": "{"}, "not valid JSON"),
-        ({"config.json": "[]"}, "holds a list and an object was expected"),
+        ({"config.json": "[]"}, "holds a list and GloBE expects an object"),
         ({"config.json": '{"model_type": "qwen3_moe", "num_experts": 4}'}, "not a complete qwen3_moe configuration"),
         ({"config.json": SMALL_CONFIG}, "holds neither"),
         ({"config.json": SMALL_CONFIG, "model.safetensors.index.json": '{"weight_map": {"a": null}}'}, "not a valid"),

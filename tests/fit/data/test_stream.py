@@ -1,4 +1,4 @@
-"""How a fit on a GPU reads: without one the copies stand still, and what is asked for, kept and counted is the same."""
+"""A fit on a GPU, without a GPU: the copies stand still, and the reads, the kept blocks and the counts are the same."""
 
 from dataclasses import replace
 
@@ -53,7 +53,7 @@ def weights(source, monkeypatch) -> tuple[FamilyWeights, FamilyWeights]:
 
 def all_equal(one, other) -> bool:
     pairs = list(zip(one, other, strict=True))
-    return len(pairs) == 6 and all(a.places == b.places and torch.equal(a.weights, b.weights) for a, b in pairs)
+    return len(pairs) == 6 and all(a.span == b.span and torch.equal(a.weights, b.weights) for a, b in pairs)
 
 
 def test_the_experts_are_read_as_they_are_stored(source, save_tiny):

@@ -18,7 +18,7 @@ from globe_fit.measure.diagnostics import (
     histogram,
     measure,
     palette_sizes,
-    sampled_places,
+    sampled_experts,
     sparsity,
     spectrum,
     support_overlap,
@@ -102,23 +102,23 @@ def test_two_experts_are_compared():
 def test_a_planted_bank_holds_everything(planted):
     """Weights that the bank makes exactly: nothing of a sampled expert is outside its composed basis."""
     state = BankState(planted.bank.requires_grad_(), planted.codes, "identity")
-    found = measure(planted.family(), state, dear=True)
+    found = measure(planted.family(), state, expensive=True)
     assert found["energy_captured"] == pytest.approx(1, abs=1e-3)  # the mean is outside
     assert found["energy_at_rank"] == pytest.approx(1)
     assert found["effective_rank_fit"] == found["effective_rank_dense"]
     assert found["gram_condition"] > 1 and found["codes_condition"] > 1
     worse = BankState(torch.randn_like(planted.bank), planted.codes, "identity")
-    assert measure(planted.family(), worse, dear=True)["energy_captured"] < 0.9
+    assert measure(planted.family(), worse, expensive=True)["energy_captured"] < 0.9
 
 
 def test_a_state_that_is_about_to_diverge_can_be_measured(planted):
-    found = measure(planted.family(), BankState(1e30 * planted.bank, 1e30 * planted.codes, "tanh"), dear=True)
+    found = measure(planted.family(), BankState(1e30 * planted.bank, 1e30 * planted.codes, "tanh"), expensive=True)
     assert found["atom_norm_max"] is None and found["dead_atoms"] == 0
 
 
 def test_the_sample_is_the_same_each_time():
-    assert sampled_places(100) == sampled_places(100) and len(set(sampled_places(100))) == SAMPLED_EXPERTS
-    assert sampled_places(2) == [0, 1]
+    assert sampled_experts(100) == sampled_experts(100) and len(set(sampled_experts(100))) == SAMPLED_EXPERTS
+    assert sampled_experts(2) == [0, 1]
 
 
 def test_every_name_of_a_fit_is_in_the_table(fit_tiny):

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,11 +11,13 @@ from globe_fit.config import AlternatingConfig, CodingConfig, EntmaxConfig, FitC
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.fitting import open_snapshots
 from globe_fit.run.metrics import METRICS
+from globe_fit.solvers import coding
 from globe_fit.solvers.alternating import Alternating
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.objective import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, grouped_svd, initial_codes, separate_svd
 from globe_fit.solvers.support import largest_support
+from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.testing import assert_close
 from tests.fit.conftest import MemorySource
@@ -50,6 +54,17 @@ def solver_of(source, config: AlternatingConfig, atoms=4, rank=3, support=2, sco
             grouped_svd(weights, sizes), initial_codes(sizes, torch.Generator().manual_seed(0)), "identity"
         )
     return Alternating(weights, start, sizes, config)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_the_package_entmax_it_is_named(noise, monkeypatch, mode):
+    monkeypatch.setattr(coding, "find_spec", lambda name: None)
+    if mode in ("simplex", "entmax", "sparsemax, mod"):
+        with pytest.raises(RequestError, match=r"need the package entmax; install it \(pip install \"globe-moe\[fit\]"):
+            solver_of(noise, MODES[mode])
+    else:
+        monkeypatch.setitem(sys.modules, "entmax", None)
+        run(solver_of(noise, changed(MODES[mode], steps=2)), 2)
 
 
 def run(solver: Alternating, rounds: int) -> list[float]:
@@ -160,9 +175,9 @@ def test_aligned_targets_do_not_depend_on_the_coordinates_of_an_expert(noise):
     start = first.state
     # about the mean, which the normalisation takes away and a rotation does not keep
     statistics = first._weights.statistics
-    for layer, places in noise.blocks:
+    for layer, span in noise.layer_spans:
         centred = noise.weights[layer.layer] - statistics.mean
-        noise.weights[layer.layer] = rotation[places] @ centred + statistics.mean
+        noise.weights[layer.layer] = rotation[span] @ centred + statistics.mean
     second = Alternating(first._weights, start, first._sizes, AlternatingConfig())
     after = torch.cat([targets for _, targets in second._target_passes()])
     assert_close(after, before, rms=1e-4, peak=1e-3)

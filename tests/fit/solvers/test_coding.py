@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from globe_fit.solvers.base import support_index
 from globe_fit.solvers.coding import (
     entmax,
     entmax_scores,
@@ -11,7 +12,6 @@ from globe_fit.solvers.coding import (
     next_temperature,
     non_negative,
     on_simplex,
-    support_index,
 )
 from globe_kernels.testing import assert_close
 
@@ -133,15 +133,15 @@ def test_masked_least_squares_is_the_best_on_its_support_and_never_worse(seed, d
     bank, targets, gram, cross, allowed = problem(seed, dependent)
     index, valid = support_index(allowed)
     before = allowed * torch.randn(allowed.shape, generator=torch.Generator().manual_seed(seed))
-    own = gram[index[:, :, None], index[:, None, :]]
-    codes, _ = masked_least_squares(own, cross.gather(1, index), before, index, valid)
+    of_support = gram[index[:, :, None], index[:, None, :]]
+    codes, _ = masked_least_squares(of_support, cross.gather(1, index), before, index, valid)
     assert not (codes * ~allowed).any()
-    for place in range(len(targets)):
-        atoms = bank[allowed[place]].double()
-        best = targets[place].double() - targets[place].double() @ torch.linalg.pinv(atoms) @ atoms
-        lost = (targets[place] - codes[place] @ bank).square().sum()
+    for expert in range(len(targets)):
+        atoms = bank[allowed[expert]].double()
+        best = targets[expert].double() - targets[expert].double() @ torch.linalg.pinv(atoms) @ atoms
+        lost = (targets[expert] - codes[expert] @ bank).square().sum()
         assert lost == pytest.approx(best.square().sum().item(), rel=1e-3, abs=1e-3)
-        assert lost <= (targets[place] - before[place] @ bank).square().sum() + 1e-4
+        assert lost <= (targets[expert] - before[expert] @ bank).square().sum() + 1e-4
 
 
 @pytest.mark.parametrize("support_at_start", [2, 34])

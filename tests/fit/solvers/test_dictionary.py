@@ -49,15 +49,15 @@ class Problem:
         self.state = BankState(bank, codes, "identity")
 
     def blocks(self):
-        for places in (slice(0, 5), slice(5, EXPERTS)):
-            yield Block(None, range(0), places, self.weights[places])  # type: ignore[arg-type]
+        for span in (slice(0, 5), slice(5, EXPERTS)):
+            yield Block(None, range(0), span, self.weights[span])  # type: ignore[arg-type]
 
     def passes(self):
         return [project(block, self.state) for block in self.blocks()]
 
     def adapters(self) -> torch.Tensor:
         """As the passes have them: for a singular basis rounding decides, and that depends on the block."""
-        solved = [solve_adapters(block.weights, self.state.basis(block.places), RIDGE) for block in self.blocks()]
+        solved = [solve_adapters(block.weights, self.state.basis(block.span), RIDGE) for block in self.blocks()]
         return torch.cat(solved)
 
     def error(self, adapters: torch.Tensor | None = None) -> float:
@@ -107,8 +107,8 @@ def test_optimal_directions_never_raise_the_error_of_their_targets(problem):
     before, codes = (targets - problem.state.basis(slice(None))).square().sum(), problem.state.codes
     unused = problem.state.bank[(codes == 0).all(0)].clone()
     directions = OptimalDirections(problem.state)
-    for places in (slice(0, 5), slice(5, EXPERTS)):
-        directions.add(places, targets[places])
+    for span in (slice(0, 5), slice(5, EXPERTS)):
+        directions.add(span, targets[span])
     _, condition = directions.step()
     assert (targets - problem.state.basis(slice(None))).square().sum() <= before * (1 + 1e-5)
     assert condition >= 1
