@@ -1,4 +1,4 @@
-"""Solve for the adapters by ordinary least squares: A_i = argmin || W_i - A Bhat_i ||^2 + ridge || A ||^2.
+"""Decompose experts, and solve for their adapters: A_i = argmin || W_i - A Bhat_i ||^2 + ridge || A ||^2.
 
 The ridge rule of the whole fit is here. The ridge is relative to the mean diagonal of each Gram matrix. Where one
 factorisation of a batch fails, the ridge of all matrices of the batch is raised, by the factors of _RIDGE_FACTORS in
@@ -19,6 +19,16 @@ _RAISED = "ridge raised"
 
 class SingularBasisError(RuntimeError):
     """A Gram matrix that no ridge mends: the basis holds NaN or infinity."""
+
+
+def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
+    if weights.shape[1] > weights.shape[2]:
+        right, left = truncated_svd(weights.mT, rank)
+        return left.mT, right.mT
+    _, vectors = torch.linalg.eigh(weights @ weights.mT)  # ascending
+    left = vectors[..., -rank:] if rank else vectors[..., :0]
+    return left, left.mT @ weights
 
 
 def solve_adapters(weights: torch.Tensor, basis: torch.Tensor, ridge: float, ranks: Ranks = ALONE) -> torch.Tensor:

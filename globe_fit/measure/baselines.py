@@ -3,6 +3,7 @@
 import torch
 
 from globe_fit.data.stream import FamilyWeights, share
+from globe_fit.linalg import truncated_svd
 from globe_kernels.format.checkpoint import BaseModel
 
 
@@ -11,16 +12,6 @@ def equal_byte_rank(base: BaseModel, num_bytes: float) -> int:
     inner, width = base.intermediate_size, base.hidden_size
     per_rank = 2 * base.total_experts * (inner + width) * 2
     return min(int(num_bytes // per_rank), inner, width)
-
-
-def truncated_svd(weights: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best factors (E, P, rank), (E, rank, D) of weights (E, P, D) in the Frobenius norm."""
-    if weights.shape[1] > weights.shape[2]:
-        right, left = truncated_svd(weights.mT, rank)
-        return left.mT, right.mT
-    _, vectors = torch.linalg.eigh(weights @ weights.mT)  # ascending
-    left = vectors[..., -rank:] if rank else vectors[..., :0]
-    return left, left.mT @ weights
 
 
 def stored_svd(weights: torch.Tensor, rank: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional
 
 from globe_fit.data.stream import FamilyWeights, share
-from globe_fit.measure.baselines import truncated_svd
+from globe_fit.linalg import truncated_svd
 from globe_fit.result import FamilyFactors, reconstruct
 from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel, Code

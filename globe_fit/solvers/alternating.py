@@ -20,8 +20,7 @@ import torch
 
 from globe_fit.config import AlternatingConfig
 from globe_fit.data.stream import Block, FamilyWeights
-from globe_fit.linalg import SingularBasisError, solve_spd
-from globe_fit.measure.baselines import truncated_svd
+from globe_fit.linalg import SingularBasisError, solve_spd, truncated_svd
 from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing, support_index
 from globe_fit.solvers.coding import (
     entmax,

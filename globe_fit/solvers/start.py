@@ -8,7 +8,7 @@ share a space. A common space needs no alignment between experts, which separate
 import torch
 
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.measure.baselines import truncated_svd
+from globe_fit.linalg import truncated_svd
 from globe_fit.solvers.base import BankState
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
