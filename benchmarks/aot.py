@@ -109,7 +109,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """What the compiler made of one case."""
+    """The compiler's result for one case."""
 
     kernel: str
     config: str
@@ -123,7 +123,7 @@ class Row:
     needs_hgmma: bool
 
     def problem(self) -> str:
-        """What breaks a limit, or nothing."""
+        """Name the limit that the case breaks; empty when it breaks none."""
         if self.spills:
             return f"{self.spills} bytes of spills"
         if self.shared_bytes > self.shared_limit:
@@ -169,7 +169,7 @@ def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
 def _tile_cases(
     kernel: Any, variant: str, constexprs: dict[str, Any], block_m: int, gemm: GemmConfig
 ) -> Iterator[Case]:
-    """A GEMM whose depth fills its tiles, and one whose depth does not."""
+    """Yield a GEMM whose depth fills its tiles, and a GEMM whose depth does not."""
     options = {"num_warps": gemm.num_warps, "num_stages": gemm.num_stages}
     launch = {name: value for name, value in gemm.launch().items() if name not in options}
     for even in (True, False):
@@ -182,7 +182,7 @@ def _tile_cases(
 def _sized_case(
     kernel: Any, label: str, constexprs: dict[str, Any], config: MixConfig | ComposeConfig, needs_wgmma: bool = False
 ) -> Case:
-    """A launch whose configuration has nothing but constexprs and options."""
+    """Make the case of a launch whose configuration has only constexprs and options."""
     launch = config.launch()
     options = {name: launch.pop(name) for name in ("num_warps", "num_stages")}
     tile = "x".join(str(size) for size in launch.values())
@@ -191,7 +191,7 @@ def _sized_case(
 
 
 def tuned_configs(architecture: str, kind: type[AnyLaunches], *ops: str) -> Iterator[AnyLaunches]:
-    """What the tables of cards of this architecture hold for `ops` and 16-bit values."""
+    """Yield the entries of the tables of cards of this architecture for `ops` and 16-bit values."""
     for path in sorted(TABLES.glob("*.json")):
         table = json.loads(path.read_text(encoding="utf-8"))
         if table["architecture"] == architecture:
@@ -220,7 +220,7 @@ def _tuned_cases(architecture: str) -> Iterator[Case]:
 
 
 def cases(architecture: str) -> Iterator[Case]:
-    """Every kernel in every configuration that a card of this architecture gets."""
+    """Yield every kernel in every configuration that a card of this architecture gets."""
     yield from _tuned_cases(architecture)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
@@ -281,7 +281,7 @@ def _target(architecture: str) -> GPUTarget:
 
 
 def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """(registers, bytes of stack, HGMMA instructions)"""
+    """Return (registers, bytes of stack, HGMMA instructions)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -292,7 +292,7 @@ def _nvidia(asm: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def _amd(asm: dict[str, Any]) -> tuple[int, int, int]:
-    """(vector registers, bytes of them that spill, 0)"""
+    """Return (vector registers, bytes of spilled registers, 0)."""
     registers, spilled = (
         int(re.findall(rf"\.{name}:\s+(\d+)", asm["amdgcn"])[0]) for name in ("vgpr_count", "vgpr_spill_count")
     )
@@ -304,7 +304,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def _compile_share(architecture: str, share: int, shares: int) -> list[tuple[int, Row]]:
-    """Every `shares`-th case from `share` on, with its place: kernels cannot be sent to another process."""
+    """Compile every `shares`-th case from `share` on, with its number: kernels cannot be sent to another process."""
     numbered = list(enumerate(cases(architecture)))[share::shares]
     return [(number, compile_case(case, architecture)) for number, case in numbered]
 

@@ -1,4 +1,4 @@
-"""How large a cache of bases must be: hits and tokens/s of the MoE layers in decode, over its share of all bases.
+"""Measure how large a cache of bases must be: hits and tokens/s in decode, over its share of all bases.
 
 Routing is "real" (what the model chooses on a text, token by token), "zipf" (by rank to the power -1, a permutation of
 its own for each layer) or "uniform". The layers alone run, one token at a time, all caches and composed in turns.
@@ -32,7 +32,7 @@ Routing = list[
 
 
 def measure_curve(subject: Subject, dtype: torch.dtype) -> list[dict]:
-    """The rows. Raises SystemExit when a cache changes what the layers compute."""
+    """Return the rows. Raises SystemExit when a cache changes the results of the layers."""
     composed = build(subject, Variant("composed", "composed"), dtype)
     whole = build(subject, Variant("cached", "cached", cache_of(subject.config, 100, dtype.itemsize)), dtype)
     rows = []
@@ -72,7 +72,7 @@ def measure_curve(subject: Subject, dtype: torch.dtype) -> list[dict]:
 
 
 def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
-    """By name; the inputs of all are those of the model on its tokens."""
+    """Return {name: routing}; the inputs of all are the inputs of the model's layers on its tokens."""
     tokens = _WARM_UP + _COUNTED
     seen: Routing = []
     paths = [path for _, path in architecture_of(subject.dense.config.model_type).live_experts(subject.dense)]
@@ -110,7 +110,7 @@ def _empty_cache(subject: Subject, model: Any, share: float) -> BasisCache:
 
 
 def _step(model: Any, routing: Routing, token: int, cache: BasisCache | None) -> torch.Tensor:
-    """The outputs (L, D) of all layers for one token."""
+    """Return the outputs (L, D) of all layers for one token."""
     if cache is not None:
         _device_bank(model).cache = cache
     own = slice(token, token + 1)
@@ -137,7 +137,7 @@ def _hit_rate(cache: BasisCache) -> float:
 
 
 def _warm_hit_rate(subject: Subject, model: Any, routing: Routing, share: float, uses: dict) -> float:
-    """Of a cache that starts with the most used experts of the tokens before, over the same tokens."""
+    """Return the hit rate of a cache that starts with the most used experts of the tokens before."""
     cache = _empty_cache(subject, model, share)
     _device_bank(model).cache = cache
     warm_cache(model, uses)

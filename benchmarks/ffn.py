@@ -34,7 +34,7 @@ _FP32_NOISE = 1e-5  # below this, orders of summation differ and nothing else
 def run_tokens(
     layer: Layer, names: list[str], tokens: int, ceilings: Ceilings, options: argparse.Namespace
 ) -> list[dict]:
-    """The rows of all providers at one number of tokens. Raises SystemExit when one is wrong."""
+    """Return the rows of all providers at one number of tokens. Raises SystemExit when a provider is wrong."""
     device = layer.gate_up.device.type
     inputs = random_inputs(layer.shape, tokens, layer.gate_up.dtype, device)
     calls = {}

@@ -1,4 +1,4 @@
-"""The ledger of measurements: one JSON object a line, under benchmarks/results/<device>/."""
+"""Keep the ledger of measurements: one JSON object a line, under benchmarks/results/<device>/."""
 
 import datetime
 import json
@@ -31,7 +31,7 @@ _MEASURED = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)README
 
 
 def conditions(device: str) -> dict[str, str]:
-    """What every row says of the run that made it."""
+    """Return the facts about the run that every row has."""
     try:
         import triton
 
@@ -64,7 +64,7 @@ def _git(*arguments: str) -> str:
 
 
 def append(op: str, device: str, rows: list[dict]) -> Path:
-    """Append rows to the ledger of `op` on `device`; returns its path."""
+    """Append rows to the ledger of `op` on `device`; return its path."""
     path = RESULTS / slug(device) / f"{op}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -74,7 +74,7 @@ def append(op: str, device: str, rows: list[dict]) -> Path:
 
 
 def read_all(results: Path = RESULTS) -> list[dict]:
-    """Every row of every device. Raises SystemExit that names the first damaged line."""
+    """Return every row of every device. Raises SystemExit that names the first damaged line."""
     rows = []
     for path in sorted(results.rglob("*.jsonl")):
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):

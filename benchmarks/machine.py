@@ -1,4 +1,4 @@
-"""The constants of this machine, by which `auto` and `explain` decide: measured, and written where they are listed.
+"""Measure the constants of this machine, by which `auto` and `explain` decide, and write them into their list.
 
     python benchmarks/machine.py             prints them beside those of globe_kernels/strategies/machines.json
     python benchmarks/machine.py --write     puts them there, in the place of the entry that this machine falls under
@@ -56,7 +56,7 @@ _CLOCK = time.process_time  # other work of a machine is not its own
 
 
 def measure(device: str, repeats: int) -> Machine:
-    """All constants of the machine that `device` is on, under the name of the entry that it falls under."""
+    """Measure all constants of the machine that `device` is on, under the name of its entry."""
     name, on_gpu = device_name(device), device == "cuda"
     listed = machine_for(name)
     if listed.name not in machines():  # a card of its own
@@ -89,14 +89,14 @@ def measure(device: str, repeats: int) -> Machine:
 
 
 def _processor() -> str:
-    """The name that Linux gives it."""
+    """Return the name that Linux gives the processor."""
     path = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", path.read_text(encoding="utf-8") if path.exists() else "", re.MULTILINE)
     return found[1] if found else platform.machine()
 
 
 def launches_us(device: str, repeats: int) -> tuple[float, float]:
-    """Of one more small operation: (in a CUDA graph, where there is a GPU; as a call of torch)."""
+    """Return microseconds per small operation: (in a CUDA graph, where there is a GPU; as a call of torch)."""
     value = torch.ones(256, device=device)
 
     def sequence(count: int) -> Callable[[], None]:
@@ -121,7 +121,7 @@ def launches_us(device: str, repeats: int) -> tuple[float, float]:
 
 
 def read_gb_per_s(matmul_tflop_per_s: float, repeats: int) -> float:
-    """Bytes of weights that products of four rows read in the time that is left beside their arithmetic."""
+    """Measure the rate at which products of four rows read weights, without the time of their arithmetic."""
     weights, rows = torch.randn(_WEIGHTS), torch.randn(_CHOICES, _WEIGHTS[2])
 
     def run() -> None:
@@ -134,7 +134,7 @@ def read_gb_per_s(matmul_tflop_per_s: float, repeats: int) -> float:
 
 
 def references(matmul_tflop_per_s: float, repeats: int) -> References:
-    """Each from the difference of two layers that differ in how many of it they have."""
+    """Measure each constant as the difference of two layers that differ in its count alone."""
     torch.manual_seed(0)
     base, more_experts, more_atoms = (_tiny_layer(*counts) for counts in ((_FEW, _FEW), (_MANY, _FEW), (_FEW, _MANY)))
     providers = {"": globe, "bank_first_": globe_bank_first, "dense_": transformers_experts("grouped_mm")}
@@ -193,7 +193,7 @@ def _cached(layer: Layer, layers: int) -> Provider:
 
 
 def entry(machine: Machine) -> dict:
-    """As machines.json holds it, in three digits. Raises SystemExit for a constant that cannot be."""
+    """Write a machine as machines.json holds it, in three digits. Raises SystemExit for a constant that cannot be."""
 
     def rounded(name: str, value: object) -> object:
         if isinstance(value, dict):

@@ -28,7 +28,7 @@ def time_side_by_side(
     clock: Callable[[], float] = time.perf_counter,
     warm: Sequence[torch.Tensor] = (),
 ) -> dict[str, Timing]:
-    """Every function `repeats` times, taking turns in another order each time.
+    """Time every function `repeats` times; the functions take turns in another order each time.
 
     So a drift of the machine, and what the function before leaves in caches and on the heap, meet all of them.
     On a GPU the L2 cache is overwritten before each call, at last by `warm`, which a call then finds there as far as it
@@ -67,7 +67,7 @@ def _time_once(
 
 
 def captured(function: Callable[[], object]) -> Callable[[], object] | None:
-    """The replay of `function` as a CUDA graph: what a decoding engine runs. None for what cannot be captured."""
+    """Return the replay of `function` as a CUDA graph, as a decoding engine runs it; None where there is none."""
     try:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
@@ -84,7 +84,7 @@ def captured(function: Callable[[], object]) -> Callable[[], object] | None:
 
 
 def summarise(values: list[float]) -> Timing:
-    """Of the microseconds of all calls."""
+    """Return median and quantiles of the microseconds of all calls."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)])
@@ -92,14 +92,14 @@ def summarise(values: list[float]) -> Timing:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine reaches at its best, measured in the same run."""
+    """The best rates of the machine, measured in the same run."""
 
     copy_gb_per_s: float
     matmul_tflop_per_s: float
 
 
 def measure_ceilings(device: str, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter) -> Ceilings:
-    """A large copy (bytes read and written) and a large square matrix product, timed as `time_side_by_side` does."""
+    """Time a large copy (bytes read and written) and a large square matrix product as `time_side_by_side` does."""
     on_gpu = device == "cuda"
     count = 2**29 if on_gpu else 2**25
     source = torch.randn(count // 4, device=device).view(torch.uint8)

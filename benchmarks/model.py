@@ -1,4 +1,4 @@
-"""Whole models end to end: every strategy against the dense experts, in one run.
+"""Run whole models end to end: every strategy against the dense experts, in one run.
 
     python benchmarks/model.py                          the shipped model on a CPU, fp32
     python benchmarks/model.py --model qwen3-small      a random model of that layer shape; bf16 on a GPU
@@ -13,7 +13,7 @@ dense model in fp32, and counters prove which op ran: what fails stops the run w
 Prefill is one sequence without a cache, decode one token for each of a batch, 32 tokens into a static cache. On a CPU
 seconds are of the process, on one thread, so that other work of the machine counts for no model.
 
-At the end the measured order of all ways is held against the predicted one: for uniform routing, by which `auto`
+At the end the measured order of all strategies stands beside the predicted order: for uniform routing, by which `auto`
 decides, and for the active experts and the hits of the run, which leaves the cost model alone to blame.
 """
 
@@ -70,7 +70,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Runner:
-    """A model, and of a dense one the experts implementation that it runs on."""
+    """A model, and for a dense model the implementation of its experts."""
 
     model: Any
     implementation: str = "eager"
@@ -82,7 +82,7 @@ class Runner:
 
 @dataclass(frozen=True)
 class Case:
-    """One number of tokens: by runner a call whose logits are compared, and one that is timed."""
+    """One number of tokens: {runner: a call whose logits are compared}, {runner: a call that is timed}."""
 
     op: str
     tokens: int
@@ -110,7 +110,7 @@ def decode(runners: dict[str, Runner], subject: Subject, batch: int) -> Case:
 
 
 def _step(runner: Runner, context: torch.Tensor, inputs: torch.Tensor) -> tuple[Callable[[], torch.Tensor], Call, bool]:
-    """A step on the first of `inputs` (_STEPS, B, 1), one that takes turns, and whether that is a CUDA graph."""
+    """Return a step on the first of `inputs` (_STEPS, B, 1), a step that takes turns, and whether it is a graph."""
     cache = StaticCache(runner.model.config, max_cache_len=CONTEXT + 1)
     runner(context, past_key_values=cache, logits_to_keep=1)
     token, turns = inputs[0].clone(), cycle(inputs)
@@ -170,7 +170,7 @@ def gate(cases: list[Case], runners: dict[str, Runner]) -> dict[str, float]:
 
 
 def _counted(name: str, model: Any, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `_routed`. Raises SystemExit when a layer ran by another strategy than it should have."""
+    """Return what `_routed` returns. Raises SystemExit when a layer ran by another strategy than it should have."""
     before = Counter(call_counts())
     result = _routed(model, case.compared[name])
     ran = Counter(call_counts()) - before
@@ -204,7 +204,7 @@ def _dense(implementation: str) -> str:
 
 
 def time_case(case: Case, runners: dict[str, Runner], repeats: int) -> dict[str, dict]:
-    """What was measured of each variant; dense is the fastest of its implementations."""
+    """Return the measurements of each variant; dense is the fastest of its implementations."""
     device = runners["composed"].model.device.type
     caches = {name: cache for name in case.timed if (cache := _cache(runners[name].model)) is not None}
     for name, cache in caches.items():
@@ -234,7 +234,7 @@ def _cache(model: Any) -> BasisCache | None:
 
 
 def active_experts(case: Case, model: Any) -> list[float]:
-    """Of each layer, how many the tokens of a call choose, on average over the inputs that take turns."""
+    """Return for each layer the mean number of experts that the tokens of a call choose."""
     seen = []
     for _ in range(_STEPS if case.op == "model_decode" else 1):
         case.timed[_REFERENCE]()  # turns to the next input
@@ -246,7 +246,7 @@ def active_experts(case: Case, model: Any) -> list[float]:
 def predicted_us(
     subject: Subject, model: Any, tokens: int, active: list[float] | None = None, hit_rate: float | None = None
 ) -> float:
-    """Of all layers of experts, by the cost model: for uniform routing, or for what was measured in its place."""
+    """Predict the time of all layers of experts, for uniform routing or for the measured active experts and hits."""
     if modules := list(globe_modules(model).values()):
         layers = [(STRATEGIES[module.strategy(tokens)], module.sizes(), module.pool) for module in modules]
     else:
@@ -302,7 +302,7 @@ def check_bytes(subject: Subject, chosen: list[Variant], dtype: torch.dtype) -> 
 
 
 def run(subject: Subject, args: argparse.Namespace, dtype: torch.dtype) -> list[dict]:
-    """The rows of every case and variant."""
+    """Return the rows of every case and variant."""
     chosen = variants(subject.config, dtype.itemsize, args.cache_share)
     sizes = check_bytes(subject, chosen, dtype)
     models = {variant.name: build(subject, variant, dtype) for variant in chosen}

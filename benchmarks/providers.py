@@ -1,4 +1,4 @@
-"""The implementations of one MoE layer that stand against each other, on the same weights and inputs."""
+"""Build the implementations of one MoE layer that stand against each other, on the same weights and inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def random_layer(shape: LayerShape, rank: int, dtype: torch.dtype, device: str, 
 
 
 def _bases(w: BankFirstWeights, expert: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(R, D) of gate and of up of one expert, composed in `dtype`."""
+    """Compose (R, D) of gate and of up of one expert in `dtype`."""
 
     def compose(bank: torch.Tensor, palette: torch.Tensor, value: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         own = value[expert].nonzero().squeeze(1)
@@ -107,7 +107,7 @@ def globe(layer: Layer) -> Provider:
 
 
 def globe_atomic(layer: Layer) -> Provider:
-    """As `globe`, with the choices of a token summed by atomics: is the deterministic sum worth what it costs?"""
+    """Build `globe` with sums by atomics over the experts of a token: is the deterministic sum worth its cost?"""
     return lambda i: moe_ffn(i.hidden, i.index, i.weights, layer.weights, "silu", deterministic=False)
 
 
@@ -132,7 +132,7 @@ def dense_twin(layer: Layer) -> Provider:
 
 
 def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
-    """The experts module of transformers (Qwen3-MoE) on dense weights."""
+    """Build the experts module of transformers (Qwen3-MoE) on dense weights."""
 
     def build(layer: Layer) -> Provider:
         from transformers import Qwen3MoeConfig
@@ -155,7 +155,7 @@ def transformers_experts(implementation: str) -> Callable[[Layer], Provider]:
 
 
 def liger(layer: Layer) -> Provider:
-    """The fused MoE kernels of liger-kernel on dense weights; they tune themselves in their first call."""
+    """Build the fused MoE kernels of liger-kernel on dense weights; they tune themselves in their first call."""
     from liger_kernel.ops import LigerFusedMoEFunction  # pyright: ignore[reportMissingImports]
 
     return lambda i: LigerFusedMoEFunction.apply(
@@ -180,7 +180,7 @@ def reference(layer: Layer, i: Inputs) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ProviderSpec:
-    """How a provider is built, and where it can run."""
+    """The builder of a provider, and the devices that it runs on."""
 
     build: Callable[[Layer], Provider]
     low_rank: bool = False  # multiplies with the factors, not with dense gate and up

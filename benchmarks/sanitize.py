@@ -1,4 +1,4 @@
-"""Every kernel once on a small case with ragged tiles, for compute-sanitizer to watch:
+"""Run every kernel once on a small case with ragged tiles, for compute-sanitizer to watch:
 
 compute-sanitizer --error-exitcode 1 python benchmarks/sanitize.py
 """
@@ -71,7 +71,7 @@ def run(device: str, dtype: torch.dtype) -> None:
 
 
 def without_sentinels(inputs):
-    """The same inputs with sentinels turned into choices of weight zero, which the reference understands."""
+    """Turn sentinels into experts of weight zero, which the reference understands."""
     sentinel = inputs.index >= SHAPE.experts
     return type(inputs)(inputs.hidden, inputs.index.masked_fill(sentinel, 0), inputs.weights.masked_fill(sentinel, 0))
 

@@ -12,7 +12,7 @@ class LayerShape:
     hidden: int  # D
     intermediate: int  # P
     experts: int  # E
-    choices: int  # K
+    choices: int  # K, by the name of the column that recorded rows have
 
     @property
     def break_even_rank(self) -> int:
@@ -31,7 +31,7 @@ class LayerShape:
         return 2.0 * tokens * (atoms + mixed + self.choices * expert)
 
     def weight_bytes(self, active: int, rank: int | None, item_size: int, palette: int | None = None) -> int:
-        """Bytes of the weights of `active` experts, each read once; with `palette` nothing is composed."""
+        """Return the bytes of the weights of `active` experts, each read once; with `palette` nothing is composed."""
         atoms, expert = self._values(rank, palette)
         return (atoms + active * expert) * item_size
 

@@ -91,12 +91,12 @@ def variants(config: GlobeConfig, item_size: int, shares: list[float]) -> list[V
 
 
 def cache_of(config: GlobeConfig, share: float, item_size: int) -> int:
-    """Bytes of a cache of `share` percent of all bases, at least one."""
+    """Return the bytes of a cache of `share` percent of all bases, at least one."""
     return pool_bytes(config, max(1, round(share / 100 * config.base.total_experts)), item_size)
 
 
 def shipped(directory: Path, rank: int | None, palette: int | None, device: str) -> Subject:
-    """The model that ships with the project, after a short fit."""
+    """Fit the model that ships with the project, in a few steps."""
     source = ExpertSource(shipped_model())
     settings = FitConfig(
         ratio=0.625, rank=rank, support=_SUPPORT, palette=palette or 16, varpro=VarProConfig(steps=_FIT_STEPS)
@@ -108,7 +108,7 @@ def shipped(directory: Path, rank: int | None, palette: int | None, device: str)
 
 
 def random(name: str, layers: int, rank: int | None, palette: int | None, directory: Path, device: str) -> Subject:
-    """A model with random weights and random factors, in the sizes of MODELS[name] but for a small vocabulary."""
+    """Make a model of random weights and random factors, in the sizes of MODELS[name], with a small vocabulary."""
     shape = MODELS[name]
     heads = max(1, shape.hidden // 128)
     config = AutoConfig.for_model(
@@ -140,7 +140,7 @@ def random(name: str, layers: int, rank: int | None, palette: int | None, direct
 
 
 def _write_random(name: str, layers: int, rank: int, palette: int, directory: Path, device: str) -> None:
-    """A checkpoint whose experts mix 12 atoms at random out of `palette` per layer and family."""
+    """Write a checkpoint whose experts mix 12 atoms at random out of `palette` per layer and family."""
     shape = MODELS[name]
     support, atoms = min(_SUPPORT, palette), max(palette, layers * shape.experts // 4)
     base = BaseModel(name, "qwen3_moe", shape.hidden, shape.intermediate, dict.fromkeys(range(layers), shape.experts))
@@ -177,7 +177,7 @@ def _reconstructed(name: str, dense: Any, path: Path, tokens: torch.Tensor, is_t
 
 
 def build(subject: Subject, variant: Variant, dtype: torch.dtype) -> Any:
-    """A model of its own, with nothing mapped from a file."""
+    """Copy the model of a variant, with nothing mapped from a file."""
     model = copy.deepcopy(subject.dense).to(dtype)
     if variant.strategy != DENSE.name:
         with warnings.catch_warnings():
@@ -191,7 +191,7 @@ def build(subject: Subject, variant: Variant, dtype: torch.dtype) -> Any:
 
 
 def planned_bytes(subject: Subject, model: Any) -> int:
-    """What the memory model says that the experts of `model` hold on its device; with a CPU the parked bank too."""
+    """Plan the bytes that the experts of `model` hold on its device; on a CPU with the parked bank."""
     item_size = model.dtype.itemsize
     if not is_patched(model):
         return resident(subject.config, (DENSE.name,), item_size=item_size).total
@@ -207,7 +207,7 @@ def planned_bytes(subject: Subject, model: Any) -> int:
 
 
 def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tuple[int, int]:
-    """(measured, planned): what a model gives back when its experts and its bank are taken out, and `planned_bytes`."""
+    """Return (measured, planned): the bytes that a model loses with its experts and bank, and `planned_bytes`."""
     model = build(subject, variant, dtype)
     planned, device = planned_bytes(subject, model), model.device.type
     _touch(model)
@@ -227,7 +227,7 @@ def _touch(model: Any) -> None:
 
 
 def _held_bytes(device: str) -> int:
-    """Of a GPU what torch has allocated, on a CPU the anonymous memory of the process."""
+    """Return the bytes that torch has allocated on a GPU; on a CPU the anonymous memory of the process."""
     gc.collect()
     if device == "cuda":
         return torch.cuda.memory_allocated()

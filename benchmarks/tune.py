@@ -78,7 +78,7 @@ Sizes = TypeVar("Sizes", GemmConfig, MixConfig, ComposeConfig)
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured on, and how often."""
+    """The device, its limits, and the number of measurements."""
 
     device: str
     target: Target
@@ -93,12 +93,12 @@ class Bench:
 
 
 def row_tiles(rows: int) -> list[int]:
-    """Row tiles worth a try for `rows` rows per expert: those that routing does not leave mostly empty."""
+    """Return the row tiles worth a try for `rows` rows per expert; routing leaves the others mostly empty."""
     return [block_m for block_m in (16, 32, 64, 128) if block_m <= max(16, 2 * rows)]
 
 
 def neighbours(config: Sizes, axis: dict[str, tuple[int, ...]]) -> Iterator[Sizes]:
-    """Every combination of the fields of `axis`, the rest as in `config`."""
+    """Yield every combination of the fields of `axis`; other fields stay as in `config`."""
     for values in itertools.product(*axis.values()):
         yield replace(config, **dict(zip(axis, values, strict=True)))
 
@@ -106,7 +106,7 @@ def neighbours(config: Sizes, axis: dict[str, tuple[int, ...]]) -> Iterator[Size
 def search(
     config: Sizes, axes: Axes, allowed: Callable[[Sizes], bool], time: Callable[[Sizes], float]
 ) -> tuple[Sizes, float]:
-    """(the fastest found from `config` on, its microseconds)"""
+    """Return (the fastest configuration found from `config` on, its microseconds)."""
     best, fastest = config, time(config)
     for axis in axes:
         for candidate in neighbours(best, axis):
@@ -118,7 +118,7 @@ def search(
 
 
 def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
-    """Each stage of `op` as (config, inputs, plan, what the stage before it made) -> tensor, and all in turn."""
+    """Return each stage of `op` as (config, inputs, plan, tensor of the stage before) -> tensor, and all in turn."""
     w, inner = layer.weights, layer.shape.intermediate
     down: Callable = lambda c, i, plan, y: launch_down(y, plan, w.from_rank.down, (i.index, i.weights), c.down)  # noqa: E731
     if op == "moe_ffn":
@@ -145,7 +145,7 @@ def stage_runs(layer: Layer, op: str) -> tuple[dict[str, Callable], Run]:
 
 
 def tune_experts(layer: Layer, inputs: Inputs, op: str, bench: Bench) -> dict:
-    """The entry of a whole layer of moe_ffn or dense_twin for these inputs."""
+    """Return the entry of a whole layer of moe_ffn or dense_twin for these inputs."""
     rows, item_size = rows_per_expert(inputs.index.numel(), layer.shape.experts), inputs.hidden.element_size()
     default = tuning.default_config(rows, item_size, bench.target)
     stages, whole = stage_runs(layer, op)
@@ -169,7 +169,7 @@ def tune_experts(layer: Layer, inputs: Inputs, op: str, bench: Bench) -> dict:
 def search_stage(
     config: FfnConfig, name: str, stage: Callable, arguments: tuple[Inputs, RoutingPlan, torch.Tensor], bench: Bench
 ) -> tuple[FfnConfig, float]:
-    """(config with the fastest launch found for the stage `name`, its microseconds)"""
+    """Return (config with the fastest launch found for the stage `name`, its microseconds)."""
     item_size = arguments[0].hidden.element_size()
 
     def whole(gemm: GemmConfig) -> FfnConfig:
@@ -185,7 +185,7 @@ def search_stage(
 
 
 def tune_palette_in(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
-    """As `tune_experts`, of S1 of bank_first for one family."""
+    """Return the entry of S1 of moe_ffn_bank_first for one family."""
     w, x, item_size = layer.factors, inputs.hidden, inputs.hidden.element_size()
     operands = (x, w.gate_palette, w.gate_bank)
     default = default_palette_in(len(x), item_size, bench.target)
@@ -205,13 +205,13 @@ def tune_palette_in(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
 
 
 def tune_mix(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
-    """As `tune_experts`, of the mix of bank_first, on what S1 has just written."""
-    w, item_size, (tokens, choices) = layer.factors, inputs.hidden.element_size(), inputs.index.shape
+    """Return the entry of the mix of moe_ffn_bank_first, on products that S1 has just written."""
+    w, item_size, (tokens, top_k) = layer.factors, inputs.hidden.element_size(), inputs.index.shape
     z = (
         palette_in_ref(inputs.hidden, w.gate_palette, w.gate_bank),
         palette_in_ref(inputs.hidden, w.up_palette, w.up_bank),
     )
-    out = inputs.hidden.new_empty(tokens * choices, 2 * w.rank)
+    out = inputs.hidden.new_empty(tokens * top_k, 2 * w.rank)
 
     def run(config: MixConfig) -> torch.Tensor:
         launch_mix(z, inputs.index, w.codes, out, config)
@@ -221,12 +221,12 @@ def tune_mix(layer: Layer, inputs: Inputs, bench: Bench) -> dict:
     best, _ = search(
         default, MIX_AXES, lambda c: supports(c, item_size, bench.target), lambda c: bench.time(lambda: run(c), z)
     )
-    call = {"op": "mix", "shape": asdict(MixShape(w.rank, layer.palette, choices)), "rows": tokens}
+    call = {"op": "mix", "shape": asdict(MixShape(w.rank, layer.palette, top_k)), "rows": tokens}
     return judged({**call, "item_size": item_size}, (best, default), run, mix_ref(z, inputs.index, w.codes), bench, z)
 
 
 def tune_compose_layer(layer: Layer, bench: Bench) -> dict:
-    """As `tune_experts`, of the bases of one family."""
+    """Return the entry of the composition of the bases of one family."""
     w, bank = layer.factors, layer.factors.gate_bank
     code, item_size = LayerCode(w.gate_palette, w.gate_value, w.gate_scale), bank.element_size()
     shape = ComposeShape(layer.shape.experts, code.palette.numel(), bank[0].numel())
@@ -251,7 +251,7 @@ def judged(
     bench: Bench,
     warm: Sequence[torch.Tensor] = (),
 ) -> dict:
-    """The entry for `call`: the faster of the two. Raises SystemExit when the result is wrong."""
+    """Return the entry for `call`: the faster of the two. Raises SystemExit when the result is wrong."""
     best, default = configs
     error, _ = relative_errors(run(best), expected)
     if not error <= _ERROR_LIMIT[call["item_size"]]:
@@ -282,7 +282,7 @@ def write(path: Path, device: str, architecture: str, entries: list[dict]) -> No
 
 
 def entries(layer: Layer, ops: Sequence[str], tokens: Sequence[int], bench: Bench) -> Iterator[tuple[str, dict]]:
-    """(what was searched, its entry), one after the other."""
+    """Yield (subject of the search, its entry), one after the other."""
 
     def inputs(count: int) -> Inputs:
         return random_inputs(layer.shape, count, layer.factors.gate_bank.dtype, bench.device)

@@ -92,7 +92,7 @@ def _check_inputs(
     if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
         raise ValueError(
             f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
-            f"(tokens, choices) with {hidden_states.shape[0]} tokens."
+            f"(tokens, top_k) with {hidden_states.shape[0]} tokens."
         )
     if hidden_states.dtype != down_proj.dtype:
         raise ValueError(

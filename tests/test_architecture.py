@@ -132,6 +132,17 @@ def test_every_module_and_public_function_says_what_it_is():
                 assert ast.get_docstring(node) or small, f"{path}: {node.name}"
 
 
+def test_first_lines_do_not_make_a_reader_guess():
+    """A first line that begins so has no verb, or refers to another docstring."""
+    vague = ("What", "How", "Which", "Where", "As", "Of", "Those", "By", "From", "Everything", "In what")
+    for path in [*SOURCES, *(ROOT / "benchmarks").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                first = (ast.get_docstring(node) or " ").split()[:1]
+                assert not {*first} & {*vague}, f"{path}: {getattr(node, 'name', 'module')}"
+
+
 def functions(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)}
 

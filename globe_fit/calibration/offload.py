@@ -25,7 +25,7 @@ _MOST_WINDOWS = 1024  # a quarter of a million tokens: more would hardly save re
 
 @dataclass(frozen=True)
 class RunPlan:
-    """How a dense model runs over a text, and the memory it takes."""
+    """The plan of a run of the dense model over a text, and the memory that it takes."""
 
     offload: bool
     windows: int  # per batch

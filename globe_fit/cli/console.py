@@ -1,4 +1,4 @@
-"""What a command shows a person: progress on stderr, tables on stdout."""
+"""Show a person the progress of a command on stderr, and its tables on stdout."""
 
 import sys
 from collections.abc import Iterator

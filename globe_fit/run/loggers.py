@@ -1,4 +1,4 @@
-"""Where the records of a running fit go: a file beside its snapshots, and Weights & Biases."""
+"""Send the records of a running fit to a file beside its snapshots, and to Weights & Biases."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""How long work reports its progress to a caller."""
+"""Report the progress of long work to a caller."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

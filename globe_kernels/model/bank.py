@@ -14,7 +14,7 @@ from globe_kernels.model.scratch import Scratch
 
 @dataclass(frozen=True)
 class Arrangement:
-    """By which strategies the experts of a model may run."""
+    """The strategies by which the experts of a model may run."""
 
     strategy: str  # as the user asked for it, "auto" included
     strategies: tuple[str, ...]

@@ -3,8 +3,8 @@
 
     out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias[e])     s the routed row of token t and choice k
 
-Shapes: T tokens, K choices, S = T * K routed rows in the order of the plan, E experts, P intermediate size, D hidden
-size; the bias (E, D) is optional. A choice that names no expert is left out of the sum. Two ways to sum, both in fp32:
+Shapes: T tokens, K experts per token, S = T * K routed rows in the order of the plan, E experts, P intermediate size, D
+hidden size; the bias (E, D) is optional. A choice that names no expert is left out of the sum. Two sums, both in fp32:
 
     deterministic   every routed row writes an output row, then K rows are summed in the order of k
     atomic          every routed row adds to its token: no rows to write and read again, and the last bits of the

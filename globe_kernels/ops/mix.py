@@ -3,8 +3,8 @@
 
     h[t * K + k, f] = scale_f[e] * sum_u value_f[e, u] z_f[t, u]        e = top_k_index[t, k], f in gate, up
 
-Shapes: T tokens, K choices, S = T * K routed rows in the order of tokens and choices, E experts, U atoms of a family's
-palette, R rank; z_f (T, U, R), h (S, 2R) with gate first. Codes are a LayerCode (ops/compose_layer.py): value
+Shapes: T tokens, K experts per token, S = T * K routed rows in the order of tokens and choices, E experts, U atoms of a
+family's palette, R rank; z_f (T, U, R), h (S, 2R) with gate first. Codes are a LayerCode (ops/compose_layer.py): value
 (E, U padded) and scale (E,), float32. Accumulates in fp32, and 16-bit z meets codes in full precision.
 """
 

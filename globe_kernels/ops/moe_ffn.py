@@ -6,9 +6,9 @@ For routed row s = (token t, choice k) with expert e = top_k_index[t, k] and x =
     S2   y   = act(adapter_gate[e] h_gate + bias_gate[e], adapter_up[e] h_up + bias_up[e])   (ops/gate_up.py)
     S3   out[t] = sum_k top_k_weights[t, k] * (down[e] y + bias_down[e])           (ops/down.py)
 
-Shapes: T tokens, K choices, E experts, P intermediate size, D hidden size, R rank; basis (E, 2R, D) with gate first.
-`act` joins gate and up (ops/activations.py), for most models act(gate) * up; biases are optional. A choice whose id
-names no expert contributes nothing. Deterministic.
+Shapes: T tokens, K experts per token, E experts, P intermediate size, D hidden size, R rank; basis (E, 2R, D) with gate
+first. `act` joins gate and up (ops/activations.py), for most models act(gate) * up; biases are optional. A choice whose
+id names no expert contributes nothing. Deterministic.
 
 Why not one kernel: with one token there are K programs for the whole card, with many the two intermediate tiles fill
 the shared memory; three launches read every weight once in both cases.

@@ -7,9 +7,9 @@ For token t, routed row s = (t, choice k) with expert e = top_k_index[t, k], and
     S2    y[s] = act(adapter_gate[e] h_gate[s] + bias_gate[e], adapter_up[e] h_up[s] + bias_up[e])   (ops/gate_up.py)
     S3    out[t] = sum_k top_k_weights[t, k] * (down[e] y[s] + bias_down[e])         (ops/down.py)
 
-Shapes: T tokens, K choices, S = T * K, E experts, P intermediate size, D hidden size, R rank, M atoms of a bank, U
-atoms of a palette. `act` joins gate and up (ops/activations.py); biases are optional. A choice whose id names no expert
-contributes nothing. Deterministic, unless told otherwise.
+Shapes: T tokens, K experts per token, S = T * K, E experts, P intermediate size, D hidden size, R rank, M atoms of a
+bank, U atoms of a palette. `act` joins gate and up (ops/activations.py); biases are optional. A choice whose id names
+no expert contributes nothing. Deterministic, unless told otherwise.
 
 Every token meets U atoms instead of the bases of its K experts. That reads fewer bytes than composed bases or dense
 experts as soon as more than U experts are active, and takes U / K times the arithmetic: for more tokens than a step of

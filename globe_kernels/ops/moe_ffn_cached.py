@@ -9,8 +9,8 @@ As `ops/moe_ffn.py`, with S1 in passes over the active experts, as many at a tim
 The result does not depend on the size or the earlier contents of the pool; the time does. A call takes one pass, unless
 the pool has fewer slots than T * K routed rows may activate experts.
 
-Shapes: T tokens, K choices, E experts, C support, M atoms, P intermediate size, D hidden size, R rank. Deterministic.
-Calls that share a state must follow each other on one stream.
+Shapes: T tokens, K experts per token, E experts, C support, M atoms, P intermediate size, D hidden size, R rank.
+Deterministic. Calls that share a state must follow each other on one stream.
 """
 
 from typing import NamedTuple

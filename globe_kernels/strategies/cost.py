@@ -29,7 +29,7 @@ _LARGEST_CALL = 2**17  # tokens: from here on nothing changes
 
 @dataclass(frozen=True)
 class References:
-    """How fast products of few rows read on a CPU, and the microseconds of its torch calls.
+    """Rates at which products of few rows read on a CPU, and the microseconds of its torch calls.
 
     Each constant is the time of a call on tiny tensors, bytes and arithmetic left out. The constants dense_* belong to
     the grouped products of transformers.
@@ -121,7 +121,7 @@ def _stage_us(stage: Stage, moved: float, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Policy:
-    """Which strategy a call takes: decided when a model is loaded, looked up by the number of tokens."""
+    """The strategy of a call by its number of tokens: decided when a model is loaded, then looked up."""
 
     points: tuple[tuple[int | None, str], ...]  # (up to this many tokens, strategy), fewest first; the last: no limit
 

@@ -51,13 +51,13 @@ def test_every_model_is_planned_from_its_numbers(globe, name, layers, experts, b
     found = planned(globe, path, "--palette", "32" if experts > 8 else "none")
     assert (found["model"], found["layers"], found["kv_bytes_per_token"]) == (name, len(layers), kv_bytes)
     (point,) = found["points"]
-    ways = point["strategies"]
-    assert list(ways) == ["dense", "composed", "bank_first", "cached", "scratch", "auto"]
-    assert all(set(one["tokens_per_s"]) == {str(tokens) for tokens in TOKENS} for one in ways.values())
-    assert ways["auto"]["resident"] <= ways["dense"]["resident"] == point["budget"]
-    assert (point["cards"] - 1) * 80e9 < found["outside_bytes"] + ways["dense"]["peak"] <= point["cards"] * 80e9
-    assert ways["bank_first"]["kv_tokens"] > ways["dense"]["kv_tokens"] >= 0
-    taken = set(ways["auto"]["path"].values())
+    strategies = point["strategies"]
+    assert list(strategies) == ["dense", "composed", "bank_first", "cached", "scratch", "auto"]
+    assert all(set(one["tokens_per_s"]) == {str(tokens) for tokens in TOKENS} for one in strategies.values())
+    assert strategies["auto"]["resident"] <= strategies["dense"]["resident"] == point["budget"]
+    assert (point["cards"] - 1) * 80e9 < found["outside_bytes"] + strategies["dense"]["peak"] <= point["cards"] * 80e9
+    assert strategies["bank_first"]["kv_tokens"] > strategies["dense"]["kv_tokens"] >= 0
+    taken = set(strategies["auto"]["path"].values())
     assert taken == {"composed"} if name == "mixtral-8x7b" else "bank_first" in taken <= {"bank_first", "scratch"}
 
 
@@ -67,22 +67,24 @@ def test_the_figures_of_one_model_by_hand(globe):
     (point,) = planned(globe, QWEN, *options)["points"]
     down = 6144 * 768 * 2048 * 2
     adapters, bank, codes = 2 * 6144 * 768 * 768 * 2, 2 * 1536 * 768 * 2048 * 2, 2 * 6144 * 12 * 8
-    ways = point["strategies"]
+    strategies = point["strategies"]
     assert point["bytes_on_disk"] == {"dense": 3 * down, "globe": down + adapters + bank + codes}
-    assert ways["dense"]["resident"] == 3 * down and ways["dense"]["host"] == 0
-    assert ways["composed"]["resident"] == down + adapters + codes + 2 * 6144 * 768 * 2048 * 2
-    assert ways["composed"]["host"] == bank
+    assert strategies["dense"]["resident"] == 3 * down and strategies["dense"]["host"] == 0
+    assert strategies["composed"]["resident"] == down + adapters + codes + 2 * 6144 * 768 * 2048 * 2
+    assert strategies["composed"]["host"] == bank
     palette_codes = 2 * 48 * (4 * 32 + 128 * 4 * (32 + 1))
-    assert ways["bank_first"]["resident"] == down + adapters + codes + bank + palette_codes
-    assert ways["scratch"]["resident"] == ways["bank_first"]["resident"]
-    assert ways["dense"]["us_per_layer"]["64"] == pytest.approx(398 + 4 * 2, rel=0.01)
-    assert ways["bank_first"]["us_per_layer"]["64"] == pytest.approx(398 / 1.30 + 7 * 2, rel=0.01)
-    assert ways["dense"]["tokens_per_s"]["64"] == pytest.approx(64e6 / (48 * ways["dense"]["us_per_layer"]["64"]))
-    assert ways["auto"]["path"] == dict.fromkeys(("1", "8", "64", "512"), "bank_first") | {"4096": "scratch"}
+    assert strategies["bank_first"]["resident"] == down + adapters + codes + bank + palette_codes
+    assert strategies["scratch"]["resident"] == strategies["bank_first"]["resident"]
+    assert strategies["dense"]["us_per_layer"]["64"] == pytest.approx(398 + 4 * 2, rel=0.01)
+    assert strategies["bank_first"]["us_per_layer"]["64"] == pytest.approx(398 / 1.30 + 7 * 2, rel=0.01)
+    assert strategies["dense"]["tokens_per_s"]["64"] == pytest.approx(
+        64e6 / (48 * strategies["dense"]["us_per_layer"]["64"])
+    )
+    assert strategies["auto"]["path"] == dict.fromkeys(("1", "8", "64", "512"), "bank_first") | {"4096": "scratch"}
     outside = 2 * (2 * 151936 * 2048 + 48 * (2048 * (32 + 4 + 4 + 32) * 128 + 2 * 128 + 2 * 2048 + 128 * 2048) + 2048)
-    room = 80e9 - outside - ways["dense"]["peak"]
-    assert ways["dense"]["kv_tokens"] == int(room / 98304)
-    assert ways["dense"]["batch"] == ways["dense"]["kv_tokens"] // 4096 < ways["bank_first"]["batch"]
+    room = 80e9 - outside - strategies["dense"]["peak"]
+    assert strategies["dense"]["kv_tokens"] == int(room / 98304)
+    assert strategies["dense"]["batch"] == strategies["dense"]["kv_tokens"] // 4096 < strategies["bank_first"]["batch"]
 
 
 def test_the_tables_a_person_reads(globe):
@@ -136,13 +138,13 @@ def test_a_checkpoint_is_planned_with_its_own_palettes(globe, fit_tiny, save_tin
 def test_a_budget_bounds_what_auto_and_cached_hold(globe):
     options = ("--palette", "32", "--memory-budget", "60GiB", "--cache-bytes", "4GiB")
     (point,) = planned(globe, QWEN, *options)["points"]
-    ways = point["strategies"]
-    assert "cached" in {path for _, path in ways["cached"]["switch_points"]}
+    strategies = point["strategies"]
+    assert "cached" in {path for _, path in strategies["cached"]["switch_points"]}
     slot = 2 * 768 * 2048 * 2
-    assert 4 * 2**30 - slot - 16 < ways["cached"]["parts"]["pool"] <= 4 * 2**30
-    assert ways["auto"]["parts"]["pool"] == ways["cached"]["parts"]["pool"]
-    assert ways["auto"]["resident"] <= point["budget"] == 60 * 2**30
-    assert not ways["composed"]["fits"] and ways["auto"]["fits"]
+    assert 4 * 2**30 - slot - 16 < strategies["cached"]["parts"]["pool"] <= 4 * 2**30
+    assert strategies["auto"]["parts"]["pool"] == strategies["cached"]["parts"]["pool"]
+    assert strategies["auto"]["resident"] <= point["budget"] == 60 * 2**30
+    assert not strategies["composed"]["fits"] and strategies["auto"]["fits"]
 
 
 def without_layers(tmp_path: Path) -> Path:

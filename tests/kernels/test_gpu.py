@@ -45,8 +45,8 @@ def in_fp32(weights: FromRank) -> FromRank:
 
 
 def routed(model: str, tokens: int):
-    experts, choices, hidden, *_ = MODELS[model]
-    weights, index = torch.randn(tokens, experts, device="cuda").softmax(-1).topk(choices)
+    experts, top_k, hidden, *_ = MODELS[model]
+    weights, index = torch.randn(tokens, experts, device="cuda").softmax(-1).topk(top_k)
     return draw(tokens, hidden) * hidden**0.5, index, weights.bfloat16()
 
 
@@ -140,15 +140,15 @@ def test_rows_past_int32():
     if torch.cuda.mem_get_info()[0] < 25e9:
         pytest.skip("needs 25 GB of free memory")
     torch.manual_seed(0)
-    experts, choices, hidden, inner, rank = 16, 8, 2048, 64, 32
+    experts, top_k, hidden, inner, rank = 16, 8, 2048, 64, 32
     w = ExpertWeights(
         draw(experts, 2 * rank, hidden),
         FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner)),
     )
     tokens = 400_000
     x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16)
-    index = torch.rand(tokens, experts, device="cuda").topk(choices).indices
-    scale = torch.rand(tokens, choices, device="cuda")
+    index = torch.rand(tokens, experts, device="cuda").topk(top_k).indices
+    scale = torch.rand(tokens, top_k, device="cuda")
     out = moe_ffn(x, index, scale, w, "silu")
     last = slice(tokens - 50, tokens)
     assert_close(out[last], moe_ffn_ref(x[last], index[last], scale[last], w, "silu"), rms=1.5e-2, peak=3e-2)
@@ -257,8 +257,8 @@ def run_cached(cache: BasisCache, layers: list[CachedWeights], case) -> list[tor
 @pytest.mark.parametrize("model", ["Qwen3-30B-A3B", "DeepSeek-V2-Lite", "Mixtral-8x7B"])
 def test_a_cache_of_any_size_computes_what_composed_bases_do(model, budget):
     torch.manual_seed(0)
-    experts, choices, *_ = MODELS[model]
-    cache, layers, composed = cached_model(model, {"all": 2 * experts, "a quarter": experts // 2, "K": choices}[budget])
+    experts, top_k, *_ = MODELS[model]
+    cache, layers, composed = cached_model(model, {"all": 2 * experts, "a quarter": experts // 2, "K": top_k}[budget])
     active = 0
     for tokens in (1, 3, 64, 1, 700, 1):
         case = routed(model, tokens)

@@ -51,9 +51,9 @@ def check(plan: RoutingPlan, index: torch.Tensor, experts: int, block_m: int) ->
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 9), st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.randoms(use_true_random=False))
-def test_the_reference_groups_every_row(tokens, choices, experts, block_m, random):
-    ids = [[random.randint(-1, experts + 1) for _ in range(choices)] for _ in range(tokens)]
-    index = torch.tensor(ids, dtype=torch.int32).view(tokens, choices)
+def test_the_reference_groups_every_row(tokens, top_k, experts, block_m, random):
+    ids = [[random.randint(-1, experts + 1) for _ in range(top_k)] for _ in range(tokens)]
+    index = torch.tensor(ids, dtype=torch.int32).view(tokens, top_k)
     check(routing_plan_ref(index, experts, block_m), index, experts, block_m)
 
 
@@ -72,9 +72,9 @@ SHAPES = {
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_the_kernel_agrees_with_the_reference(shape, dtype):
-    tokens, choices, experts, block_m = SHAPES[shape]
+    tokens, top_k, experts, block_m = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
-    index = torch.randint(-1, experts + 2, (tokens, choices), generator=generator).to(DEVICE, dtype)
+    index = torch.randint(-1, experts + 2, (tokens, top_k), generator=generator).to(DEVICE, dtype)
     plan, expected = launch_routing_plan(index, experts, block_m), routing_plan_ref(index, experts, block_m)
     for name in ("starts", "tile_expert", "tile_first"):
         assert torch.equal(getattr(plan, name), getattr(expected, name)), name
