@@ -102,7 +102,7 @@ def grown_by(imports: str, warm_up: str, measured: str) -> int:
 
 
 def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro", calibrated: bool = False) -> int:
-    imports = "from tests.fit.test_memory import fit_once"
+    imports = "from tests.fit.plan.test_memory import fit_once"
     warm_up = f"fit_once({str(model_dir / 'warm-up')!r}, rank=16, atoms=3)"
     sizes = f"rank={rank}, atoms={atoms}, solver={solver!r}, steps=6, calibrated={calibrated}"
     return grown_by(imports, warm_up, f"fit_once({str(model_dir / 'model')!r}, {sizes})")
