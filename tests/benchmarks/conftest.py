@@ -1,3 +1,4 @@
+from tests.fit.conftest import noise
 from tests.kernels.conftest import poison_empty
 
-__all__ = ["poison_empty"]
+__all__ = ["noise", "poison_empty"]
