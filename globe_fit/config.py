@@ -45,7 +45,7 @@ class VarProConfig:
 
 @dataclass(frozen=True)
 class CodingConfig:
-    """Settings of the alternating solver for codes while the support is free; later it takes least squares on the support."""
+    """Settings of the codes of the alternating solver while the support is free; afterwards codes are least squares."""
 
     method: str = "least_squares"  # on the atoms in use; "entmax": gradient steps; "omp": a new pursuit each round
     initial: str = "nnls"  # non-negative least squares; "simplex": codes that sum to 1; "given": the codes of the start
