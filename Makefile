@@ -20,7 +20,7 @@ types: $(INSTALLED)
 
 # one process per core, one thread per process
 test: $(INSTALLED)
-	$(BIN)/pytest -n auto -q
+	$(BIN)/pytest -n auto --dist loadgroup -q
 
 # every shipped kernel configuration, compiled for real targets without a GPU
 aot: $(INSTALLED)

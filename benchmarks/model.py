@@ -327,7 +327,7 @@ def run(subject: Subject, args: argparse.Namespace, dtype: torch.dtype) -> list[
                 "predicted_as_run_us": predicted_us(subject, models[name], case.tokens, active, found.get("hit_rate")),
                 "active_experts": statistics.mean(active),
             }
-            error = errors[_dense(found["implementation"]) if name == DENSE else name]
+            error = errors[_dense(found["implementation"]) if name == DENSE.name else name]
             common = {"op": case.op, "shape": subject.shape | {"tokens": case.tokens}, "provider": name}
             rows.append(common | found | sizes[name] | predicted | {"relative_error": error})
     return rows

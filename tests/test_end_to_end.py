@@ -9,6 +9,8 @@ from globe_fit.__main__ import main
 from globe_fit.cli.demo import shipped_model
 from globe_fit.data.source import ExpertSource
 
+pytestmark = pytest.mark.xdist_group("demo")  # one worker runs the demo, for all tests
+
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):

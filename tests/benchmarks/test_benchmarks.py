@@ -187,11 +187,11 @@ def test_a_wrong_strategy_stops_the_run(subject):
         cases = [model.prefill(runners, subject, 40), model.decode(runners, subject, 3)]
         errors = model.gate(cases, runners)
         assert max(errors.values()) < 1e-5 and errors["composed"] > 0
-        # a layer that computes by another way than the one it names
+        # a layer that runs by another strategy than its model names
         module = models["scratch"].model.layers[1].mlp.experts  # it holds the codes that bank_first takes too
         hooks = (
-            module.register_forward_pre_hook(lambda own, _: setattr(own, "path", lambda tokens: "bank_first")),
-            module.register_forward_hook(lambda own, *_: delattr(own, "path")),
+            module.register_forward_pre_hook(lambda own, _: setattr(own, "strategy", lambda tokens: "bank_first")),
+            module.register_forward_hook(lambda own, *_: delattr(own, "strategy")),
         )
         with pytest.raises(SystemExit, match="scratch ran .* expected .*; nothing was timed"):
             model.gate(cases, runners)

@@ -8,8 +8,8 @@ from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.scratch import Scratch
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
-from globe_kernels.ops.compose_basis import compose_basis, compose_basis_ref
-from globe_kernels.ops.compose_layer import compose_bases_into, compose_layer, layer_code
+from globe_kernels.ops.compose_basis import compose_basis_ref, launch_compose_basis
+from globe_kernels.ops.compose_layer import compose_bases_into, compose_family, layer_code
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
@@ -126,13 +126,14 @@ def test_composing_a_layer_at_real_sizes(atoms):
     index = torch.rand(128, atoms, device="cuda").topk(12).indices.int()
     value = torch.randn(128, 12, device="cuda")
     exact = compose_basis_ref(index, value, bank, "identity", torch.float32)
+    code = layer_code(index, value)
     for basis in (
-        compose_layer(*layer_code(index, value), bank, "identity", torch.bfloat16),
-        compose_basis(index, value, bank, "identity", torch.bfloat16),
+        compose_family(code, bank, "identity", torch.empty_like(exact, dtype=torch.bfloat16)),
+        launch_compose_basis(index, value, bank, "identity", torch.bfloat16),
     ):
         assert_close(basis, exact, rms=2.5e-3, peak=4e-3)
-    # without the rounding of the result, what is left is that of the split codes
-    assert_close(compose_layer(*layer_code(index, value), bank, "identity", torch.float32), exact, rms=2e-5, peak=2e-5)
+    # the result is not rounded here: only the split of the codes is
+    assert_close(compose_family(code, bank, "identity", torch.empty_like(exact)), exact, rms=2e-5, peak=2e-5)
 
 
 def test_rows_past_int32():
@@ -239,7 +240,7 @@ def cached_model(model: str, slots: int) -> tuple[BasisCache, list[CachedWeights
         rest = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
         cached.append(CachedWeights(Mixtures(*banks, codes[0], values[0], codes[1], values[1]), rest))
         bases = [
-            compose_basis(code, value, bank, "tanh", torch.bfloat16)
+            launch_compose_basis(code, value, bank, "tanh", torch.bfloat16)
             for code, value, bank in zip(codes, values, banks, strict=True)
         ]
         composed.append(ExpertWeights(torch.cat(bases, 1), rest))
@@ -404,8 +405,8 @@ class ScratchLayer:
         )
         self.kept = FromRank(draw(experts, inner, rank), draw(experts, inner, rank), draw(experts, hidden, inner))
 
-    def path(self, tokens: int) -> str:
-        return "scratch"
+    def composes_ahead(self, tokens: int) -> bool:
+        return True
 
     def compose_into(self, out: torch.Tensor) -> None:
         compose_bases_into(out, self.codes, self.banks, "identity")
@@ -420,7 +421,7 @@ def test_composing_a_layer_ahead_changes_nothing():
     torch.manual_seed(0)
     banks = (draw(24, 256, 1024), draw(24, 256, 1024))
     layers = [ScratchLayer(number, experts, banks) for number, experts in enumerate((64, 48, 64, 64, 16, 64))]
-    ahead, (_, index, scale) = Scratch(layers), routed("Qwen3-30B-A3B", 2048)
+    ahead, (_, index, scale) = Scratch(layers, ScratchLayer.compose_into), routed("Qwen3-30B-A3B", 2048)
 
     def forward(run, hidden: torch.Tensor) -> torch.Tensor:
         for layer in layers:
@@ -450,7 +451,7 @@ def test_composing_a_layer_ahead_changes_nothing():
 
 def test_a_captured_step_composes_on_its_own_stream():
     banks = (draw(24, 256, 1024), draw(24, 256, 1024))
-    ahead = Scratch([ScratchLayer(0, 16, banks)])
+    ahead = Scratch([ScratchLayer(0, 16, banks)], ScratchLayer.compose_into)
     graph, seen = torch.cuda.CUDAGraph(), []
     x = torch.zeros(4, 1024, device="cuda")
     with torch.cuda.graph(graph):
