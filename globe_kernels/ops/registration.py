@@ -34,7 +34,7 @@ def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) 
 
     class NoGradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, keyset: Any, *arguments: Any) -> Any:
+        def forward(ctx: Any, keyset: Any, arguments: tuple, *tensors: torch.Tensor) -> Any:
             return below(keyset, arguments)
 
         @staticmethod
@@ -42,8 +42,12 @@ def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) 
             raise RuntimeError(f"globe::{name} has no gradient; train the dense model, or run under torch.no_grad().")
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
-            return NoGradient.apply(keyset, *arguments)
+        if torch.is_grad_enabled():
+            # in lists too: autograd sees only the tensors that it is given one by one
+            lists = (argument if isinstance(argument, (list, tuple)) else [argument] for argument in arguments)
+            tensors = [one for some in lists for one in some if isinstance(one, torch.Tensor) and one.requires_grad]
+            if tensors:
+                return NoGradient.apply(keyset, arguments, *tensors)
         return below(keyset, arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)

@@ -40,8 +40,11 @@ def test_runs_in_every_mode_of_autograd(where):
         assert torch.equal(OP(x, totals, factors), x) and totals[0] == 3
 
 
-def test_a_backward_is_an_error_and_no_silent_zero():
-    x, totals, factors = case(requires_grad=True)
+@pytest.mark.parametrize("where", ["argument", "list"])
+def test_a_backward_is_an_error_and_no_silent_zero(where):
+    x, totals, factors = case(requires_grad=where == "argument")
+    if where == "list":
+        factors[1].requires_grad_()
     out = OP(x, totals, factors)
     assert out.requires_grad and totals[0] == 3
     with pytest.raises(RuntimeError, match="globe::registered_in_a_test has no gradient"):
