@@ -201,7 +201,7 @@ def tuned_configs(architecture: str, kind: type[AnyLaunches], *ops: str) -> Iter
 
 
 def _tuned_cases(architecture: str) -> Iterator[Case]:
-    """Kernels that tables hold configurations of, in theirs and in the defaults."""
+    """Yield the kernels that tables can hold, in tuned and in default configurations."""
     target = TARGETS[architecture]
     ffn = [fit_to(config, 2, target) for _, config in DEFAULTS]
     for config in dict.fromkeys([*ffn, *tuned_configs(architecture, FfnConfig, "moe_ffn", "dense_twin")]):

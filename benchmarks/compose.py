@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def _gate(calls: dict, expected: torch.Tensor, dtype: torch.dtype) -> dict[str, float]:
-    """Relative rms error of each. Raises SystemExit when one of ours rounds more than its result does."""
+    """Return the relative rms error of each. Raises SystemExit when a kernel errs more than its result is rounded."""
     errors = {name: relative_errors(call(), expected)[0] for name, call in calls.items()}
     limit = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     for name, error in errors.items():

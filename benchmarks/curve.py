@@ -75,10 +75,10 @@ def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
     """Return {name: routing}; the inputs of all are the inputs of the model's layers on its tokens."""
     tokens = _WARM_UP + _COUNTED
     seen: Routing = []
-    paths = [path for _, path in architecture_of(subject.dense.config.model_type).live_experts(subject.dense)]
+    names = [name for _, name in architecture_of(subject.dense.config.model_type).live_experts(subject.dense)]
     hooks = [
-        subject.dense.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-        for path in paths
+        subject.dense.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        for name in names
     ]
     subject.dense(subject.tokens[None, :tokens], use_cache=False, logits_to_keep=1)
     for hook in hooks:

@@ -106,5 +106,5 @@ def _damaged(row: object) -> str:
 
 
 def _number(value: object) -> float:
-    """NaN, which no comparison accepts, for what is not a finite number."""
+    """Return the number; NaN, which no comparison accepts, when it is not finite."""
     return value if isinstance(value, int | float) and math.isfinite(value) else math.nan

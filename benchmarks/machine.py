@@ -173,14 +173,14 @@ def _tiny_layer(experts: int, atoms: int) -> Layer:
 
 
 def _call(provider: Provider, experts: int = _FEW) -> Callable[[], object]:
-    """On tokens of which each expert has one."""
+    """Call a provider on tokens that give each expert one token."""
     index = torch.arange(experts).view(-1, _CHOICES)
     hidden, weights = torch.randn(len(index), _SIZE), torch.full(index.shape, 1 / _CHOICES)
     return lambda: provider(Inputs(hidden, index, weights))
 
 
 def _cached(layer: Layer, layers: int) -> Provider:
-    """`layers` layers in turns, with a cache for the experts of one."""
+    """Call `layers` layers in turn; the cache holds the experts of one layer."""
     factors = layer.factors
     index = torch.rand(_FEW, layer.palette).topk(SUPPORT).indices.int()
     code = (index, torch.randn(index.shape))
@@ -212,7 +212,7 @@ def entry(machine: Machine) -> dict:
 
 
 def write(machine: Machine, path: Path) -> None:
-    """Put the entry into the file, in the place of what is there of that name."""
+    """Write the entry into the file; replace the entry of that name."""
     listed = json.loads(path.read_text(encoding="utf-8"))
     listed[machine.name] = entry(machine)
     path.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")

@@ -63,7 +63,6 @@ _BF16_GATE = 2.0  # times the error of dense in bf16
 _TIES = 0.01  # share of tokens that may choose other experts, where two tie to rounding
 _BYTES_GATE = 0.05
 _CLEAR = 1.1  # times that differ by less, or whose quantiles overlap, have no order
-_OPS = {"composed": "moe_ffn", "scratch": "moe_ffn", "bank_first": "moe_ffn_bank_first", "cached": "moe_ffn_cached"}
 
 Call = Callable[[], Any]
 
@@ -175,7 +174,7 @@ def _counted(name: str, model: Any, case: Case) -> tuple[torch.Tensor, torch.Ten
     result = _routed(model, case.compared[name])
     ran = Counter(call_counts()) - before
     ending = "_ref" if model.device.type == "cpu" else ""
-    expected = Counter(_OPS[module.strategy(case.tokens)] + ending for module in globe_modules(model).values())
+    expected = Counter(STRATEGIES[module.strategy(case.tokens)].op + ending for module in globe_modules(model).values())
     if ran != expected:
         raise SystemExit(f"model: {name} ran {dict(ran)}, expected {dict(expected)}; nothing was timed.")
     return result
@@ -190,9 +189,9 @@ def _routed(model: Any, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor,
 @contextmanager
 def _routes(model: Any) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    paths = [path for _, path in architecture_of(model.config.model_type).live_experts(model)]
+    names = [name for _, name in architecture_of(model.config.model_type).live_experts(model)]
     hooks = [
-        model.get_submodule(path).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for path in paths
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for name in names
     ]
     yield seen
     for hook in hooks:

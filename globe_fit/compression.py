@@ -15,6 +15,7 @@ from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.snapshots import SNAPSHOT_MINUTES, discard_snapshots
 from globe_fit.sizes import left_dense_note
+from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
 
 
@@ -54,6 +55,10 @@ def compress(
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
     its support is fixed. Raises KeyboardInterrupt after Ctrl-C; the snapshot is complete then.
     """
+    if not isinstance(config, FitConfig):
+        raise RequestError(
+            f"config is a {type(config).__name__}; give a globe_fit.FitConfig, such as FitConfig(ratio=0.625)."
+        )
     if calibrate is not None:
         require_text(calibrate)
     plan = plan_fit(model_dir, out, config, calibrate=calibrate, memory_limit=memory_limit)

@@ -115,7 +115,7 @@ def calibrate(
 
 
 def require_text(text: str | Path) -> None:
-    """Raises RequestError when `text` is neither a file nor SELF."""
+    """Require a file or SELF; raise RequestError otherwise."""
     if text != SELF and not Path(text).is_file():
         raise RequestError(
             f'{text} is not a file; give a text file to calibrate on, or "{SELF}" for a text that the model writes.'

@@ -51,7 +51,7 @@ def collect(
 
 @contextmanager
 def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dict[int, Sums]]:
-    """Inside, every call of the experts of `model` adds to the sums that this yields, {layer id: sums}."""
+    """Yield {layer id: sums}; while the block runs, every call of the experts of `model` adds to them."""
     activation = activation_of(model)
     experts_of = {layer.layer: layer.num_experts for layer in source.layers}
     width, inner = source.base.hidden_size, source.base.intermediate_size

@@ -86,7 +86,7 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
 
 
 def _token_bytes(source: ExpertSource) -> int:
-    """Bound the bytes that a token takes while a layer runs; as if all of it were fp32, as some of it is."""
+    """Bound the bytes that a token takes while a layer runs: every tensor counts as fp32."""
     config = AutoConfig.from_pretrained(source.model_dir).to_dict()  # with its defaults
     width, inner = source.base.hidden_size, source.base.intermediate_size
     heads = config["num_attention_heads"]

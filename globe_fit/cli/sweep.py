@@ -56,7 +56,7 @@ class Point:
 
     @property
     def key(self) -> dict:
-        """The sizes by which a row is found."""
+        """The sizes that identify a row."""
         config = self.config
         return {"m": config.atoms, "r": config.rank, "target_support": config.support, "palette": config.palette}
 

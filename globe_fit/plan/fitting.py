@@ -22,7 +22,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.format.files import require_room
-from globe_kernels.strategies.budget import parse_bytes
+from globe_kernels.strategies.budget import format_bytes, parse_bytes
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines: each about as long as the first pass of a solver
 _TRIALS = 2  # of a pass that is timed: the first trial also warms up
@@ -108,6 +108,8 @@ def plan_fit(
     require_supported(source.base, config, calibrate is not None, ranks)
     require_room(Path(out), sizes.tensor_bytes)
     limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
+    if limit is not None and not limit >= 0:
+        raise RequestError(f'memory_limit is {memory_limit}; give bytes, or a text such as "20GiB".')
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
     needs = estimate(
         sizes,
@@ -119,8 +121,8 @@ def plan_fit(
     )
     if limit is not None and needs.least_bytes > limit:
         raise RequestError(
-            f"The fit needs {needs.least_bytes / 2**30:.2f} GiB at its peak{per_rank(ranks.world)} and the memory "
-            f"limit is {limit / 2**30:g} GiB; give a smaller ratio, fewer atoms or a smaller rank."
+            f"The fit needs {format_bytes(needs.least_bytes)} at its peak{per_rank(ranks.world)} and the memory limit "
+            f"is {format_bytes(int(limit))}; give a smaller ratio, fewer atoms or a smaller rank."
         )
     return FitPlan(source, config, sizes, ranks, limit, needs)
 

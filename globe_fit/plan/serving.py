@@ -34,7 +34,7 @@ from globe_kernels.strategies.budget import (
     strategies_of,
     workspace,
 )
-from globe_kernels.strategies.composed import Composed, break_even_rank
+from globe_kernels.strategies.composed import break_even_rank
 from globe_kernels.strategies.cost import Machine, Policy, predict, switch_points
 
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
@@ -162,7 +162,7 @@ class Planner:
             "mean_palette": usual.palette,
             "palettes_known": palettes is not None,
             "break_even_rank": break_even_rank(sizes.base.intermediate_size, sizes.base.hidden_size),
-            "why_not_composed": Composed().wastes(sizes),
+            "why_not_composed": next((why for s in STRATEGIES.values() if (why := s.wastes(sizes))), None),
             "bytes_on_disk": {"dense": sizes.base.dense_bytes + down, "globe": sizes.tensor_bytes + down},
             "budget": limit,
             "cards": cards,
@@ -223,7 +223,7 @@ class Planner:
             "model_type": model.base.model_type,
             "layers": len(model.base.num_experts),
             "experts": max(model.base.num_experts.values()),
-            "choices": model.top_k,
+            "choices": model.top_k,  # the keys of --json stay: scripts read them
             "shape": [model.base.intermediate_size, model.base.hidden_size],
             "outside_bytes": self._outside(),
             "kv_bytes_per_token": model.kv_values * self.machine.item_size,

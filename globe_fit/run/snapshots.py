@@ -74,7 +74,8 @@ class Snapshots:
         if changes := differences(self._facts(path)["identity"], self._identity):
             raise RequestError(
                 f"{self.directory.parent} holds an unfinished fit with other settings ({changes}); run the fit with "
-                "the settings of the unfinished fit, give another directory, or pass --restart to discard it."
+                "the settings of the unfinished fit, give another directory, or discard it "
+                "(--restart, in Python resume=False)."
             )
 
     def load(self, family: str) -> tuple[dict[str, torch.Tensor], dict] | None:
@@ -94,7 +95,8 @@ class Snapshots:
                 return json.loads(handle.metadata()["facts"])
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             raise GlobeError(
-                f"The snapshot {path} is damaged ({error}); pass --restart to discard it and begin again."
+                f"The snapshot {path} is damaged ({error}); discard it (--restart, in Python resume=False) and "
+                "begin again."
             ) from error
 
     def save(self, family: str, step: int, tensors: dict[str, torch.Tensor], facts: dict) -> None:

@@ -22,7 +22,7 @@ _SETTLED = 1e-6  # of the largest code: smaller changes end the descent
 
 
 def require_entmax() -> None:
-    """Raises RequestError when the package entmax is not installed."""
+    """Require the package entmax; raise RequestError without it."""
     if find_spec("entmax") is None:
         raise RequestError(
             'Codes on the simplex need the package entmax; install it (pip install "globe-moe[fit]"), or give '

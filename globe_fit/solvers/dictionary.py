@@ -85,7 +85,7 @@ def _precondition(residual: torch.Tensor, chol: torch.Tensor, out: torch.Tensor)
 
 
 def atom_by_atom(state: BankState, passes: Passes) -> int:
-    """Bring each atom in turn to its best at the present others; return how often a ridge was raised.
+    """Minimise over one atom at a time, the others fixed; return how often a ridge was raised.
 
         (sum_i a_ij^2 G_i) dB_j = sum_i a_ij (C_i - G_i Bhat_i)
 

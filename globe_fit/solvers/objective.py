@@ -50,7 +50,7 @@ def backward_block(
 
 @contextmanager
 def _quick_products(device: torch.device) -> Iterator[None]:
-    """Inside, matrix products on a GPU may round their factors to TF32, ten bits of mantissa, and sum in fp32.
+    """Allow matrix products on a GPU to round factors to TF32 in the block: ten bits of mantissa, sums in fp32.
 
     The products are A_i Bhat_i and A_i^T times the residual. They only measure the solution, to a relative 1e-3 of the
     residual; the Gram matrices and the solve itself stay in fp32.

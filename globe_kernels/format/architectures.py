@@ -1,6 +1,6 @@
 """Name the experts of each Mixture-of-Experts architecture: on disk, in config.json, in the live model.
 
-One registry entry per architecture; nothing else in the code base names one.
+One registry entry per architecture; no other file of the product names an architecture.
 """
 
 import re

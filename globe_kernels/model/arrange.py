@@ -11,7 +11,7 @@ from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.model.bank import Arrangement, DeviceBank, GlobeBank
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.strategies.budget import AUTO, choose_residents, layer_sizes
 from globe_kernels.strategies.cached import pool_slots
@@ -105,7 +105,7 @@ def _num_experts(modules: Sequence[GlobeMoEFFN]) -> dict[int, int]:
 
 
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
-    """Hold the tensors that `arrangement` needs, and no others; a model that runs otherwise so far changes over.
+    """Hold the tensors that `arrangement` needs, and no others; replace any earlier arrangement.
 
     The tensors of the earlier arrangement go first: two pools may not fit. Where memory runs out under way the model
     holds nothing, says so when it is called, and can be arranged again.
@@ -144,13 +144,13 @@ def _hold(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangem
             rank, width = here[0].gate_adapter.shape[2], here[0].hidden_dim
             device_bank.cache = BasisCache(_num_experts(here), slots[device], rank, width, dtype, device)
         if any(strategy.takes_buffers for strategy in strategies):
-            device_bank.scratch = Scratch(here, compose_into)
+            device_bank.scratch = ScratchBuffers(here, compose_into)
         for module in here:
             module.hold(device_bank, arrangement.strategies, arrangement.top_k)
 
 
 def _hold_bases(bank: GlobeBank, devices: dict[torch.device, list[GlobeMoEFFN]], arrangement: Arrangement) -> None:
-    """Compose every basis, from copies of atoms that go again, and park the bank."""
+    """Compose every basis, free the copied atoms, and park the bank."""
     for device, here in devices.items():
         is_there = bank.gate.device == device
         # in the dtype of the bank: a basis is rounded once

@@ -9,7 +9,7 @@ from torch import nn
 from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.model.cache import BasisCache
-from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.scratch import ScratchBuffers
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,19 @@ class Arrangement:
     cache_bytes: int  # of the pools of composed bases, all devices together; 0 without a pool
     top_k: int  # K
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The earlier name of `strategies`."""
+        return self.strategies
+
 
 class GlobeBank(nn.Module):
     """The atoms of both families, (M, R, D) each, registered once at the root of a model as `globe_bank`.
 
-    Every layer composes from this bank and no layer holds a copy, so `state_dict` has each atom once.
-    A *parked* bank stays in host memory when the model moves to a device: a model that has composed every basis, or
-    whose devices hold copies of atoms, no longer needs the bank there, and saving still finds it. `device_banks` has an
-    entry for every device whose layers run from atoms.
+    Every layer composes from this bank and no layer holds a copy, so `state_dict` has each atom once. A *parked* bank
+    stays in host memory when the model moves to a device. Parked is the bank of a model that has composed every basis,
+    or whose devices hold copies of atoms: calls do not read it, and `state_dict` does. `device_banks` has an entry for
+    every device whose layers run from atoms.
     """
 
     gate: nn.Parameter
@@ -52,7 +57,8 @@ class GlobeBank(nn.Module):
     @property
     def caches(self) -> list[BasisCache]:
         """The caches of the devices, where there are any."""
-        return [one.cache for one in self.device_banks if isinstance(one, DeviceBank) and one.cache is not None]
+        banks = (bank for bank in self.device_banks if isinstance(bank, DeviceBank))
+        return [bank.cache for bank in banks if bank.cache is not None]
 
     def park(self) -> None:
         """Move the atoms to host memory and keep them there."""
@@ -74,7 +80,7 @@ class GlobeBank(nn.Module):
 
 
 class DeviceBank(nn.Module):
-    """The tensors that the layers on one device share: atoms, and where a strategy wants them a cache or buffers.
+    """The tensors that the layers on one device share: atoms, and a cache or buffers if a strategy needs them.
 
     The atoms are the whole bank, or copies of the atoms that these layers use, which `state_dict` leaves out.
     """
@@ -95,7 +101,7 @@ class DeviceBank(nn.Module):
         self._bank = (bank,)  # a tuple: a module would be registered, and saved, once more
         self._used = used
         self.cache: BasisCache | None = None
-        self.scratch: Scratch | None = None
+        self.scratch: ScratchBuffers | None = None
         for family in FAMILIES:
             copied = None
             if used is not None:

@@ -87,7 +87,7 @@ class GlobeMoEFFN(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """The device of calls. Weights that are offloaded come there when they are called; codes stay there."""
+        """The device of calls. accelerate moves offloaded weights there before a call; codes stay there."""
         return self.gate_code_index.device
 
     @property

@@ -3,9 +3,9 @@
     this stream    attention 0 | compose 0 | experts 0 | attention 1 | experts 1 | attention 2 | experts 2
     side stream                            | compose 1 ............. | compose 2 ............. |
 
-Two buffers of (E, 2R, D) take turns for as long as a forward of the model lasts. A layer hands them to the next. A
-layer that finds its bases composed takes them, whoever asked for them: a forward that stops half way, another thread or
-another stream costs a composition and never gives a wrong result.
+Two buffers of (E, 2R, D) take turns for as long as a forward of the model lasts; a layer hands them to the next. A
+layer takes the bases that any earlier call composed for it. A forward that stops half way, another thread or another
+stream wastes a composition; results stay right.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Layer(Protocol):
+class AheadLayer(Protocol):
     """A layer whose bases a call composes."""
 
     layer: int
@@ -59,10 +59,10 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Scratch:
+class ScratchBuffers:
     """The buffers of the layers of one device, which are given in the order in which they run."""
 
-    def __init__(self, layers: Sequence[Layer], compose_into: ComposeInto):
+    def __init__(self, layers: Sequence[AheadLayer], compose_into: ComposeInto):
         self._compose_into = compose_into
         self._following = {layer.layer: following for layer, following in pairwise(layers)}
         self._largest = max(layer.basis_shape for layer in layers)  # layers differ in E alone
@@ -75,7 +75,7 @@ class Scratch:
         return not torch.cuda.is_current_stream_capturing()
 
     def run(
-        self, layer: Layer, hidden_states: torch.Tensor, experts: Callable[[torch.Tensor], torch.Tensor]
+        self, layer: AheadLayer, hidden_states: torch.Tensor, experts: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Return experts(bases of `layer`); compose the next layer meanwhile, when its call will want bases too."""
         device = hidden_states.device

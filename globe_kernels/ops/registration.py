@@ -45,7 +45,8 @@ def register_op(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) 
         if torch.is_grad_enabled():
             # in lists too: autograd sees only the tensors that it is given one by one
             lists = (argument if isinstance(argument, (list, tuple)) else [argument] for argument in arguments)
-            tensors = [one for some in lists for one in some if isinstance(one, torch.Tensor) and one.requires_grad]
+            flat = (item for items in lists for item in items if isinstance(item, torch.Tensor))
+            tensors = [tensor for tensor in flat if tensor.requires_grad]
             if tensors:
                 return NoGradient.apply(keyset, arguments, *tensors)
         return below(keyset, arguments)

@@ -1,4 +1,4 @@
-"""The strategies: each is one file that says all of it. `cost` predicts their time, `budget` chooses among them."""
+"""List the strategies; one file defines one strategy. `cost` predicts their time, `budget` chooses among them."""
 
 from globe_kernels.strategies.bank_first import BankFirst
 from globe_kernels.strategies.base import Strategy

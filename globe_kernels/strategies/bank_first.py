@@ -36,6 +36,7 @@ class BankFirst(Strategy):
     """Hold the bank, and the codes as a matrix over the palette."""
 
     name = "bank_first"
+    op = "moe_ffn_bank_first"
 
     def refuses(self, config: GlobeConfig) -> str | None:
         if config.phi == "identity":

@@ -8,7 +8,7 @@ layers, P intermediate size, D hidden size, R rank, M atoms of a bank, C support
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -98,7 +98,7 @@ class Residents:
     bank: int = 0
     palette_codes: int = 0
     pool: int = 0
-    host: int = 0  # a bank that no call needs, or that devices hold copies of
+    host: int = 0  # the bank, where no call reads it or the devices have copies
 
     @property
     def parts(self) -> dict[str, int]:
@@ -111,7 +111,7 @@ class Residents:
         return sum(self.parts.values())
 
     def together(self, other: "Residents") -> "Residents":
-        """Return the bytes of a model that two strategies may run: a part that both need is held once."""
+        """Merge the bytes of two strategies that one model may run by; count a shared part once."""
         parts = {name: max(size, other.parts[name]) for name, size in self.parts.items()}
         # the bank leaves host memory when one of the two has it on the device
         return Residents(**parts, host=min(self.host, other.host))
@@ -153,7 +153,7 @@ class Storage:
     def residents(self, *, needs_bank: bool, local_index: bool = False, **parts: int) -> Residents:
         """Return down, adapters, codes, the bank where calls need it, and the given `parts`.
 
-        With `local_index` devices that hold copies of atoms also hold codes that count within these copies.
+        With `local_index` devices that hold copies of atoms also hold a second index, relative to the copies.
         """
         base, has_copies = self.config.base, self.bank_atoms is not None
         experts, code_bytes = base.total_experts, _CODE_BYTES
@@ -175,11 +175,11 @@ class Storage:
         return values * self.item_size
 
 
-class DeviceBank(Protocol):
+class DeviceTensors(Protocol):
     """The tensors that the layers on one device share: globe_kernels.model.bank.DeviceBank."""
 
     cache: Any  # globe_kernels.model.cache.BasisCache, of a strategy that takes a pool
-    scratch: Any  # globe_kernels.model.scratch.Scratch, of a strategy that takes buffers
+    scratch: Any  # globe_kernels.model.scratch.ScratchBuffers, of a strategy that takes buffers
 
     @property
     def gate(self) -> torch.Tensor: ...  # (M, R, D), or copies of some atoms
@@ -201,7 +201,7 @@ class Layer(Protocol):
     activation: str
 
     @property
-    def device_bank(self) -> DeviceBank: ...
+    def device_bank(self) -> DeviceTensors: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -226,10 +226,11 @@ class Strategy(ABC):
     """One way to run the experts of a checkpoint."""
 
     name: ClassVar[str]
+    op: ClassVar[str]  # the name by which ops.counters counts its calls; on a CPU it ends in _ref
     holds_bases: ClassVar[bool] = False  # every basis stays on the device, and calls need no atoms
     composes: ClassVar[bool] = False  # a call composes bases
     takes_pool: ClassVar[bool] = False  # a device holds a BasisCache
-    takes_buffers: ClassVar[bool] = False  # a device holds a Scratch
+    takes_buffers: ClassVar[bool] = False  # a device holds ScratchBuffers
 
     def refuses(self, config: GlobeConfig) -> str | None:
         """Return why a checkpoint cannot run by this strategy, as the start of a sentence; None when it can."""
@@ -240,7 +241,7 @@ class Strategy(ABC):
         return None
 
     def warning(self, sizes: LayerSizes, machine: Any) -> str | None:
-        """Return the sentence that a user who asks for this strategy by name must read; `machine` is a cost.Machine."""
+        """Return a warning for a user who names this strategy; `machine` is a cost.Machine."""
         return None
 
     @abstractmethod
@@ -265,9 +266,6 @@ class Strategy(ABC):
     @abstractmethod
     def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
         """Compute the result (T, D) of one layer."""
-
-
-Experts = Callable[[torch.Tensor], torch.Tensor]  # bases (E, 2R, D) -> (T, D)
 
 
 def routing_stage(sizes: LayerSizes, tokens: int, *, prefix: str = "") -> Stage:

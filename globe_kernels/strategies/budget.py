@@ -138,7 +138,7 @@ def workspace(
 ) -> int:
     """Return the bytes of the largest temporaries of one layer's call, over the strategies of `names`.
 
-    They come to the residents at the peak.
+    Bytes at the peak are the resident bytes and these.
     """
     storage = Storage(config, item_size, palettes or expected_palettes(config))
     return max(strategy.workspace(storage, tokens, top_k, on_gpu=on_gpu) for strategy in _named(names))
@@ -224,21 +224,21 @@ def choose_residents(
 
     limit = held((DENSE.name,)) if budget is None else budget
     usable = _named(strategies_of(config))
-    with_bases = tuple(one.name for one in usable if one.holds_bases and one.wastes(config) is None)
-    composing_nothing = tuple(one.name for one in usable if not one.holds_bases and not one.composes)
+    with_bases = tuple(s.name for s in usable if s.holds_bases and s.wastes(config) is None)
+    composing_nothing = tuple(s.name for s in usable if not s.holds_bases and not s.composes)
     if with_bases and held(with_bases) <= limit:
         both = with_bases + composing_nothing
         return Choice(used(both) if held(both) <= limit else with_bases, 0)
-    from_bank = [one for one in usable if not one.holds_bases]
-    names = tuple(one.name for one in from_bank if not one.takes_pool)
+    from_bank = [s for s in usable if not s.holds_bases]
+    names = tuple(s.name for s in from_bank if not s.takes_pool)
     cache = cache_beside(held(names))
     if cache:
-        names = tuple(one.name for one in from_bank)
-    choice = within_budget("the smallest way to run this checkpoint", names, cache)
+        names = tuple(s.name for s in from_bank)
+    choice = within_budget("the smallest arrangement of this checkpoint", names, cache)
     if cache_bytes is not None:
         return choice
     kept = used(*choice)
-    return Choice(kept, cache if any(one.takes_pool for one in _named(kept)) else 0)
+    return Choice(kept, cache if any(s.takes_pool for s in _named(kept)) else 0)
 
 
 def _require_known(config: GlobeConfig, strategy: str) -> None:

@@ -48,6 +48,7 @@ class Cached(Strategy):
     """Hold the bank and a pool of bases."""
 
     name = "cached"
+    op = "moe_ffn_cached"
     composes = True
     takes_pool = True
 

@@ -37,6 +37,7 @@ class Composed(Strategy):
     """Hold every basis (E, 2R, D)."""
 
     name = "composed"
+    op = "moe_ffn"
     holds_bases = True
 
     def wastes(self, config: GlobeConfig) -> str | None:

@@ -28,6 +28,7 @@ class Scratch(Strategy):
     """Hold the bank, and for the length of a call the bases of one layer."""
 
     name = "scratch"
+    op = "moe_ffn"
     composes = True
     takes_buffers = True
 

@@ -240,7 +240,7 @@ def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tm
     assert figures["peak_bytes"] == sum(parts) > figures["bytes"]["globe_on_disk"] / 2
     assert figures["seconds"] > 0 and figures["rank"] > 0
     refused = globe("fit", model_dir, "-o", tmp_path / "out", "--memory-limit", "0.0001", *QUICK)
-    assert_refused(refused, 2, "GiB at its peak and the memory limit is 0.0001 GiB; give a smaller ratio")
+    assert_refused(refused, 2, "MiB at its peak and the memory limit is 0.10 MiB; give a smaller ratio")
 
 
 def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):

@@ -89,8 +89,10 @@ def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monk
     [
         ({"config": replace(CONFIG, ratio=0.01)}, "ratio 0.01 cannot be reached on model"),
         ({"calibrate": "none.txt"}, "none.txt is not a file; give a text file to calibrate on"),
-        ({"memory_limit": "100kB"}, "GiB at its peak and the memory limit is 9.31323e-05 GiB; give a smaller ratio"),
-        ({"memory_limit": 1e5}, "GiB at its peak and the memory limit is 9.31323e-05 GiB; give a smaller ratio"),
+        ({"memory_limit": "100kB"}, "MiB at its peak and the memory limit is 0.10 MiB; give a smaller ratio"),
+        ({"memory_limit": float("nan")}, "memory_limit is nan; give bytes, or a text such as"),
+        ({"memory_limit": -5.0}, "memory_limit is -5.0; give bytes"),
+        ({"memory_limit": 1e5}, "MiB at its peak and the memory limit is 0.10 MiB; give a smaller ratio"),
         ({"memory_limit": "lots"}, "'lots' is no size in bytes"),
         (
             {"calibrate": SELF, "config": replace(CONFIG, solver="alternating")},

@@ -173,7 +173,7 @@ def not_a_moe(tmp_path: Path) -> Path:
         (
             QWEN,
             ("--memory-budget", "1GiB"),
-            "The memory budget is 1.00 GiB and the smallest way to run this checkpoint",
+            "The memory budget is 1.00 GiB and the smallest arrangement of this checkpoint",
         ),
         (QWEN, ("--memory-budget", "much"), "'much' is no size in bytes; give a number with a unit, such as 20GiB"),
         (QWEN, ("--cache-bytes", "1kB"), "The cache is given 1000 bytes and one basis of this checkpoint takes"),

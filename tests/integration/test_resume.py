@@ -131,7 +131,7 @@ def test_a_damaged_snapshot_is_named(save_tiny, tmp_path):
     unfinished(source, tmp_path)
     path = tmp_path / ".snapshot" / "gate-1-0.safetensors"
     path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(GlobeError, match=r"gate-1-0.safetensors is damaged .* pass --restart"):
+    with pytest.raises(GlobeError, match=r"gate-1-0.safetensors is damaged .* discard it \(--restart"):
         open_snapshots(tmp_path, source, TINY_FIT)
 
 

@@ -15,7 +15,7 @@ from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, RequestError
 from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.model import arrange, scratch
-from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.strategies import STRATEGIES, bank_first, composed
@@ -36,7 +36,7 @@ RUNS = {
     "cached, a quarter": ("cached", 0.25),
     "cached, a slot per active expert": ("cached", None),
 }
-OPS = {"composed": "moe_ffn", "scratch": "moe_ffn", "bank_first": "moe_ffn_bank_first", "cached": "moe_ffn_cached"}
+OPS = {name: strategy.op for name, strategy in STRATEGIES.items()}
 
 
 def options(run: str, path) -> dict:
@@ -165,7 +165,7 @@ class Stream:
 
 def test_a_layer_is_composed_ahead(fit_tiny, reconstructions, monkeypatch):
     """As on a GPU, in the order of the host: a forward composes the first layer when it is called, others before."""
-    monkeypatch.setattr(Scratch, "can_run", lambda *_: True)
+    monkeypatch.setattr(ScratchBuffers, "can_run", lambda *_: True)
     monkeypatch.setattr(scratch, "_side_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -287,7 +287,7 @@ def test_a_warm_cache_misses_less(fit_tiny):
 def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, tmp_path):
     path, _ = fit_tiny()
     model = patched(path)
-    with pytest.raises(RequestError, match="memory budget is 0.10 MiB and the smallest way to run this checkpoint"):
+    with pytest.raises(RequestError, match="memory budget is 0.10 MiB and the smallest arrangement of this checkpoint"):
         globe_kernels.patch(tiny_model("qwen3_moe"), path, memory_budget="100kB")
     with pytest.raises(RequestError, match="'plenty' is no size in bytes"):
         globe_kernels.set_strategy(model, "cached", cache_bytes="plenty")

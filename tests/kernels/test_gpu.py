@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from globe_kernels.functional import moe_ffn, moe_ffn_bank_first, moe_ffn_cached
 from globe_kernels.model.cache import BasisCache
-from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.ops.cache_lookup import cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.compose_basis import compose_basis_ref, launch_compose_basis
 from globe_kernels.ops.compose_layer import compose_bases_into, compose_family, layer_code
@@ -421,7 +421,7 @@ def test_composing_a_layer_ahead_changes_nothing():
     torch.manual_seed(0)
     banks = (draw(24, 256, 1024), draw(24, 256, 1024))
     layers = [ScratchLayer(number, experts, banks) for number, experts in enumerate((64, 48, 64, 64, 16, 64))]
-    ahead, (_, index, scale) = Scratch(layers, ScratchLayer.compose_into), routed("Qwen3-30B-A3B", 2048)
+    ahead, (_, index, scale) = ScratchBuffers(layers, ScratchLayer.compose_into), routed("Qwen3-30B-A3B", 2048)
 
     def forward(run, hidden: torch.Tensor) -> torch.Tensor:
         for layer in layers:
@@ -451,7 +451,7 @@ def test_composing_a_layer_ahead_changes_nothing():
 
 def test_a_captured_step_composes_on_its_own_stream():
     banks = (draw(24, 256, 1024), draw(24, 256, 1024))
-    ahead = Scratch([ScratchLayer(0, 16, banks)], ScratchLayer.compose_into)
+    ahead = ScratchBuffers([ScratchLayer(0, 16, banks)], ScratchLayer.compose_into)
     graph, seen = torch.cuda.CUDAGraph(), []
     x = torch.zeros(4, 1024, device="cuda")
     with torch.cuda.graph(graph):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from globe_kernels.model import scratch
-from globe_kernels.model.scratch import Scratch
+from globe_kernels.model.scratch import ScratchBuffers
 
 
 @dataclass
@@ -112,11 +112,11 @@ class Layer:
         return run
 
 
-def buffers(layers: list[Layer]) -> Scratch:
-    return Scratch(layers, lambda layer, out: layer.compose_into(out))
+def buffers(layers: list[Layer]) -> ScratchBuffers:
+    return ScratchBuffers(layers, lambda layer, out: layer.compose_into(out))
 
 
-def forward(ahead: Scratch, layers: list[Layer], read: list[tuple[int, float]]) -> None:
+def forward(ahead: ScratchBuffers, layers: list[Layer], read: list[tuple[int, float]]) -> None:
     for layer in layers:
         layer.gpu.current.launch(lambda: None)  # attention
         ahead.run(layer, torch.zeros(3, 1), layer.experts(read))

@@ -194,7 +194,7 @@ def test_without_identity_something_is_composed():
     assert usual.strategies == ("cached", "scratch")
     assert 0.4 * (dense - least) < usual.cache_bytes <= (dense - least) / 2
     assert choose(tanh, least) == Choice(("scratch",), 0)
-    with pytest.raises(RequestError, match="smallest way to run this checkpoint holds"):
+    with pytest.raises(RequestError, match="smallest arrangement of this checkpoint holds"):
         choose(tanh, least - 1)
     with pytest.raises(RequestError, match="bank_first needs phi identity and this checkpoint has phi tanh; use comp"):
         choose(tanh, strategy="bank_first")
