@@ -142,7 +142,7 @@ class Sweep:
         if changes:
             raise RequestError(
                 f"{directory} holds a finished fit with other settings ({changes}); run the sweep with the settings "
-                "of that fit, give another directory, or pass --restart to discard it."
+                "of that fit, give another directory, or discard it (--restart)."
             )
         return True
 

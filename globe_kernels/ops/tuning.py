@@ -292,7 +292,7 @@ def _untuned(device_name: str, op: str, sizes: dict[str, int], used: str) -> str
     return (
         f"GloBE has no configurations of {op} with {format_sizes(sizes)} tuned on {device_name} with Triton "
         f"{triton.__version__}; {used}. Results are the same, speed may not be; benchmarks/tune.py measures and writes "
-        "them. Other calls on this card may lack theirs as well: this is said once."
+        "them. Other calls on this card may lack a tuned configuration as well; this warning comes once per process."
     )
 
 

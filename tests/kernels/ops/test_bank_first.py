@@ -62,7 +62,7 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 def code_of(atoms: int, seed: int = 0) -> LayerCode:
-    """Codes that use `atoms` atoms of the bank, each at least once: of a palette of theirs, not the first ones."""
+    """Codes that use `atoms` atoms of the bank, each at least once; a palette holds these atoms, not the first."""
     support = max(SUPPORT, -(-atoms // E))
     generator = torch.Generator().manual_seed(seed)
     palette = torch.randperm(BANK, generator=generator)[:atoms]
