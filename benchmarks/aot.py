@@ -224,16 +224,19 @@ def cases(architecture: str) -> Iterator[Case]:
     yield from _tuned_cases(architecture)
     for phi in ("identity", "silu", "tanh"):
         constexprs = {"PHI": phi, "BLOCK": compose_basis._BLOCK}
-        yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": 8})
+        yield Case(compose_basis._compose_basis_kernel, phi, constexprs, {"num_warps": compose_basis._WARPS})
         for experts in (8, 128, 512):
             constexprs = {"PHI": phi, "BLOCK": compose_slots._BLOCK, "W_PAD": experts}
-            yield Case(compose_slots._compose_slots_kernel, f"{phi}, {experts} experts", constexprs, {"num_warps": 8})
-    in_fp32: dict[str, Any] = {"options": {"num_warps": 8}, "values": "*fp32"}
+            options = {"num_warps": compose_slots._WARPS}
+            yield Case(compose_slots._compose_slots_kernel, f"{phi}, {experts} experts", constexprs, options)
     constexprs = {"PHI": "identity", "BLOCK": compose_basis._BLOCK}
-    yield Case(compose_basis._compose_basis_kernel, "identity, fp32", constexprs, **in_fp32)
+    options = {"num_warps": compose_basis._WARPS}
+    yield Case(compose_basis._compose_basis_kernel, "identity, fp32", constexprs, options, values="*fp32")
     for label, bank in (("bank and codes", {}), ("codes", {"bank_gradient_ptr": None})):
-        yield Case(mixture._mixture_backward_kernel, label, {"BLOCK": mixture._BLOCK, **bank}, **in_fp32)
-    yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": 4})
+        options = {"num_warps": mixture._WARPS}
+        constexprs = {"BLOCK": mixture._BLOCK, **bank}
+        yield Case(mixture._mixture_backward_kernel, label, constexprs, options, values="*fp32")
+    yield Case(down._sum_choices_kernel, "", {"BLOCK": down._SUM_BLOCK}, {"num_warps": down._SUM_WARPS})
     for experts in (8, 128, 256, 512):
         padded = {"E_PAD": experts, "BLOCK": routing._BLOCK}
         tiles = {"BLOCK_M": 16, "TILE_BLOCK": routing._TILE_BLOCK}
@@ -244,9 +247,10 @@ def cases(architecture: str) -> Iterator[Case]:
         yield Case(routing._tiles_kernel, label, {"E_PAD": experts, **tiles}, wide)
         for slots in (16, 256, 8192):
             constexprs = {"E_PAD": experts, "BLOCK": min(slots, cache_lookup._BLOCK)}
-            yield Case(cache_lookup._cache_lookup_kernel, f"{label}, {slots} slots", constexprs, {"num_warps": 8})
+            options = {"num_warps": cache_lookup._WARPS}
+            yield Case(cache_lookup._cache_lookup_kernel, f"{label}, {slots} slots", constexprs, options)
     yield Case(routing._scatter_kernel, "", {"BLOCK": routing._BLOCK}, {"num_warps": 4})
-    yield Case(routing._places_kernel, "", {"BLOCK": 1024}, {"num_warps": 4})
+    yield Case(routing._places_kernel, "", {"BLOCK": routing._PLACES_BLOCK}, {"num_warps": 4})
 
 
 def compile_case(case: Case, architecture: str) -> Row:

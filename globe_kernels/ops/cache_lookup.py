@@ -21,6 +21,7 @@ import torch
 from globe_kernels.ops.triton_import import tl, triton
 
 _BLOCK = 512  # slots that the hand passes at once: more than a step misses, once the marks are spread
+_WARPS = 8
 
 
 class CacheMaps(NamedTuple):
@@ -157,7 +158,7 @@ def launch_cache_lookup(starts: torch.Tensor, first_expert: int, pass_number: in
         worklist,
         E_PAD=max(16, triton.next_power_of_2(num_experts)),
         BLOCK=max(16, min(_BLOCK, triton.next_power_of_2(num_slots))),
-        num_warps=8,
+        num_warps=_WARPS,
     )
     return lookup
 

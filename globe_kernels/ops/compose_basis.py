@@ -19,7 +19,8 @@ PHI_FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "tanh": torch.tanh,
 }
 _BLOCK = 2048
-# Of each atom at a time, where the reference runs: in the cache of a CPU, and in the memory of a GPU, in few launches.
+_WARPS = 8
+# Values of an atom that the reference mixes at a time: few fit the cache of a CPU, many mean few launches on a GPU.
 _CPU_VALUES, _GPU_VALUES = 2**14, 2**20
 
 
@@ -88,7 +89,7 @@ def launch_compose_basis(
     out = torch.empty(num_experts, *bank.shape[1:], dtype=out_dtype, device=bank.device)
     num_values = bank.shape[1] * bank.shape[2]
     _compose_basis_kernel[(num_experts, triton.cdiv(num_values, _BLOCK))](
-        code_index, code_value, bank, out, num_values, support, PHI=phi, BLOCK=_BLOCK, num_warps=8
+        code_index, code_value, bank, out, num_values, support, PHI=phi, BLOCK=_BLOCK, num_warps=_WARPS
     )
     return out
 

@@ -16,6 +16,7 @@ from globe_kernels.ops.registration import register_op
 from globe_kernels.ops.triton_import import tl, triton, use_triton
 
 _BLOCK = 2048
+_WARPS = 8
 # About as many programs as the largest cards run at once; the length of the worklist is known on the device alone, and
 # one launch for its longest would be thousands of programs that find nothing to do.
 _PROGRAMS = 1024
@@ -90,7 +91,7 @@ def launch_compose_slots(
         PHI=phi,
         BLOCK=_BLOCK,
         W_PAD=max(16, triton.next_power_of_2(worklist)),
-        num_warps=8,
+        num_warps=_WARPS,
     )
 
 

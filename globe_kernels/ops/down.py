@@ -23,6 +23,7 @@ from globe_kernels.ops.triton_import import tl, triton
 from globe_kernels.ops.tuning import GemmConfig
 
 _SUM_BLOCK = 1024
+_SUM_WARPS = 4
 
 
 class Down(NamedTuple):
@@ -139,7 +140,7 @@ def launch_down(
         return rows.to(y.dtype)
     out = y.new_empty(num_tokens, columns)
     _sum_choices_kernel[(num_tokens, triton.cdiv(columns, _SUM_BLOCK))](
-        rows, top_k_index, out, columns, num_experts, plan.top_k, BLOCK=_SUM_BLOCK, num_warps=4
+        rows, top_k_index, out, columns, num_experts, plan.top_k, BLOCK=_SUM_BLOCK, num_warps=_SUM_WARPS
     )
     return out
 

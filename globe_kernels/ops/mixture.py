@@ -24,6 +24,7 @@ from globe_kernels.ops.triton_import import on_its_device, tl, triton, use_trito
 Backward = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _BLOCK = 2048
+_WARPS = 8
 
 
 @triton.jit(do_not_specialize=["num_entries", "entries_each"])
@@ -98,7 +99,7 @@ def launch_mixture_backward(
         index.numel(),
         index.shape[1],
         BLOCK=_BLOCK,
-        num_warps=8,
+        num_warps=_WARPS,
     )
     return sums.sum(0).view_as(value)
 

@@ -18,6 +18,7 @@ from globe_kernels.ops.triton_import import tl, triton
 
 _BLOCK = 128  # rows that one program ranks by comparing all pairs
 _TILE_BLOCK = 64
+_PLACES_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,7 @@ def launch_routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: in
         TILE_BLOCK=_TILE_BLOCK,
         num_warps=warps(e_pad),
     )
-    _places_kernel[(num_experts,)](places, plan.starts, blocks, num_experts, BLOCK=1024)
+    _places_kernel[(num_experts,)](places, plan.starts, blocks, num_experts, BLOCK=_PLACES_BLOCK)
     _scatter_kernel[(blocks,)](top_k_index, places, plan.order, num_rows, num_experts, BLOCK=_BLOCK)
     return plan
 

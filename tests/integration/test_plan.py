@@ -7,8 +7,9 @@ import pytest
 
 from globe_fit.plan.serving import TOKENS, read_model
 from globe_kernels import GlobeCheckpoint
+from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies import cost as strategy
-from globe_kernels.strategies.budget import palettes_of, resident
+from globe_kernels.strategies.budget import AUTO, palettes_of, resident
 from tests.integration.conftest import assert_refused
 from tests.kernels.cases import H100
 
@@ -52,7 +53,7 @@ def test_every_model_is_planned_from_its_numbers(globe, name, layers, experts, b
     assert (found["model"], found["layers"], found["kv_bytes_per_token"]) == (name, len(layers), kv_bytes)
     (point,) = found["points"]
     strategies = point["strategies"]
-    assert list(strategies) == ["dense", "composed", "bank_first", "cached", "scratch", "auto"]
+    assert list(strategies) == [DENSE.name, *STRATEGIES, AUTO]
     assert all(set(one["tokens_per_s"]) == {str(tokens) for tokens in TOKENS} for one in strategies.values())
     assert strategies["auto"]["resident"] <= strategies["dense"]["resident"] == point["budget"]
     assert (point["cards"] - 1) * 80e9 < found["outside_bytes"] + strategies["dense"]["peak"] <= point["cards"] * 80e9
