@@ -105,6 +105,10 @@ class GlobeMoEFFN(nn.Module):
         self.register_buffer(name, tensor, persistent=False)
         self._kept[name] = keeps_dtype
 
+    def keeps(self, name: str) -> bool:
+        """Return whether `keep` was given a tensor of this name."""
+        return name in self._kept
+
     def kept(self, name: str) -> torch.Tensor:
         """Return a tensor that `keep` was given."""
         return getattr(self, name)

@@ -27,7 +27,7 @@ from globe_kernels.strategies.base import (
 )
 from globe_kernels.strategies.cost import Machine, predict
 from globe_kernels.strategies.dense import Dense
-from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_code, palette_code_bytes
+from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_codes, palette_code_bytes
 
 _SLOW = 1.5  # times the dense experts: a warning
 
@@ -80,6 +80,6 @@ class BankFirst(Strategy):
         hold_palette_codes(layer)
 
     def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
-        bank, gate, up = layer.device_bank, kept_palette_code(layer, "gate"), kept_palette_code(layer, "up")
+        bank, (gate, up) = layer.device_bank, kept_palette_codes(layer)
         weights = BankFirstWeights(bank.gate, bank.up, *gate, *up, layer.from_rank)
         return moe_ffn_bank_first(*routed, weights, layer.activation)

@@ -217,6 +217,10 @@ class Layer(Protocol):
         """Hold a tensor that a strategy made; it follows the layer to a device, and `state_dict` leaves it out."""
         ...
 
+    def keeps(self, name: str) -> bool:
+        """Return whether `keep` was given a tensor of this name."""
+        ...
+
     def kept(self, name: str) -> torch.Tensor:
         """Return a tensor that `keep` was given."""
         ...

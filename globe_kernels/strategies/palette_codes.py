@@ -34,12 +34,15 @@ def make_palette_code(layer: Layer, family: str) -> LayerCode:
 
 
 def hold_palette_codes(layer: Layer) -> None:
-    """Keep the matrices of both families on `layer`."""
+    """Keep the matrices of both families on `layer`, once for all strategies that read them."""
+    if layer.keeps("gate_palette"):
+        return
     for family in FAMILIES:
         for part, tensor in make_palette_code(layer, family)._asdict().items():
             layer.keep(f"{family}_{part}", tensor, keeps_dtype=True)
 
 
-def kept_palette_code(layer: Layer, family: str) -> LayerCode:
-    """Return a matrix that `hold_palette_codes` keeps."""
-    return LayerCode(*(layer.kept(f"{family}_{part}") for part in LayerCode._fields))
+def kept_palette_codes(layer: Layer) -> tuple[LayerCode, LayerCode]:
+    """Return the matrices of gate and up that `hold_palette_codes` keeps."""
+    gate, up = (LayerCode(*(layer.kept(f"{family}_{part}") for part in LayerCode._fields)) for family in FAMILIES)
+    return gate, up

@@ -7,7 +7,6 @@ Suits long prefills. On a GPU the next layer is composed meanwhile on a side str
 
 import torch
 
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.ops.compose_layer import compose_bases_into
 from globe_kernels.strategies.base import (
     Layer,
@@ -21,7 +20,7 @@ from globe_kernels.strategies.base import (
     routing_stage,
 )
 from globe_kernels.strategies.composed import compose, run_from_bases, stages_after_composing
-from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_code, palette_code_bytes
+from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_codes, palette_code_bytes
 
 
 class Scratch(Strategy):
@@ -58,11 +57,10 @@ class Scratch(Strategy):
         buffers = layer.device_bank.scratch
         if buffers.can_run(routed.hidden_states):
             return buffers.run(layer, routed.hidden_states, experts)
-        gate, up = (kept_palette_code(layer, family) for family in FAMILIES)
-        return experts(compose(layer, gate, up))
+        return experts(compose(layer, *kept_palette_codes(layer)))
 
 
 def compose_into(layer: Layer, out: torch.Tensor) -> None:
     """Compose the bases of `layer` into `out` (E, 2R, D), on the stream of the caller."""
-    bank, codes = layer.device_bank, (kept_palette_code(layer, "gate"), kept_palette_code(layer, "up"))
-    compose_bases_into(out, codes, (bank.gate, bank.up), layer.phi)
+    bank = layer.device_bank
+    compose_bases_into(out, kept_palette_codes(layer), (bank.gate, bank.up), layer.phi)

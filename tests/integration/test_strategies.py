@@ -13,12 +13,12 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, RequestError
-from globe_kernels.format.architectures import ARCHITECTURES
+from globe_kernels.format.architectures import ARCHITECTURES, FAMILIES
 from globe_kernels.model import arrange, scratch
 from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
-from globe_kernels.strategies import STRATEGIES, bank_first, composed
+from globe_kernels.strategies import STRATEGIES, bank_first, composed, palette_codes
 from globe_kernels.strategies.budget import palettes_of, resident
 from globe_kernels.strategies.cached import pool_bytes
 from globe_kernels.testing import relative_errors, tiny_model
@@ -200,6 +200,20 @@ def test_a_strategy_can_be_changed_at_any_time(fit_tiny, reconstructions):
         # on a CPU the bank that is parked in host memory is on the device of the model; it was cast to fp32 once
         parked = sum(atoms.nbytes for atoms in model.globe_bank.parameters()) if run == "composed" else 0
         assert globe_kernels.model.patching.resident_bytes(model) == planned.total + parked
+
+
+def test_strategies_that_share_palette_codes_build_them_once(fit_tiny, monkeypatch):
+    built = []
+    make = palette_codes.make_palette_code
+    monkeypatch.setattr(
+        palette_codes,
+        "make_palette_code",
+        lambda layer, family: built.append((layer.layer, family)) or make(layer, family),
+    )
+    model = tiny_model("qwen3_moe")
+    report = globe_kernels.patch(model, fit_tiny()[0], cache_bytes="1MB")
+    assert {"bank_first", "scratch"} <= set(report.strategies)
+    assert sorted(built) == sorted((m.layer, family) for m in globe_modules(model).values() for family in FAMILIES)
 
 
 def test_auto_takes_the_strategy_that_explain_names(fit_tiny):
