@@ -137,7 +137,7 @@ def test_a_checkpoint_is_planned_with_its_own_palettes(globe, fit_tiny, save_tin
 
 
 def test_a_budget_bounds_what_auto_and_cached_hold(globe):
-    options = ("--palette", "32", "--memory-budget", "60GiB", "--cache-bytes", "4GiB")
+    options = ("--palette", "32", "--memory-budget", "60GB", "--cache-bytes", "4GB")
     (point,) = planned(globe, QWEN, *options)["points"]
     strategies = point["strategies"]
     assert "cached" in {path for _, path in strategies["cached"]["switch_points"]}
@@ -173,10 +173,10 @@ def not_a_moe(tmp_path: Path) -> Path:
         (QWEN, ("--on", "tpu"), "machine 'tpu' is not known; expected one of h100, h200, "),
         (
             QWEN,
-            ("--memory-budget", "1GiB"),
-            "The memory budget is 1.00 GiB and the smallest arrangement of this checkpoint",
+            ("--memory-budget", "1GB"),
+            "The memory budget is 1.00 GB and the smallest arrangement of this checkpoint",
         ),
-        (QWEN, ("--memory-budget", "much"), "'much' is no size in bytes; give a number with a unit, such as 20GiB"),
+        (QWEN, ("--memory-budget", "much"), "'much' is no size; give a number with a unit, such as 20GB"),
         (QWEN, ("--cache-bytes", "1kB"), "The cache is given 1000 bytes and one basis of this checkpoint takes"),
         (
             QWEN,
