@@ -57,7 +57,7 @@ def _say_left_dense(base: BaseModel) -> None:
         say(left_dense_note((base.intermediate_size, base.hidden_size), base.left_dense))
 
 
-def plan(
+def _plan(
     model: Path,
     base: Path | None,
     machine: str,
@@ -79,7 +79,7 @@ def plan(
     _show(figures, as_json, print_plan)
 
 
-def fit(
+def _fit(
     model_dir: Path,
     out: Path,
     config: Path | None,
@@ -126,7 +126,7 @@ def fit(
         raise GlobeError(f"{result.status.advice} The checkpoint is in {out}.")
 
 
-def sweep(
+def _sweep(
     model_dir: Path,
     out: Path,
     steps: int | None,
@@ -171,7 +171,7 @@ def sweep(
         )
 
 
-def export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
+def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
@@ -185,7 +185,7 @@ def export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | Non
     _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
 
 
-def eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
+def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
     target = resolve_device(device or "auto")
     is_checkpoint = (model / CONFIG_NAME).is_file()
     if is_checkpoint and base is None:
@@ -209,22 +209,31 @@ def eval(model: Path, text: Path, base: Path | None, device: str | None, as_json
     _show(figures | {"tokens": windows.numel()}, as_json, lambda _: print_quality(title, figures))
 
 
-def inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:
+def _inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:
     _show(inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify)), as_json, print_inspection)
 
 
-def report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:
+def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:
     figures = write_report(globe_dir, out, base=base, png=png)
     _show(figures, as_json, lambda written: print("\n".join([written["html"], *written["png"]])))
 
 
-def demo(out: Path | None, as_json: bool) -> None:
+def _demo(out: Path | None, as_json: bool) -> None:
     with progress(as_json) as shown:
         figures = run_demo(out, shown)
     _show(figures, as_json, print_demo)
 
 
-_COMMANDS = {command.__name__: command for command in (plan, fit, sweep, export, eval, inspect, report, demo)}
+_COMMANDS = {
+    "plan": _plan,
+    "fit": _fit,
+    "sweep": _sweep,
+    "export": _export,
+    "eval": _eval,
+    "inspect": _inspect,
+    "report": _report,
+    "demo": _demo,
+}
 
 
 def run(command: str, options: dict[str, Any]) -> None:

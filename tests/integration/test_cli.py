@@ -258,7 +258,7 @@ def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
     code, out, _ = globe(*options, "--calibrate", text)
     assert code == 0 and "metric 1.77 MB" in out and "before the fit the model runs over the text in at most" in out
     refused = globe(*options, "--calibrate", text, "--memory-limit", "11MB")
-    assert_refused(refused, 2, "over a text layer by layer needs be used")
+    assert_refused(refused, 2, "over a text layer by layer needs 16.7 MB and 11.0 MB may be used")
 
 
 def test_a_model_may_write_the_text_it_is_calibrated_on(globe, tmp_path):

@@ -83,5 +83,5 @@ def test_from_disk_a_text_says_the_same(source, text, tmp_path):
 
 def test_a_disk_that_is_full_is_refused_before(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_free", lambda target: 1000)
-    with pytest.raises(GlobeError, match="needs 8847360 bytes and 1000 are free"):
+    with pytest.raises(GlobeError, match="needs 8.85 MB and 1.00 kB are free"):
         calibrate(source, text, memory_limit=LIMIT)
