@@ -18,7 +18,9 @@ def main() -> None:
 
         distributed.say(message)  # of several ranks one speaks
     elif message:
-        print(f"globe: {message}", file=sys.stderr)
+        from globe_fit.run import display
+
+        display.say(message)
     sys.exit(code)
 
 

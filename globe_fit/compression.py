@@ -11,12 +11,12 @@ from globe_fit.export import save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.result import FitResult
+from globe_fit.run.display import say, show_progress
 from globe_fit.run.loggers import MetricStream, WandbRun
-from globe_fit.run.progress import SILENT, Progress
+from globe_fit.run.progress import SILENT, FitStages, Progress
 from globe_fit.run.snapshots import discard_snapshots
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError
-from globe_kernels.format.names import FAMILIES
 
 
 def compress(
@@ -30,7 +30,7 @@ def compress(
     on_step: OnStep | None = None,
     snapshot_minutes: float = SNAPSHOT_MINUTES,
     wandb_project: str | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | bool = False,
 ) -> FitResult:
     """Fit a GloBE checkpoint to the experts of a Hugging Face MoE model and write it to the directory `out`.
 
@@ -48,12 +48,14 @@ def compress(
                       the records of the steps before its snapshot
     snapshot_minutes  time between two snapshots
     wandb_project     send the records to a new run of this Weights & Biases project
-    progress          gets the stages of the work, and sentences for the person who waits
+    progress          True: show a bar on a terminal and in a notebook, lines elsewhere; an object of
+                      globe_fit.run.progress gets the stages of the work and the sentences for the person who waits
 
     Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
     little memory, a text that is missing or too short, an unfinished fit with other settings in `out`. Raises
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
-    its support is fixed. Raises KeyboardInterrupt after Ctrl-C; the snapshot is complete then.
+    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, which says where the same
+    call goes on; the snapshot is complete then.
     """
     if not isinstance(config, FitConfig):
         raise RequestError(
@@ -63,41 +65,39 @@ def compress(
         require_text(calibrate)
     plan = plan_fit(model_dir, out, config, calibrate=calibrate, memory_limit=memory_limit)
     source, config, ranks = plan.source, plan.config, plan.ranks
-    if not ranks.leads:
-        progress = SILENT
+    is_shown = progress is True and ranks.leads
+    shown = progress if isinstance(progress, Progress) and ranks.leads else Progress(say=say) if is_shown else SILENT
     if source.base.left_dense:
-        progress.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
+        shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
     if not resume:
         discard_snapshots(out)
         ranks.every(0)  # before a rank writes there
     calibrated_on = None if calibrate is None else identity(calibrate)
     snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
-    steps = config.steps + 1
 
-    def advance(record: dict) -> None:
-        progress.advance(record["step"] + 1 + steps * FAMILIES.index(record["family"]))
-
-    with ExitStack() as stack:
-        stream = None
+    with snapshots.explaining_interrupts(resume), ExitStack() as stack:
+        if is_shown:
+            shown = stack.enter_context(show_progress())
+        stages, stream = FitStages(shown, snapshots.reached(), config.steps), None
         if ranks.leads:
-            listeners = [advance] if on_step is None else [advance, on_step]
+            listeners = [stages.advance] if on_step is None else [stages.advance, on_step]
             if wandb_project is not None:
                 facts = plan.sizes.to_dict() | {"fit": asdict(config)}
                 listeners.append(stack.enter_context(WandbRun(wandb_project, facts)).log)
             stream = stack.enter_context(MetricStream(snapshots, listeners))
         calibration = None
         if calibrate is not None:
-            progress.begin("inputs", 1)
+            shown.begin("inputs", 1)
             calibration = run_calibration(
                 source,
                 calibrate,
                 config.device,
                 memory_limit=plan.memory_limit,
                 snapshots=snapshots,
-                on_batch=lambda done, total: progress.advance(done / total),
-                say=progress.say,
+                on_batch=lambda done, total: shown.advance(done / total),
+                say=shown.say,
             )
-        progress.begin("fit", steps * len(FAMILIES))
+        stages.begin()
         result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
     if ranks.leads:
         save_fit(result, source, out)

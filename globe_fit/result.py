@@ -1,11 +1,14 @@
 """Hold the result of a fit: factors in the dtype in which they are stored and run."""
 
 from dataclasses import dataclass
+from html import escape
 
 import torch
 
 from globe_kernels.format.checkpoint import Code, GlobeConfig, LayerFactors
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.table import Table, bytes_table
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,13 @@ class FitStatus:
     advice: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FitResult:
     """The result of `globe_fit.fit`, of one type whatever the options.
 
     `report` has the errors per layer and family beside the baselines, `history` a record per logged step. Of several
     ranks only the first has the banks and the adapters. `globe_fit.export.save_fit` writes the result to disk.
+    Prints as the errors and the bytes, and shows as HTML in a notebook.
     """
 
     config: GlobeConfig
@@ -53,3 +57,33 @@ class FitResult:
     status: FitStatus
     history: list[dict]
     report: dict
+
+    def _tables(self) -> list[Table]:
+        dense, globe = self.config.base.dense_bytes, self.config.tensor_bytes
+        sizes = {"gate and up on disk": (dense, globe)}
+        if base := self.report.get("base"):
+            sizes["whole model on disk"] = (base["bytes"], base["rest_bytes"] + globe)
+        return [error_table(self.report["families"], self.config.rank), bytes_table("Bytes", sizes)]
+
+    def __repr__(self) -> str:
+        return "\n\n".join([*map(str, self._tables()), self.status.advice])
+
+    def _repr_html_(self) -> str:
+        tables = "".join(table._repr_html_() for table in self._tables())
+        return f"{tables}<p>{escape(self.status.advice)}</p>"
+
+
+def error_table(families: dict, rank: int) -> Table:
+    """Lay out the errors of the families of a fit report beside the baselines."""
+    errors = {
+        "GloBE": "relative_error",
+        f"SVD, equal bytes (rank {families[FAMILIES[0]]['svd_equal_bytes_rank']})": "svd_equal_bytes",
+        f"lower bound of rank {rank}": "rank_bound",
+        "GloBE, in the metric of the text": "calibrated_error",
+    }
+    rows = [
+        [label, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
+        for label, key in errors.items()
+        if families[FAMILIES[0]][key] is not None
+    ]
+    return Table("Relative squared error", ["", *FAMILIES], rows)

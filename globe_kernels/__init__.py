@@ -9,13 +9,14 @@ from globe_kernels.version import __version__
 
 if TYPE_CHECKING:
     from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
-    from globe_kernels.model.control import cache_stats, explain, set_strategy, warm_cache
+    from globe_kernels.model.control import Explanation, cache_stats, explain, set_strategy, warm_cache
     from globe_kernels.model.experts import GlobeMoEFFN
     from globe_kernels.model.patching import PatchReport, patch, unpatch
     from globe_kernels.ops.counters import call_counts
 
 __all__ = [
     "BaseModel",
+    "Explanation",
     "GlobeCheckpoint",
     "GlobeConfig",
     "GlobeError",
@@ -36,6 +37,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "BaseModel": "format.checkpoint",
+        "Explanation": "model.control",
         "GlobeCheckpoint": "format.checkpoint",
         "GlobeConfig": "format.checkpoint",
         "GlobeMoEFFN": "model.experts",

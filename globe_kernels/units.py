@@ -4,6 +4,7 @@ One system of units: 1 kB is 1000 bytes, 1 GB is 1e9 bytes. Binary units (GiB) a
 """
 
 import re
+from collections.abc import Sequence
 
 from globe_kernels.errors import RequestError
 
@@ -37,6 +38,13 @@ def format_bytes(size: float) -> str:
     while size / 1000**power >= 999.5 and power < len(_PREFIXES):
         power += 1
     return f"{_three_digits(size / 1000**power)} {_PREFIXES[power - 1]}B"
+
+
+def in_one_unit(sizes: Sequence[float]) -> tuple[str, list[str]]:
+    """Write bytes in the unit of the largest size: (unit, numbers)."""
+    largest, unit = format_bytes(max(sizes)).split()
+    digits, factor = len(largest.partition(".")[2]), _FACTORS[unit.lower()]
+    return unit, [f"{size / factor:,.{digits}f}" if size else "0" for size in sizes]
 
 
 def _three_digits(value: float) -> str:

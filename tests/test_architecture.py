@@ -21,6 +21,7 @@ ROOMS = {
     "globe_kernels": [
         ("errors", "lazy", "version"),
         ("units",),
+        ("table",),
         ("format",),
         ("ops",),
         ("functional",),

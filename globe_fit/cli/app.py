@@ -210,6 +210,7 @@ def eval(
 def inspect(
     globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint.")],
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show every layer, not the spread alone.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show sizes, errors and use of the atoms of a checkpoint."""

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers.utils import logging
 
-from globe_fit.cli.console import progress, say
 from globe_fit.cli.demo import run_demo
 from globe_fit.cli.plots import plan_figure, save_png
 from globe_fit.cli.report_page import write_report
@@ -17,6 +16,7 @@ from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes,
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
+    print_export,
     print_fit,
     print_inspection,
     print_plan,
@@ -33,6 +33,7 @@ from globe_fit.measure.evaluate import evaluate
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.serving import plan_all
+from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import GlobeError, RequestError
@@ -41,7 +42,7 @@ from globe_kernels.format.files import replacing_file
 from globe_kernels.format.names import CONFIG_NAME, DTYPE_NAMES
 from globe_kernels.model.patching import patch
 from globe_kernels.strategies.cost import machine_named
-from globe_kernels.units import format_bytes, parse_bytes
+from globe_kernels.units import format_count, parse_bytes
 
 
 def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) -> None:
@@ -100,7 +101,7 @@ def _fit(
             _say_left_dense(planned.source.base)
             _show(figures, as_json, print_estimate)
         return
-    with progress(as_json or not leads()) as shown:
+    with show_progress(as_json or not leads()) as shown:
         result = compress(
             model_dir,
             out,
@@ -150,13 +151,13 @@ def _sweep(
     _say_left_dense(source.base)
     windows = None if text is None else token_windows(model_dir, text)
     runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
-    title = f"{len(points)} points on {source.base.name}; gate / up"
+    title = f"{len(points)} points on {source.base.name}"
     if dry_run:
         rows = runs.estimate()
         figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
         _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
         return
-    with progress(as_json) as shown:
+    with show_progress(as_json) as shown:
         rows = runs.run(shown)
         plot = write_rows(rows, out)
         if windows is not None:
@@ -177,12 +178,12 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
     checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
     write = export_dense if dense else export_globe
-    with progress(as_json) as shown:
+    with show_progress(as_json) as shown:
         shown.begin("export", 1)
         write(checkpoint, source, out, dtype=cast, on_tensor=lambda done, total: shown.advance(done / total))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = {"out": str(out), "format": "dense" if dense else "globe", "bytes": size}
-    _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
+    _show(figures, as_json, print_export)
 
 
 def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
@@ -199,18 +200,19 @@ def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_jso
         patch(models["globe"], model)
     else:
         models["globe" if base is not None else "model"] = load_model(model, target)
-    with progress(as_json) as shown:
+    with show_progress(as_json) as shown:
         shown.begin("eval", 1)
         quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
     figures = {name: asdict(value) for name, value in quality.items()}
     if base is None:  # no model to compare with
         figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-    title = f"{text.name}, {windows.numel()} tokens"
+    title = f"{text.name}, {format_count(windows.numel())} tokens"
     _show(figures | {"tokens": windows.numel()}, as_json, lambda _: print_quality(title, figures))
 
 
-def _inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:
-    _show(inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify)), as_json, print_inspection)
+def _inspect(globe_dir: Path, verify: bool, layers: bool, as_json: bool) -> None:
+    figures = inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify))
+    _show(figures, as_json, lambda _: print_inspection(figures, layers))
 
 
 def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:
@@ -219,9 +221,15 @@ def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_
 
 
 def _demo(out: Path | None, as_json: bool) -> None:
-    with progress(as_json) as shown:
+    with show_progress(as_json) as shown:
         figures = run_demo(out, shown)
     _show(figures, as_json, print_demo)
+
+
+class Interrupted(GlobeError):
+    """Ctrl-C: the sentence says where the same command goes on."""
+
+    exit_code = 130
 
 
 _COMMANDS = {
@@ -244,5 +252,8 @@ def run(command: str, options: dict[str, Any]) -> None:
     end_with_the_others()
     if ranks_in_all() > 1 and command != "fit":
         raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
-    _COMMANDS[command](**options)
+    try:
+        _COMMANDS[command](**options)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(f"{str(stopped) or 'interrupted'}.") from stopped
     leave()

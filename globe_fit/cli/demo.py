@@ -53,7 +53,10 @@ def _run(out: Path, progress: Progress) -> dict:
         other = GlobeCheckpoint(out / "globe").config.base.name
         if other != source.base.name:
             raise RequestError(f"{out / 'globe'} holds a checkpoint of {other}; give the demo another directory.")
-    result = compress(model_dir, out / "globe", DEMO_CONFIG, resume=False, progress=progress)
+    try:
+        result = compress(model_dir, out / "globe", DEMO_CONFIG, resume=False, progress=progress)
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt("interrupted; a demo begins from the start") from stopped
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
     progress.begin("export", 1)
     export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: progress.advance(done / total))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from globe_fit.cli import plots
-from globe_fit.cli.console import megabytes
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import require_same_model
 from globe_fit.measure.diagnostics import compare, palette_sizes, sampled_experts, sparsity
@@ -19,6 +18,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME
+from globe_kernels.units import format_bytes
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _tiles(facts: _Facts) -> str:
     tiles = []
     if facts.checkpoint is not None:
         dense, disk = _bytes(facts.checkpoint).values()
-        sizes = f"{megabytes(dense)} of gate and up experts, {megabytes(disk)} on disk"
+        sizes = f"{format_bytes(dense)} of gate and up experts, {format_bytes(disk)} on disk"
         tiles.append((f"{disk / dense:.3f}", "of the bytes", sizes))
     for family, metrics in facts.families.items():
         if "relative_error" not in metrics:

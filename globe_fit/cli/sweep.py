@@ -24,7 +24,7 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.run.loggers import read_stream
-from globe_fit.run.progress import Progress
+from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
@@ -170,7 +170,7 @@ class Sweep:
                 shutil.rmtree(self._out / point.name, ignore_errors=True)
         for number, point in enumerate(self.points, start=1):
             if point.name not in self.finished:
-                self._fit(point, progress, f"{point.name}, {number} of {len(self.points)}")
+                self._fit(point, progress, f"{point.name} ({number} of {len(self.points)})")
             discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]
 
@@ -184,7 +184,7 @@ class Sweep:
         """
         device = self.points[0].config.device
         dense = load_model(self._source.model_dir, device)
-        progress.begin("eval", len(rows))
+        progress.begin("eval of the points", len(rows))
         measured = []
         for number, row in enumerate(rows, start=1):
             globe = shared_copy(dense)
@@ -195,13 +195,17 @@ class Sweep:
         return measured
 
     def _fit(self, point: Point, progress: Progress, name: str) -> None:
-        # the stage has the name of the point, and the command has said its sentences about the model already
-        of_point = Progress(lambda _, total: progress.begin(name, total), progress.advance)
+        progress.tell(f"point {name}")
+        of_point = replace(progress, say=SILENT.say)  # the command has said its sentences about the model already
         model_dir, out = self._source.model_dir, self._out / point.name
         try:
             compress(model_dir, out, point.config, snapshot_minutes=self._minutes, progress=of_point)
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error
+        except KeyboardInterrupt as stopped:
+            raise KeyboardInterrupt(
+                f"interrupted in point {name}; the same command keeps the finished points and goes on from there"
+            ) from stopped
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)

@@ -1,46 +1,94 @@
-"""Print the figures of a command for a person: lines and tables on stdout."""
+"""Print the figures of a command for a person: sentences and tables on stdout."""
 
+from itertools import groupby
 from pathlib import Path
+from statistics import median_low
 
-from globe_fit.cli.console import gigabytes, megabytes, print_table
+from globe_fit.cli.console import print_table, show_table
 from globe_fit.plan.fitting import per_rank
+from globe_fit.result import error_table
+from globe_fit.run.display import write
 from globe_fit.sizes import left_dense_note
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
+from globe_kernels.table import bytes_table
+from globe_kernels.units import format_bytes, format_count, format_seconds, in_one_unit
+
+_PAIR = " / ".join(FAMILIES)
+_LONGEST_NAME = 24  # of a model in a table; a longer name goes above the table
+_SIZES = {
+    "gate_up": "gate and up on disk",
+    "model": "whole model on disk",
+    "resident": "whole model in memory",
+    "peak": f"whole model at the peak, T = {PEAK_TOKENS}",
+}
+
+
+def print_sizes(sizes: dict) -> None:
+    """Print the bytes of gate and up and of the whole model, dense and as GloBE, as far as they are known."""
+    known = {label: (found["dense"], found["globe"]) for name, label in _SIZES.items() if (found := sizes[name])}
+    show_table(bytes_table("Bytes", known))
+    _say_what_sizes_mean(sizes)
+
+
+def _say_what_sizes_mean(sizes: dict) -> None:
+    if sizes["peak"]:
+        held = ", ".join(sizes["strategies"])
+        write(f"The peak is predicted, of a call with T = {PEAK_TOKENS} tokens; auto holds the tensors of {held}.")
+    if unknown := [label for name, label in _SIZES.items() if not sizes[name]]:
+        write(f"Not known, because the sizes of the rest of the model are not recorded here: {', '.join(unknown)}.")
+
+
+def _sizes_of(figures: dict) -> dict:
+    """Return the sizes among the figures of a command: of gate and up alone where nothing else is known."""
+    found = figures["bytes"]
+    gate_up = {"dense": found["dense_experts"], "globe": found["globe_on_disk"]}
+    unknown = dict.fromkeys(_SIZES, None) | {"gate_up": gate_up, "strategies": []}
+    return figures.get("sizes") or unknown
+
+
+def _ratio(found: dict) -> str:
+    return f"{found['globe'] / found['dense']:.3f}"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def print_estimate(figures: dict) -> None:
     """Print the figures of `globe fit --dry-run`."""
-    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
-    print(
-        f"rank {figures['rank']}, {figures['atoms']} atoms per family: {megabytes(dense)} of gate and up experts -> "
-        f"{megabytes(disk)} on disk"
+    write(
+        f"Rank {figures['rank']}, {figures['atoms']} atoms per family; the fit takes about "
+        f"{format_seconds(figures['seconds'])}."
     )
-    print(
-        f"peak memory{per_rank(figures['ranks'])} {megabytes(figures['peak_bytes'])} (solver "
-        f"{megabytes(figures['solver_bytes'])}, a block of experts {megabytes(figures['block_bytes'])}, factors "
-        f"{megabytes(figures['factor_bytes'])}"
-        + (f", metric {megabytes(figures['calibration_bytes'])}" if figures["calibration_bytes"] else "")
-        + (f", all experts of a family {megabytes(figures['kept_bytes'])}" if figures["kept_bytes"] else "")
-        + f"); about {figures['seconds']:.0f} s"
-    )
+    print_sizes(_sizes_of(figures))
+    parts = {
+        "solver": "solver_bytes",
+        "block of experts": "block_bytes",
+        "factors": "factor_bytes",
+        "metric": "calibration_bytes",
+        "all experts of a family": "kept_bytes",
+    }
+    rows = [[name, format_bytes(figures[key])] for name, key in parts.items() if figures[key]]
+    rows.append(["peak", format_bytes(figures["peak_bytes"])])
+    print_table(f"Memory of the fit{per_rank(figures['ranks'])}", ["", "bytes"], rows)
     if figures["run_bytes"]:
-        print(f"before the fit the model runs over the text in at most {megabytes(figures['run_bytes'])}")
+        write(f"Before the fit the model runs over the text in at most {format_bytes(figures['run_bytes'])}.")
 
 
 def print_plan(figures: dict) -> None:
     """Print the figures of `globe plan`."""
     machine, (inner, width) = figures["machine"], figures["shape"]
-    print(
+    write(
         f"{figures['model']} ({figures['model_type']}): {figures['layers']} MoE layers of {figures['experts']} experts "
-        f"of {inner} x {width}, {figures['choices']} per token; {gigabytes(figures['outside_bytes'])} of other weights"
-        f", {figures['kv_bytes_per_token']} bytes of KV cache per token"
+        f"of {inner} x {width}, {figures['choices']} per token; {format_bytes(figures['outside_bytes'])} of other "
+        f"weights, {format_bytes(figures['kv_bytes_per_token'])} of KV cache per token."
     )
-    print(
+    write(
         f"Predictions, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
         f"multiplies at {machine['matmul_tflop_per_s']:g} TFLOP/s, takes {machine['launch_us']:g} us per launch, has "
-        f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform"
+        f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform."
     )
     for point in figures["points"]:
         _print_planned(point, machine["name"])
@@ -49,150 +97,214 @@ def print_plan(figures: dict) -> None:
 def _print_planned(point: dict, machine: str) -> None:
     disk = point["bytes_on_disk"]
     palette = f"{point['mean_palette']:.0f} atoms in a layer" + ("" if point["palettes_known"] else ", expected")
-    print(
-        f"\nrank {point['rank']}, {point['atoms']} atoms per family ({palette}), support {point['support']}, phi "
+    write(
+        f"\nRank {point['rank']}, {point['atoms']} atoms per family ({palette}), support {point['support']}, phi "
         f"{point['phi']}, scope {point['scope']}: gate and up {point['ratio']:.3f} of dense; at most "
-        f"{gigabytes(point['budget'])} of experts on the device"
+        f"{format_bytes(point['budget'])} of experts on the device."
     )
+    print_sizes(point["sizes"])
     strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
-    header = ["", "on disk", "resident", "host", "peak, T = 4096", "fits", "batch at 4096", "context at batch 1"]
-    rows = []
-    for name, found in strategies.items():
-        size = disk[name if name in disk else "globe"]
-        held = [gigabytes(value) for value in (size, found["resident"], found["host"], found["peak"])]
-        rows.append([name, *held, "yes" if found["fits"] else "no", str(found["batch"]), str(found["kv_tokens"])])
-    print_table(f"Bytes of the experts, and room for the KV cache on {point['cards']} x {machine}", header, rows)
-    tokens = list(strategies["dense"]["tokens_per_s"])
-    rows = [
-        [name, *(f"{found['us_per_layer'][count]:.0f} / {found['tokens_per_s'][count]:.1f}" for count in tokens)]
-        for name, found in strategies.items()
+    figures = list(strategies.values())
+    sizes = {
+        "on disk": [disk[name if name in disk else "globe"] for name in strategies],
+        "resident": [found["resident"] for found in figures],
+        "in host memory": [found["host"] for found in figures],
+        f"peak, T = {PEAK_TOKENS}": [found["peak"] for found in figures],
+    }
+    unit, numbers = in_one_unit([size for row in sizes.values() for size in row])
+    count = len(strategies)
+    rows = [[f"{label}, {unit}", *numbers[number * count : (number + 1) * count]] for number, label in enumerate(sizes)]
+    rows += [
+        ["fits", *("yes" if found["fits"] else "no" for found in figures)],
+        ["batch at 4,096", *(format_count(found["batch"]) for found in figures)],
+        ["context at batch 1", *(format_count(found["kv_tokens"]) for found in figures)],
     ]
+    title = f"Experts, and room for the KV cache on {point['cards']} x {machine}"
+    print_table(title, ["", *strategies], rows)
+    tokens = list(strategies["dense"]["tokens_per_s"])
+    for title, key in (("us per MoE layer", "us_per_layer"), ("tokens/s of all layers", "tokens_per_s")):
+        rows = [[f"T = {count}", *(_three_digits(found[key][count]) for found in figures)] for count in tokens]
+        print_table(title, ["", *strategies], rows)
     if "auto" in strategies:
-        rows.append(["auto takes", *(strategies["auto"]["path"][count] for count in tokens)])
-    print_table("us per MoE layer / tokens/s of all layers", ["", *(f"T = {count}" for count in tokens)], rows)
+        path = strategies["auto"]["path"]
+        taken = (f"{name} at T = {', '.join(at)}" for name, at in groupby(tokens, path.__getitem__))
+        write(f"auto takes {'; '.join(taken)}.")
     for name, found in point["strategies"].items():
         if "refused" in found:
-            print(f"{name}: {found['refused']}")
+            write(f"{name}: {found['refused']}")
     if point["why_not_composed"]:
-        print(f"{point['why_not_composed']}.")
+        write(f"{point['why_not_composed']}.")
 
 
 def print_fit(figures: dict, out: Path, advice: str) -> None:
-    """Print the errors of a fit beside the baselines."""
-    families = figures["families"]
-    rows = [
-        [name, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
-        for name, key in (
-            ("GloBE", "relative_error"),
-            (f"SVD, equal bytes (rank {families['gate']['svd_equal_bytes_rank']})", "svd_equal_bytes"),
-            (f"lower bound of rank {figures['rank']}", "rank_bound"),
-            ("GloBE, in the metric of the text", "calibrated_error"),
-        )
-        if families["gate"][key] is not None
-    ]
-    print_table("Relative squared error", ["", *FAMILIES], rows)
-    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
-    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f}) in {out}")
-    print(advice)
+    """Print the errors of a fit beside the baselines, and its bytes."""
+    write(f"The checkpoint is in {out}.")
+    show_table(error_table(figures["families"], figures["rank"]))
+    print_sizes(_sizes_of(figures))
+    write(f"\n{advice}")
 
 
 def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None) -> None:
     """Print the points of a sweep, and where its rows and its plot are."""
-    measured = "perplexity" in rows[0]
-    header = ["", "on disk", "ratio", "error", "SVD, equal bytes", "lower bound of the rank", "palette", "seconds"]
-    if measured:
-        header += [f"perplexity ({rows[0]['dense_perplexity']:.3f} dense)", "KL(dense || this)", "top-1 agreement"]
-    table = []
-    for row in rows:
-        if row.get("S_cache") is not None:
-            continue
-        errors = (_pair(row[name], "{:.4f}") for name in ("relative_error", "svd_equal_bytes", "rank_bound"))
-        cells = [row["point"] + ("" if row["completed"] else ", diverged"), *_size(row), *errors]
-        cells += [_pair(row["largest_palette"], "{}"), f"{row['seconds']:.1f}"]
-        if measured:
-            cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['top1']:.2%}"]
-        table.append(cells)
-    print_table(title, header, table)
+    write(f"{title}.")
+    points = [row for row in rows if row.get("S_cache") is None]
+    print_table("Bytes", *_size_columns(points))
+    _say_what_sizes_mean(_sizes_of(points[0]))
+    errors = {"GloBE": "relative_error", "SVD, equal bytes": "svd_equal_bytes", "bound of the rank": "rank_bound"}
+    print_table(
+        f"Relative squared error, {_PAIR}",
+        ["", *errors],
+        [[row["point"], *(_pair(row[key], "{:.4f}") for key in errors.values())] for row in points],
+    )
+    table = [
+        [row["point"], _pair(row["largest_palette"], "{}")]
+        + [format_seconds(row["seconds"]) if row["completed"] else "diverged"]
+        for row in points
+    ]
+    header = ["", "palette", "fit"]
+    if "perplexity" in points[0]:
+        header += ["perplexity", "KL to dense", "same top-1"]
+        table = [[*cells, *_quality(row)] for cells, row in zip(table, points, strict=True)]
+        table = [["dense", "", "", f"{points[0]['dense_perplexity']:.3f}", "0", "100 %"], *table]
+    print_table(f"Largest palette of a layer, {_PAIR}, and time of the fit", header, table)
     if cached := [row for row in rows if row.get("S_cache") is not None]:
         lines = [
-            [row["point"], megabytes(row["S_cache"]), str(row["slots"]), f"{row['hit_rate']:.1%}"]
-            + [f"{row['tokens_per_s']:.1f}"]
+            [row["point"], format_bytes(row["S_cache"]), format_count(row["slots"]), f"{row['hit_rate']:.1%}"]
+            + [_three_digits(row["tokens_per_s"])]
             for row in cached
         ]
-        print_table("token by token with a cache", ["", "S_cache", "bases", "hits", "tokens/s"], lines)
-    print(f"rows in {rows_file}, " + ("no plot without matplotlib" if plot is None else f"plot in {plot}"))
+        print_table("Token by token with a cache", ["", "cache", "bases", "hits", "tokens/s"], lines)
+    write(f"\nRows in {rows_file}, " + ("no plot without matplotlib." if plot is None else f"plot in {plot}."))
 
 
 def print_sweep_estimate(title: str, rows: list[dict]) -> None:
     """Print the figures of `globe sweep --dry-run`."""
-    table = [[row["point"], *_size(row), "finished" if row["finished"] else f"{row['seconds']:.0f}"] for row in rows]
-    print_table(title, ["", "on disk", "ratio", "seconds"], table)
+    write(f"{title}.")
+    header, table = _size_columns(rows)
+    times = ["", *("finished" if row["finished"] else format_seconds(row["seconds"]) for row in rows)]
+    print_table("Bytes and time", [*header, "fit"], [[*cells, time] for cells, time in zip(table, times, strict=True)])
+    _say_what_sizes_mean(_sizes_of(rows[0]))
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
-    print(f"{megabytes(total)} on disk and about {sum(row['seconds'] for row in rows):.0f} s in all")
+    write(
+        f"\nAll points take {format_bytes(total)} on disk, and the fits about "
+        f"{format_seconds(sum(row['seconds'] for row in rows))}."
+    )
 
 
-def _size(row: dict) -> list[str]:
-    return [megabytes(row["bytes"]["globe_on_disk"]), f"{row['ratio']:.3f}"]
+def _size_columns(points: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """Lay out the bytes of the points of a sweep below the bytes of the dense model: (header, rows)."""
+    sizes = [_sizes_of(row) for row in points]
+    columns = [["", "dense", *(row["point"] for row in points)]]
+    for name, label in (("gate_up", "gate and up\non disk"), ("model", "whole model\non disk")):
+        if sizes[0][name]:
+            unit, numbers = in_one_unit([sizes[0][name]["dense"], *(found[name]["globe"] for found in sizes)])
+            columns += [[f"{label}, {unit}", *numbers], ["ratio", "1", *(_ratio(found[name]) for found in sizes)]]
+    for name, label in (("resident", "memory,\nratio"), ("peak", "peak,\nratio")):
+        if sizes[0][name]:
+            columns.append([label, "1", *(_ratio(found[name]) for found in sizes)])
+    header, *rows = (list(cells) for cells in zip(*columns, strict=True))
+    return header, rows
 
 
 def _pair(values: dict, form: str) -> str:
     return " / ".join(form.format(values[family]) for family in FAMILIES)
 
 
-def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
-    """Print a row per model of an evaluation."""
+def _quality(figures: dict) -> list[str]:
+    return [f"{figures['perplexity']:.3f}", f"{figures['kl']:.5f}", f"{100 * figures['top1']:.2f} %"]
+
+
+def print_quality(title: str, figures: dict[str, dict[str, float]], labels: dict[str, str] | None = None) -> None:
+    """Print a row per model of an evaluation; `labels` say what each model is."""
+    write(f"{title}.")
+    labels = labels or {}
+    names = dict(labels)
+    if any(len(label) > _LONGEST_NAME for label in labels.values()):
+        names = {}
+        for name, label in labels.items():
+            write(f"{name}: {label}")
     columns = {
         "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL(dense || this)", "{:.5f}"),
-        "top1": ("top-1 agreement", "{:.2%}"),
-        "tokens_per_s": ("tokens/s", "{:.0f}"),
+        "kl": ("KL to dense", "{:.5f}"),
+        "top1": ("same top-1", "{:.2%}"),
+        "tokens_per_s": ("tokens/s", "{:,.0f}"),
     }
     shown = [key for key in columns if key in next(iter(figures.values()))]
-    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
-    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+    rows = [
+        [names.get(name, name), *(columns[key][1].format(value[key]) for key in shown)]
+        for name, value in figures.items()
+    ]
+    print_table("", ["", *(columns[key][0] for key in shown)], rows)
 
 
-def print_inspection(figures: dict) -> None:
-    """Print the figures of `globe inspect`."""
+def print_export(figures: dict) -> None:
+    """Print the figures of `globe export`."""
+    write(f"{format_bytes(figures['bytes'])} of weights in {figures['out']}.")
+    if sizes := figures.get("sizes"):
+        print_sizes(sizes)
+
+
+def print_inspection(figures: dict, all_layers: bool = False) -> None:
+    """Print the figures of `globe inspect`; of the layers a summary, or every layer."""
     inner, width = figures["shape"]
-    print(
-        f"{figures['base']} ({figures['model_type']}): {figures['experts']} experts of {inner} x {width} in "
-        f"{figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
-        f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}"
+    write(
+        f"{figures['base']} ({figures['model_type']}): {format_count(figures['experts'])} experts of {inner} x {width} "
+        f"in {figures['layers']} layers; rank {figures['rank']}, {figures['atoms']} atoms per family, support "
+        f"{figures['support']}, phi {figures['phi']}, scope {figures['scope']}, {figures['dtype']}."
     )
     if figures["left_dense"]:
-        print(left_dense_note(figures["shape"], figures["left_dense"]))
-    dense, disk = figures["bytes"]["dense_experts"], figures["bytes"]["globe_on_disk"]
-    print(f"{megabytes(dense)} of gate and up experts -> {megabytes(disk)} on disk ({disk / dense:.3f})")
-    rows = figures["bytes"]["peak_rows"]
-    for strategy, size in figures["bytes"]["resident"].items():
-        pool = " and its pool" if STRATEGIES[strategy].takes_pool else ""
-        peak = megabytes(figures["bytes"]["peak"][strategy])
-        print(f"  {strategy}: {megabytes(size)}{pool} resident, {peak} at the peak of a call with {rows} routed rows")
-    families = figures["families"]
-    spread = ("support", "atom_use")
+        write(left_dense_note(figures["shape"], figures["left_dense"]))
+    print_sizes(_sizes_of(figures))
+    held, peak = figures["bytes"]["resident"], figures["bytes"]["peak"]
     rows = [
-        [name.replace("_", " "), *(_cell(families[family][name], name in spread) for family in FAMILIES)]
-        for name in ("relative_error", "svd_equal_bytes", "rank_bound", *spread, "dead_atoms", "largest_palette")
+        [name + (", without its pool" if STRATEGIES[name].takes_pool else ""), format_bytes(held[name])]
+        + [format_bytes(peak[name])]
+        for name in held
     ]
-    layers = families["gate"]["relative_error_by_layer"]
-    rows += [
-        [f"error of layer {layer}", *(_cell(families[f]["relative_error_by_layer"][layer]) for f in FAMILIES)]
+    title = f"Gate and up by strategy; the peak is of a call with {format_count(figures['bytes']['peak_rows'])} rows"
+    print_table(title, ["", "in memory", "at the peak"], rows)
+    families = figures["families"]
+    names = {
+        "relative error": "relative_error",
+        "SVD, equal bytes": "svd_equal_bytes",
+        "lower bound of the rank": "rank_bound",
+        "dead atoms": "dead_atoms",
+        "largest palette of a layer": "largest_palette",
+    }
+    rows = [[label, *(_cell(families[family][key]) for family in FAMILIES)] for label, key in names.items()]
+    print_table("Families", ["", *FAMILIES], rows)
+    spreads = {
+        "error of a layer": "relative_error_by_layer",
+        "95 % rank of a layer": "effective_rank_95",
+        "atoms of an expert": "support",
+        "experts of an atom": "atom_use",
+    }
+    rows = [
+        [f"{label}, {family}", *(_cell(pick(values)) for pick in (min, median_low, max))]
+        for label, key in spreads.items()
+        for family in FAMILIES
+        if (values := list(families[family][key].values()))
+    ]
+    print_table("Spread", ["", "min", "median", "max"], rows)
+    if all_layers:
+        _print_layers(families)
+
+
+def _print_layers(families: dict) -> None:
+    """Print the error of every layer, and the 95 % rank of the layers of which it was sampled."""
+    columns = {"error": "relative_error_by_layer", "95 % rank": "effective_rank_95"}
+    layers = dict.fromkeys(layer for key in columns.values() for layer in families[FAMILIES[0]][key])
+    rows = [
+        [layer, *(_cell(families[family][key].get(layer)) for key in columns.values() for family in FAMILIES)]
         for layer in layers
     ]
-    rows += [
-        [f"95 % rank, layer {layer}", *(str(families[f]["effective_rank_95"][layer]) for f in FAMILIES)]
-        for layer in families["gate"]["effective_rank_95"]
-    ]
-    print_table("Families", ["", *FAMILIES], rows)
+    print_table("Layers", ["", *(f"{label},\n{family}" for label in columns for family in FAMILIES)], rows)
 
 
-def _cell(value, spread: bool = False) -> str:
-    if spread:
-        return f"{value['min']} / {value['median']} / {value['max']}"
+def _cell(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:.4f}" if isinstance(value, float) else str(value)
+    return f"{value:.4f}" if isinstance(value, float) else format_count(value)
 
 
 def print_demo(figures: dict) -> None:
@@ -210,15 +322,21 @@ def print_demo(figures: dict) -> None:
             for family in FAMILIES
         ),
         ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", "globe", "svd"))],
-        ["KL(dense || compressed)", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
-        ["top-1 agreement with dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
-        ["gate and up on disk", megabytes(sizes["dense_experts"]), megabytes(sizes["globe_on_disk"]), "as GloBE"],
-        ["gate and up resident", megabytes(sizes["dense_experts"]), megabytes(sizes["resident"]), ""],
-        [f"at peak, T = {PEAK_TOKENS} (predicted)", megabytes(sizes["dense_peak"]), megabytes(sizes["peak"]), ""],
-        ["tokens/s", f"{speed['dense']:.0f}", f"{speed['globe']:.0f}", ""],
+        ["KL to dense", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
+        ["same top-1 token as dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
+        ["tokens/s", format_count(speed["dense"]), format_count(speed["globe"]), ""],
     ]
-    print_table("GloBE on the shipped model", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
-    print(f"The GloBE model ran by {' and '.join(figures['paths'])}, as globe_kernels.explain(model, tokens) says.")
+    for label, dense, globe, svd in (
+        ("gate and up on disk", "dense_experts", "globe_on_disk", "as GloBE"),
+        ("gate and up in memory", "dense_experts", "resident", ""),
+        (f"gate and up at the peak, T = {PEAK_TOKENS}", "dense_peak", "peak", ""),
+    ):
+        rows.append([label, format_bytes(sizes[dense]), format_bytes(sizes[globe]), svd])
+    write("The model that ships with GloBE, compressed and measured.")
+    print_table("", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
+    print_sizes(_sizes_of(figures))
+    paths = " and ".join(figures["paths"])
+    write(f"\nThe GloBE model ran by {paths}, as globe_kernels.explain(model, tokens) says.")
     texts = figures["continuation"]
     for name in ("dense", "globe", "svd"):
-        print(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")
+        write(f"\n{name}: {texts['prompt']}|{texts[name].rstrip()}")

@@ -164,10 +164,29 @@ class Planner:
             "palettes_known": palettes is not None,
             "break_even_rank": break_even_rank(sizes.base.intermediate_size, sizes.base.hidden_size),
             "why_not_composed": next((why for s in STRATEGIES.values() if (why := s.wastes(sizes))), None),
+            "sizes": self._sizes(sizes, down, strategies),
             "bytes_on_disk": {"dense": sizes.base.dense_bytes + down, "globe": sizes.tensor_bytes + down},
             "budget": limit,
             "cards": cards,
             "strategies": strategies,
+        }
+
+    def _sizes(self, sizes: GlobeConfig, down: int, strategies: dict[str, dict]) -> dict:
+        """Add the other weights of the model to the bytes of the experts: dense, and as GloBE by auto."""
+        rest, dense, globe = self.model.outside_values * _STORED_BYTES, strategies[DENSE.name], strategies[AUTO]
+        gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}
+        running = {
+            name: None
+            if "refused" in globe
+            else {"dense": self._outside() + dense[name], "globe": self._outside() + globe[name]}
+            for name in ("resident", "peak")
+        }
+        held = dict.fromkeys(name for _, name in globe.get("switch_points", ()))
+        return {
+            "gate_up": gate_up,
+            "model": {name: size + down + rest for name, size in gate_up.items()},
+            **running,
+            "strategies": list(held),
         }
 
     def _memory(self) -> float:

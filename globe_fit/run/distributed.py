@@ -9,7 +9,6 @@ on whole experts is dealt out by experts.
 import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import distributed
 
+from globe_fit.run import display
 from globe_kernels.errors import GlobeError, RequestError
 
 # A rank that dies is noticed at once; the timeout ends a fit of which a rank hangs. The longest work between two
@@ -135,7 +135,7 @@ def leave() -> None:
 def say(message: str) -> None:
     """Print why the command ends; of several ranks only the first that calls this prints."""
     if _first_to_speak():
-        print(f"globe: {message}", file=sys.stderr, flush=True)
+        display.say(message)
 
 
 def _first_to_speak() -> bool:

@@ -128,6 +128,24 @@ class Snapshots:
         return any(value for (value,) in self._ranks.every(wish))
 
     @contextmanager
+    def explaining_interrupts(self, resume: bool = True) -> Iterator[None]:
+        """Let a KeyboardInterrupt from inside say where the fit goes on; `resume`: whether this fit was to go on."""
+        try:
+            yield
+        except KeyboardInterrupt as stopped:
+            again = "the same command" + ("" if resume else " without --restart")
+            if self._parts():
+                reached = self.reached()
+                family = next((name for name in FAMILIES if reached.get(name) != math.inf), FAMILIES[-1])
+                at = "its end" if reached.get(family) == math.inf else f"step {reached.get(family, 0)} of {family}"
+                why = f"interrupted; {again} goes on from {at} (snapshot in {self.directory})"
+            elif self.directory.exists():
+                why = f"interrupted before the first snapshot; {again} begins from the start"
+            else:
+                why = "interrupted; nothing was written"
+            raise KeyboardInterrupt(why) from stopped
+
+    @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
         """Let the first Ctrl-C inside wait for the end of the step and its snapshot; the second does not wait."""
         if threading.current_thread() is not threading.main_thread():

@@ -1,6 +1,7 @@
 """Look at a model that runs on GloBE experts, and change it: its strategy, the reasons for it, its cache."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,54 @@ from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import strategies_of
 from globe_kernels.strategies.cached import cached_weights
 from globe_kernels.strategies.cost import predict
-from globe_kernels.units import parse_bytes
+from globe_kernels.table import Table
+from globe_kernels.units import format_bytes, parse_bytes
+
+
+@dataclass(frozen=True)
+class StrategyCost:
+    """The predicted cost of a call by one strategy."""
+
+    strategy: str
+    us: float  # microseconds of one layer
+    bytes: float  # moved
+    state: str  # "taken", "held" or "not held"
+
+
+@dataclass(frozen=True)
+class LayerCosts:
+    """The costs in layers of the same sizes, on the same kind of machine."""
+
+    layers: tuple[str, ...]  # names of modules
+    machine: str
+    origin: str  # of the constants of the machine
+    costs: tuple[StrategyCost, ...]
+
+    @property
+    def taken(self) -> str:
+        """The strategy that a call takes."""
+        return next(cost.strategy for cost in self.costs if cost.state == "taken")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The strategies that a call with `tokens` tokens can take, by groups of layers; prints as text, shows as HTML."""
+
+    tokens: int
+    groups: tuple[LayerCosts, ...]
+
+    def _tables(self) -> Iterator[Table]:
+        for group in self.groups:
+            title = f"{self.tokens} tokens, {len(group.layers)} layers such as {group.layers[0]}: {group.taken}"
+            rows = [(cost.strategy, f"{cost.us:,.1f}", format_bytes(cost.bytes), cost.state) for cost in group.costs]
+            origin = f"predicted for {group.machine} ({group.origin})"
+            yield Table(f"{title}\n{origin}", ("strategy", "us", "bytes moved", "state"), rows)
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(str, self._tables()))
+
+    def _repr_html_(self) -> str:
+        return "".join(table._repr_html_() for table in self._tables())
 
 
 def set_strategy(
@@ -55,32 +103,31 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
         cache.warm(weights, {layer: counts for layer, counts in uses.items() if layer not in elsewhere}, phi)
 
 
-def explain(model: nn.Module, tokens: int) -> str:
+def explain(model: nn.Module, tokens: int) -> Explanation:
     """Say which strategy a call with `tokens` tokens takes in each layer, and what the cost model predicts for all.
 
     Per layer: microseconds and bytes moved of every strategy that this checkpoint can run by, beside the dense experts;
-    strategies whose tensors the model does not hold are marked. Layers of the same sizes share a table.
+    strategies whose tensors the model does not hold are marked. Layers of the same sizes share a table. The
+    result prints as text.
     """
     config = bank_of(model).config
     groups: dict[Any, list[tuple[str, GlobeMoEFFN]]] = {}
     for name, module in globe_modules(model).items():
         groups.setdefault((module.sizes(), module.machine, module.pool), []).append((name, module))
-    lines = []
+    found = []
     for (sizes, machine, pool), members in groups.items():
         first = members[0][1]
-        chosen = first.strategy(tokens)
-        lines += [
-            f"{tokens} tokens, {len(members)} layers such as {members[0][0]}: {chosen}",
-            f"  predicted for {machine.name} ({machine.origin})",
-        ]
+        chosen, costs = first.strategy(tokens), []
         for strategy in (DENSE, *(STRATEGIES[name] for name in strategies_of(config))):
             if strategy.takes_pool and pool is None:
                 continue
-            found = predict(strategy, sizes, tokens, machine, pool)
+            cost = predict(strategy, sizes, tokens, machine, pool)
             is_held = strategy is DENSE or strategy.name in first.strategies
-            note = "<- taken" if strategy.name == chosen else "" if is_held else "not held"
-            lines.append(f"  {strategy.name:11}{found.us:12.1f} us{found.bytes / 1e6:12.2f} MB   {note}".rstrip())
-    return "\n".join(lines)
+            state = "taken" if strategy.name == chosen else "held" if is_held else "not held"
+            costs.append(StrategyCost(strategy.name, cost.us, cost.bytes, state))
+        names = tuple(name for name, _ in members)
+        found.append(LayerCosts(names, machine.name, machine.origin, tuple(costs)))
+    return Explanation(tokens, tuple(found))
 
 
 def _caches_of(model: nn.Module) -> list[BasisCache]:

@@ -26,7 +26,9 @@ from globe_kernels.model.targets import (
     top_k_of,
 )
 from globe_kernels.ops.compose_basis import compose_basis_ref
+from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.budget import workspace
+from globe_kernels.table import Table, bytes_table
 from globe_kernels.units import parse_bytes
 
 PEAK_TOKENS = 4096
@@ -40,7 +42,9 @@ class PatchReport:
     `replaced` and `skipped` are names of modules, `strategies` the names of the strategies by which calls may run.
     Bytes are those of the experts of the replaced layers (gate, up, down and biases). Before: the dense experts. After:
     the tensors on the devices of the model, bank, bases and cache included. Peak: these and the predicted temporaries
-    of a call with PEAK_TOKENS tokens. On disk: the checkpoint, which has no down.
+    of a call with PEAK_TOKENS tokens; before: of the dense experts. On disk: the checkpoint, which has no down. Rest:
+    all other tensors of the model, so the whole model held bytes_before + bytes_rest and holds bytes_after +
+    bytes_rest. Prints as a table, and shows as HTML in a notebook.
     """
 
     replaced: tuple[str, ...]
@@ -50,6 +54,27 @@ class PatchReport:
     bytes_after: int
     bytes_peak: int
     bytes_on_disk: int
+    bytes_peak_before: int
+    bytes_rest: int
+
+    def _table(self) -> Table:
+        rest, resident, peak = self.bytes_rest, "in memory", f"at the peak, T = {PEAK_TOKENS}, predicted"
+        sizes = {
+            f"experts {resident}": (self.bytes_before, self.bytes_after),
+            f"experts {peak}": (self.bytes_peak_before, self.bytes_peak),
+            f"whole model {resident}": (self.bytes_before + rest, self.bytes_after + rest),
+            f"whole model {peak}": (self.bytes_peak_before + rest, self.bytes_peak + rest),
+        }
+        title = f"GloBE experts in {len(self.replaced)} layers, which run by {' or '.join(self.strategies)}"
+        if self.skipped:
+            title += f"; {len(self.skipped)} modules of experts stay as they are"
+        return bytes_table(title, sizes)
+
+    def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -89,6 +114,7 @@ def patch(
     arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), strategy, *bounds))
 
     before = sum(_module_bytes(target.module) for target in targets)
+    rest = _module_bytes(model) - before
     for target, module in zip(targets, modules, strict=True):
         model.set_submodule(target.name, module)
     install_bank(model, bank)
@@ -99,8 +125,9 @@ def patch(
     replaced = tuple(target.name for target in targets)
     skipped = tuple(name for name, _ in model.named_modules() if name.endswith("experts") and name not in replaced)
     after = resident_bytes(model)
-    peak = after + peak_workspace(model)
-    return PatchReport(replaced, skipped, modules[0].strategies, before, after, peak, checkpoint.bytes_on_disk)
+    peak, peak_before = after + peak_workspace(model), before + peak_workspace(model, (DENSE.name,))
+    strategies = modules[0].strategies
+    return PatchReport(replaced, skipped, strategies, before, after, peak, checkpoint.bytes_on_disk, peak_before, rest)
 
 
 def unpatch(model: nn.Module) -> None:
