@@ -1,5 +1,6 @@
 """The command line, run in the process of the test, and models that a test may damage."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def with_tokenizer(model_dir) -> Path:
 
 def assert_refused(result: tuple[int, str, str], code: int, sentence: str) -> None:
     found, stdout, stderr = result
-    lines = [line for line in stderr.splitlines() if not line.startswith("fit: ")]
+    lines = [line for line in stderr.splitlines() if not re.match(r"\d\d:\d\d ", line)]
     assert (found, stdout) == (code, "")
     assert len(lines) == 1 and lines[0].startswith("globe: "), stderr
     assert sentence in lines[0]

@@ -95,10 +95,12 @@ def test_the_tables_a_person_reads(globe):
         "48 MoE layers of 128 experts of 768 x 2048, 8 per token",
         "Predictions, not measurements: h100 copies 3000 GB/s",
         "not measured by this project",
-        "gate and up 0.625 of dense; at most 57.98 GB of experts on the device",
+        "gate and up 0.625 of dense; at most 58.0 GB of experts on the device",
         "room for the KV cache on 1 x h100",
-        "us per MoE layer / tokens/s of all layers",
-        "auto takes",
+        "us per MoE layer",
+        "tokens/s of all layers",
+        "whole model on disk                61.1 GB  46.6 GB  0.763",
+        "auto takes bank_first at T = 1, 8, 64, 512; scratch at T = 4096.",
         "it saves nothing above rank 558, so auto does not take it.",
     ):
         assert text in stdout

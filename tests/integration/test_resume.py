@@ -163,22 +163,33 @@ def test_snapshots_come_in_time(tmp_path, monkeypatch):
     assert not snapshots.due()
 
 
+# Prints a line of progress per step.
+ALL_LINES = """
+from globe_fit import __main__
+from globe_fit.run import display
+display._SECONDS = 0
+__main__.main()
+"""
+
+
 def test_ctrl_c_leaves_a_state_to_go_on_from(save_tiny, tmp_path):
     """On the command line, where no snapshot was due: the first Ctrl-C takes one."""
     config = tmp_path / "fit.toml"
     config.write_text("[varpro]\nsteps = 3000\n")
     model, out = save_tiny("qwen3_moe"), tmp_path / "out"
-    command = [sys.executable, "-m", "globe_fit", "fit", str(model), "-o", str(out), "--config", str(config)]
+    command = [sys.executable, "-c", ALL_LINES, "fit", str(model), "-o", str(out), "--config", str(config)]
     command += ["--ratio", "0.8", "--support", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:  # a line of progress: the steps have begun
-        if line.startswith("fit:"):
+        if "fit gate step" in line:
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
-    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
-    assert list((out / ".snapshot").glob("gate-*-0.safetensors"))
+    (snapshot,) = (out / ".snapshot").glob("gate-*-0.safetensors")
+    step = snapshot.name.split("-")[1]
+    sentence = f"interrupted; the same command goes on from step {step} of gate (snapshot in {out / '.snapshot'})."
+    assert process.returncode == 130 and errors.endswith(f"globe: {sentence}\n") and "Traceback" not in errors
     config.write_text("[varpro]\nsteps = 2000\n")
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert refused.returncode == 2 and "varpro.steps was 3000 and is 2000" in refused.stderr

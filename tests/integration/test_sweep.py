@@ -78,7 +78,7 @@ def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
         assert 0 <= small["hit_rate"] < large["hit_rate"] < 1 and small["slots"] < large["slots"] == 24
         assert small["tokens_per_s"] > 0 < large["tokens_per_s"]
     code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path, *options, *text)
-    assert code == 0 and "token by token with a cache" in stdout and "0.06 MB" in stdout
+    assert code == 0 and "Token by token with a cache" in stdout and "60.0 kB" in stdout
     refused = globe("sweep", with_tokenizer, "-o", tmp_path, *options)
     assert_refused(refused, 2, "--s-cache measures caches on a text and there is no text")
 
@@ -194,7 +194,10 @@ def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr("globe_fit.compression.fit", interrupted)
         code, stdout, stderr = globe(*command)
-    assert (code, stdout) == (130, "") and stderr.endswith("globe: interrupted.\n")
+    assert (code, stdout) == (130, "") and stderr.endswith(
+        "globe: interrupted in point r48-m8-s4 (2 of 2); the same command keeps the finished points and goes on from "
+        "there.\n"
+    )
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["r16-m8-s4"]
     assert globe(*command)[0] == 0 and len(written(tmp_path / "out")) == 2
 
