@@ -19,6 +19,7 @@ from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import initial_codes
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.directories import holds_fit, require_place
 from globe_kernels.format.files import require_room
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.units import format_bytes, parse_bytes
@@ -99,12 +100,14 @@ def plan_fit(
 ) -> FitPlan:
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
 
-    Raises RequestError for sizes out of range, a combination that no fit supports and too little memory, GlobeError for
+    Raises RequestError for sizes out of range, a combination that no fit supports, too little memory and an `out` with
+    other files, GlobeError for
     damaged files and too little room on the disk of `out`.
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)
     require_supported(source.base, config, calibrate is not None, ranks)
+    require_place(out, holds_fit, "fit")
     require_room(Path(out), sizes.tensor_bytes)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
