@@ -110,8 +110,7 @@ def compress(
         progress.begin("fit", steps * len(FAMILIES))
         result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
     if ranks.leads:
-        facts = {"bytes": source.total_bytes, "rest_bytes": source.rest_bytes, "top_k": source.top_k}
-        result.report.update(base=facts, command=command)
+        result.report.update(base=source.facts, command=command)
         save_fit(result, source, out)
         discard_snapshots(out)
     return result

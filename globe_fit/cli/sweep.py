@@ -23,6 +23,7 @@ from globe_fit.data.source import ExpertSource
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.progress import Progress
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
@@ -145,7 +146,7 @@ class Sweep:
         for point in self.points:
             done = point.name in self.finished
             seconds = 0.0 if done else estimate_seconds(self._source, point.sizes, point.config)
-            size = self._bytes(point.sizes.tensor_bytes)
+            size = self._bytes(point.sizes.tensor_bytes) | {"sizes": footprint(point.sizes, self._source.facts)}
             rows.append({"point": point.name, **point.key, **size, "finished": done, "seconds": seconds})
         return rows
 
@@ -203,6 +204,7 @@ class Sweep:
             "point": point.name,
             **point.key,
             **self._bytes(checkpoint.bytes_on_disk),
+            "sizes": footprint_of(checkpoint),
             **{name: {family: report["families"][family][name] for family in FAMILIES} for name in metrics},
             "seconds": sum(seconds.values()),
             "completed": report["status"]["completed"],

@@ -144,7 +144,7 @@ class ExpertSource:
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
         config = read_config(self.model_dir)
-        self.top_k: int | None = config.get("num_experts_per_tok")
+        self._top_k: int | None = config.get("num_experts_per_tok")
         configured = configured_base(config, self.model_dir / MODEL_CONFIG_NAME)
         self.architecture = architecture_of(configured.model_type)
         self.files = TensorFiles(self.model_dir)
@@ -317,14 +317,10 @@ class ExpertSource:
         return per_value * self.base.intermediate_size * self.base.hidden_size
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of all tensors of the model on disk."""
-        return sum(map(self.files.num_bytes, self.files.weight_map))
-
-    @property
-    def rest_bytes(self) -> int:
-        """Bytes of all tensors but gate and up experts of the layers that a fit compresses."""
-        return self.total_bytes - sum(map(self.stored_bytes, FAMILIES))
+    def facts(self) -> dict[str, int | None]:
+        """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
+        whole = sum(map(self.files.num_bytes, self.files.weight_map))
+        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self._top_k}
 
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
         """Raises GlobeError that names the expert when a value of `weights`, of `experts`, is NaN or infinite."""

@@ -12,6 +12,7 @@ from globe_fit.calibration.offload import plan_run
 from globe_fit.config import SELF, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
+from globe_fit.plan.footprint import footprint
 from globe_fit.run.distributed import ALONE, Ranks, join
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState
@@ -85,6 +86,7 @@ class FitPlan:
             "atoms": self.sizes.num_atoms,
             "bytes": {"dense_experts": self.sizes.base.dense_bytes, "globe_on_disk": self.sizes.tensor_bytes},
             **asdict(self.needs),
+            "sizes": footprint(self.sizes, self.source.facts, device=self.config.device),
             "peak_bytes": self.needs.peak_bytes,
             "seconds": estimate_seconds(self.source, self.sizes, self.config, self.ranks),
         }
