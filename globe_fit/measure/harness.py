@@ -15,6 +15,8 @@ from torch import nn
 from globe_fit.data.model import load_tokenizer
 from globe_kernels.errors import GlobeError, RequestError
 
+_RESAMPLES = 10_000  # of the examples, for the standard error of a perplexity, which they give to 1 %
+
 OnRun = Callable[[str, str], None]  # a task begins on a model: their names
 Scores = dict[str, float | None]  # metrics, the standard error of each as METRIC_stderr, the number of examples
 
@@ -60,7 +62,12 @@ def run_lm_eval(
                 on_run(task, name)
             with _silence(bars):
                 outcome: Any = simple_evaluate(
-                    harness, tasks=parts, limit=limit, log_samples=False, task_manager=manager
+                    harness,
+                    tasks=parts,
+                    task_manager=manager,
+                    limit=limit,
+                    bootstrap_iters=_RESAMPLES,
+                    log_samples=False,
                 )
             for found, values in outcome["results"].items():
                 scores[name][found] = _scores(values, outcome["n-samples"].get(found))
