@@ -6,17 +6,17 @@ from pathlib import Path
 
 from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
-from globe_fit.config import FitConfig
+from globe_fit.config import SNAPSHOT_MINUTES, FitConfig
 from globe_fit.export import save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.result import FitResult
 from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.snapshots import SNAPSHOT_MINUTES, discard_snapshots
+from globe_fit.run.snapshots import discard_snapshots
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 
 
 def compress(
@@ -41,7 +41,7 @@ def compress(
 
     calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
                       text that the model writes; None: minimise the error of the weights
-    memory_limit      bytes, or a text such as "20GiB": refuse a fit that needs more; a calibrated fit reads a model
+    memory_limit      bytes, or a text such as "20GB": refuse a fit that needs more; a calibrated fit reads a model
                       that is larger layer by layer from disk
     resume            False: discard an unfinished fit in `out` and begin again
     on_step           gets the record of every step (names: globe_fit.run.metrics); a fit that continues first gives

@@ -11,12 +11,8 @@ import torch
 from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
 from globe_fit.result import FitResult, reconstruct, slice_experts
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES, ExpertKey
+from globe_kernels.format.architectures import ExpertKey
 from globe_kernels.format.checkpoint import (
-    CONFIG_NAME,
-    METRICS_NAME,
-    QUANT_METHOD,
-    REPORT_NAME,
     GlobeCheckpoint,
     GlobeConfig,
     LayerFactors,
@@ -25,6 +21,7 @@ from globe_kernels.format.checkpoint import (
     writing_checkpoint,
 )
 from globe_kernels.format.files import ShardWriter, holds_only_staging, require_room, staged_directory
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME, QUANT_METHOD, REPORT_NAME
 
 # An export takes over neither weights in any format nor files that describe the files of the base.
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}

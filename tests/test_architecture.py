@@ -19,7 +19,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Inside a package a room imports from its own line and from the lines above it.
 ROOMS = {
     "globe_kernels": [
-        ("errors", "version"),
+        ("errors", "lazy", "version"),
+        ("units",),
         ("format",),
         ("ops",),
         ("functional",),

@@ -14,8 +14,8 @@ from globe_fit.measure.baselines import stored_svd
 from globe_fit.measure.evaluate import Quality, continue_text, evaluate
 from globe_fit.run.progress import Progress
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
+from globe_kernels.format.checkpoint import GlobeCheckpoint
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES
 from globe_kernels.model.patching import peak_workspace, resident_bytes
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops.counters import call_counts

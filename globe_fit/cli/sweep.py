@@ -29,11 +29,11 @@ from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.files import replacing_file, require_room
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME, REPORT_NAME
 from globe_kernels.model.patching import patch
-from globe_kernels.strategies.budget import parse_bytes
+from globe_kernels.units import parse_bytes
 
 ROWS_NAME = "sweep.jsonl"
 PLOT_NAME = "sweep.png"
@@ -88,7 +88,7 @@ def read_cache_bytes(text: str | None) -> list[int]:
     return [] if text is None else [parse_bytes(word) for word in text.split(",")]
 
 
-def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
+def plan_points(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
     """Combine all values of `lists`, with the other settings of `config`; equal sizes are one point.
 
     Raises RequestError when a combination has sizes out of range.

@@ -5,7 +5,7 @@ from pathlib import Path
 from globe_fit.cli.console import gigabytes, megabytes, print_table
 from globe_fit.plan.fitting import per_rank
 from globe_fit.sizes import left_dense_note
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 
 WINDOW = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -4,8 +4,8 @@ import torch
 
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.result import reconstruct, slice_experts
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.strategies.budget import palettes_of, resident, strategies_of, workspace
 
 _PEAK_ROWS = 4096  # routed rows, tokens times top_k: a checkpoint does not know top_k

@@ -18,13 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.format.files import replacing_file
+from globe_kernels.format.names import FAMILIES, METRICS_NAME
 
-SNAPSHOT_MINUTES = 5.0  # between two snapshots
 _DIRECTORY = ".snapshot"
 _ABSENT = object()
 

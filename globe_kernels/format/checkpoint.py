@@ -30,17 +30,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import ShardWriter, read_json, sha256, staged_directory
+from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES, METRICS_NAME, PHIS, REPORT_NAME, SCOPES
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "globe_config.json"
-REPORT_NAME = "fit_report.json"
-METRICS_NAME = "metrics.jsonl"
-QUANT_METHOD = "globe"
-BANK_NAME = "globe_bank"  # the bank's module, and its keys, at the root of a model
-PHIS = ("identity", "silu", "tanh")
-SCOPES = ("global", "layer")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

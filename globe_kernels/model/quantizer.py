@@ -15,15 +15,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import FAMILIES, architecture_of
-from globe_kernels.format.checkpoint import (
-    BANK_NAME,
-    QUANT_METHOD,
-    GlobeConfig,
-    check_codes,
-    exported_bank_key,
-    exported_key,
-)
+from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, exported_key
+from globe_kernels.format.names import BANK_NAME, FAMILIES, QUANT_METHOD
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN

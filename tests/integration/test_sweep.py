@@ -11,7 +11,7 @@ import pytest
 
 from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.checkpoint import CONFIG_NAME
+from globe_kernels.format.names import CONFIG_NAME
 from tests.integration.conftest import assert_refused
 
 SIZES = ("--rank", "16,48", "--atoms", "8", "--support", "2,4", "--palette", "none,6")

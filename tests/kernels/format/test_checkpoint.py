@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format import files
 from globe_kernels.format.checkpoint import (
-    CONFIG_NAME,
     BaseModel,
     Code,
     GlobeCheckpoint,
@@ -21,6 +20,7 @@ from globe_kernels.format.checkpoint import (
     LayerFactors,
     writing_checkpoint,
 )
+from globe_kernels.format.names import CONFIG_NAME
 
 FAMILIES = ("gate", "up")
 CONFIG = GlobeConfig(
