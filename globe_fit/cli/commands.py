@@ -1,12 +1,15 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from globe_fit.cli.demo import run_demo
@@ -29,20 +32,24 @@ from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
-from globe_fit.measure.evaluate import evaluate
+from globe_fit.measure.evaluate import evaluate, record_evaluation
+from globe_fit.measure.harness import run_lm_eval
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
+from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
+from globe_kernels.format.directories import holds_checkpoint, holds_export, is_earlier_export
 from globe_kernels.format.files import replacing_file
-from globe_kernels.format.names import CONFIG_NAME, DTYPE_NAMES
+from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
+from globe_kernels.strategies.budget import palettes_of
 from globe_kernels.strategies.cost import machine_named
-from globe_kernels.units import format_count, parse_bytes
+from globe_kernels.units import parse_bytes
 
 
 def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) -> None:
@@ -51,6 +58,11 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) ->
         print(json.dumps(figures, indent=2))
     else:
         print_tables(figures)
+
+
+def _command() -> str:
+    """Return the command of this process, as a person repeats it."""
+    return shlex.join(["globe", *sys.argv[1:]])
 
 
 def _say_left_dense(base: BaseModel) -> None:
@@ -112,6 +124,7 @@ def _fit(
             snapshot_minutes=snapshot_minutes,
             wandb_project=wandb,
             progress=shown,
+            command=_command(),
         )
     if not leads():
         return
@@ -121,6 +134,7 @@ def _fit(
         "rank": checkpoint.config.rank,
         "atoms": checkpoint.config.num_atoms,
         "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
+        "sizes": footprint_of(checkpoint),
     }
     _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice))
     if not result.status.completed:
@@ -183,35 +197,68 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
         write(checkpoint, source, out, dtype=cast, on_tensor=lambda done, total: shown.advance(done / total))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = {"out": str(out), "format": "dense" if dense else "globe", "bytes": size}
+    if not dense:
+        figures["sizes"] = footprint(checkpoint.config, source.facts, palettes=palettes_of(checkpoint))
     _show(figures, as_json, print_export)
 
 
-def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
-    target = resolve_device(device or "auto")
-    is_checkpoint = (model / CONFIG_NAME).is_file()
+def _eval(
+    model: Path,
+    text: Path | None,
+    base: Path | None,
+    lm_eval: str | None,
+    lm_eval_tasks: Path | None,
+    lm_eval_limit: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    if text is None and lm_eval is None:
+        raise RequestError("There is nothing to evaluate on; give a text with --text, or tasks with --lm-eval.")
+    is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    windows = token_windows(base or model, text)
-    models = {}
+    windows = None if text is None else token_windows(base or model, text)
+    target = resolve_device(device or "auto")
+    models, labels, strategies = {}, {}, ()
     if base is not None:
-        models["dense"] = load_model(base, target)
+        models["dense"], labels["dense"] = load_model(base, target), f"dense: {base}"
     if is_checkpoint:
         models["globe"] = shared_copy(models["dense"])
-        patch(models["globe"], model)
+        strategies = patch(models["globe"], model).strategies
+        labels["globe"] = f"GloBE: checkpoint {model} in {base}, by {' and '.join(strategies)}"
     else:
-        models["globe" if base is not None else "model"] = load_model(model, target)
+        name = "globe" if base is not None else "model"
+        models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
+    figures: dict[str, Any] = {"labels": labels}
     with show_progress(as_json) as shown:
-        shown.begin("eval", 1)
-        quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
-    figures = {name: asdict(value) for name, value in quality.items()}
-    if base is None:  # no model to compare with
-        figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-    title = f"{text.name}, {format_count(windows.numel())} tokens"
-    _show(figures | {"tokens": windows.numel()}, as_json, lambda _: print_quality(title, figures))
+        if windows is not None:
+            shown.begin("eval", 1)
+            quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
+            figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
+            if base is None:  # no model to compare with
+                figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+        if lm_eval is not None:
+            options = {"task_dir": lm_eval_tasks, "limit": lm_eval_limit}
+            figures["lm_eval"] = run_lm_eval(models, base or model, lm_eval.split(","), **options)
+    _show(figures, as_json, lambda _: print_quality("" if text is None else text.name, figures))
+    if is_checkpoint and text is not None:
+        machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
+        kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
+        try:
+            record_evaluation(model, kept | {name: figures[name] for name in models})
+        except GlobeError as error:  # the figures are printed already
+            say(f"The report of {model} will not have these figures: {error}")
+
+
+def _kind(model: Path) -> str:
+    if holds_export(model):
+        return "GloBE, an export"
+    return "dense, reconstructed from GloBE" if is_earlier_export(model) else "dense"
 
 
 def _inspect(globe_dir: Path, verify: bool, layers: bool, as_json: bool) -> None:
-    figures = inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify))
+    checkpoint = GlobeCheckpoint(globe_dir, verify=verify)
+    figures = inspect_checkpoint(checkpoint) | {"sizes": footprint_of(checkpoint)}
     _show(figures, as_json, lambda _: print_inspection(figures, layers))
 
 

@@ -13,10 +13,9 @@ from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.table import bytes_table
-from globe_kernels.units import format_bytes, format_count, format_seconds, in_one_unit
+from globe_kernels.units import format_bytes, format_count, format_seconds, in_one_unit, three_digits
 
 _PAIR = " / ".join(FAMILIES)
-_LONGEST_NAME = 24  # of a model in a table; a longer name goes above the table
 _SIZES = {
     "gate_up": "gate and up on disk",
     "model": "whole model on disk",
@@ -40,20 +39,8 @@ def _say_what_sizes_mean(sizes: dict) -> None:
         write(f"Not known, because the sizes of the rest of the model are not recorded here: {', '.join(unknown)}.")
 
 
-def _sizes_of(figures: dict) -> dict:
-    """Return the sizes among the figures of a command: of gate and up alone where nothing else is known."""
-    found = figures["bytes"]
-    gate_up = {"dense": found["dense_experts"], "globe": found["globe_on_disk"]}
-    unknown = dict.fromkeys(_SIZES, None) | {"gate_up": gate_up, "strategies": []}
-    return figures.get("sizes") or unknown
-
-
 def _ratio(found: dict) -> str:
     return f"{found['globe'] / found['dense']:.3f}"
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def print_estimate(figures: dict) -> None:
@@ -62,7 +49,7 @@ def print_estimate(figures: dict) -> None:
         f"Rank {figures['rank']}, {figures['atoms']} atoms per family; the fit takes about "
         f"{format_seconds(figures['seconds'])}."
     )
-    print_sizes(_sizes_of(figures))
+    print_sizes(figures["sizes"])
     parts = {
         "solver": "solver_bytes",
         "block of experts": "block_bytes",
@@ -123,7 +110,7 @@ def _print_planned(point: dict, machine: str) -> None:
     print_table(title, ["", *strategies], rows)
     tokens = list(strategies["dense"]["tokens_per_s"])
     for title, key in (("us per MoE layer", "us_per_layer"), ("tokens/s of all layers", "tokens_per_s")):
-        rows = [[f"T = {count}", *(_three_digits(found[key][count]) for found in figures)] for count in tokens]
+        rows = [[f"T = {count}", *(three_digits(found[key][count]) for found in figures)] for count in tokens]
         print_table(title, ["", *strategies], rows)
     if "auto" in strategies:
         path = strategies["auto"]["path"]
@@ -140,7 +127,7 @@ def print_fit(figures: dict, out: Path, advice: str) -> None:
     """Print the errors of a fit beside the baselines, and its bytes."""
     write(f"The checkpoint is in {out}.")
     show_table(error_table(figures["families"], figures["rank"]))
-    print_sizes(_sizes_of(figures))
+    print_sizes(figures["sizes"])
     write(f"\n{advice}")
 
 
@@ -149,7 +136,7 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
     write(f"{title}.")
     points = [row for row in rows if row.get("S_cache") is None]
     print_table("Bytes", *_size_columns(points))
-    _say_what_sizes_mean(_sizes_of(points[0]))
+    _say_what_sizes_mean(points[0]["sizes"])
     errors = {"GloBE": "relative_error", "SVD, equal bytes": "svd_equal_bytes", "bound of the rank": "rank_bound"}
     print_table(
         f"Relative squared error, {_PAIR}",
@@ -170,7 +157,7 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
     if cached := [row for row in rows if row.get("S_cache") is not None]:
         lines = [
             [row["point"], format_bytes(row["S_cache"]), format_count(row["slots"]), f"{row['hit_rate']:.1%}"]
-            + [_three_digits(row["tokens_per_s"])]
+            + [three_digits(row["tokens_per_s"])]
             for row in cached
         ]
         print_table("Token by token with a cache", ["", "cache", "bases", "hits", "tokens/s"], lines)
@@ -183,7 +170,7 @@ def print_sweep_estimate(title: str, rows: list[dict]) -> None:
     header, table = _size_columns(rows)
     times = ["", *("finished" if row["finished"] else format_seconds(row["seconds"]) for row in rows)]
     print_table("Bytes and time", [*header, "fit"], [[*cells, time] for cells, time in zip(table, times, strict=True)])
-    _say_what_sizes_mean(_sizes_of(rows[0]))
+    _say_what_sizes_mean(rows[0]["sizes"])
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
     write(
         f"\nAll points take {format_bytes(total)} on disk, and the fits about "
@@ -193,7 +180,7 @@ def print_sweep_estimate(title: str, rows: list[dict]) -> None:
 
 def _size_columns(points: list[dict]) -> tuple[list[str], list[list[str]]]:
     """Lay out the bytes of the points of a sweep below the bytes of the dense model: (header, rows)."""
-    sizes = [_sizes_of(row) for row in points]
+    sizes = [row["sizes"] for row in points]
     columns = [["", "dense", *(row["point"] for row in points)]]
     for name, label in (("gate_up", "gate and up\non disk"), ("model", "whole model\non disk")):
         if sizes[0][name]:
@@ -214,34 +201,49 @@ def _quality(figures: dict) -> list[str]:
     return [f"{figures['perplexity']:.3f}", f"{figures['kl']:.5f}", f"{100 * figures['top1']:.2f} %"]
 
 
-def print_quality(title: str, figures: dict[str, dict[str, float]], labels: dict[str, str] | None = None) -> None:
-    """Print a row per model of an evaluation; `labels` say what each model is."""
-    write(f"{title}.")
-    labels = labels or {}
-    names = dict(labels)
-    if any(len(label) > _LONGEST_NAME for label in labels.values()):
-        names = {}
-        for name, label in labels.items():
-            write(f"{name}: {label}")
+def print_quality(title: str, figures: dict) -> None:
+    """Print the figures of an evaluation: a row per model, and a table per task of lm-eval."""
+    labels = figures["labels"]
+    for label in labels.values():
+        write(label)
+    for task, models in _by_task(figures.get("lm_eval", {})).items():
+        metrics = [name for name in next(iter(models.values())) if not name.endswith("_stderr")]
+        rows = [[name, *(_score(models[model], name) for model in models)] for name in metrics]
+        print_table(f"lm-eval, {task}", ["", *models], rows)
+    if "tokens" not in figures:
+        return
     columns = {
         "perplexity": ("perplexity", "{:.3f}"),
         "kl": ("KL to dense", "{:.5f}"),
         "top1": ("same top-1", "{:.2%}"),
         "tokens_per_s": ("tokens/s", "{:,.0f}"),
     }
-    shown = [key for key in columns if key in next(iter(figures.values()))]
+    shown = [key for key in columns if key in figures[next(iter(labels))]]
     rows = [
-        [names.get(name, name), *(columns[key][1].format(value[key]) for key in shown)]
-        for name, value in figures.items()
+        [label.partition(":")[0], *(columns[key][1].format(figures[name][key]) for key in shown)]
+        for name, label in labels.items()
     ]
-    print_table("", ["", *(columns[key][0] for key in shown)], rows)
+    title = f"{title}, {format_count(figures['tokens'])} tokens"
+    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
 
 
 def print_export(figures: dict) -> None:
     """Print the figures of `globe export`."""
     write(f"{format_bytes(figures['bytes'])} of weights in {figures['out']}.")
-    if sizes := figures.get("sizes"):
-        print_sizes(sizes)
+    if "sizes" in figures:
+        print_sizes(figures["sizes"])
+
+
+def _by_task(scores: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    tasks = dict.fromkeys(task for found in scores.values() for task in found)
+    return {task: {model: found[task] for model, found in scores.items()} for task in tasks}
+
+
+def _score(scores: dict, metric: str) -> str:
+    value, error = scores[metric], scores.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
 
 
 def print_inspection(figures: dict, all_layers: bool = False) -> None:
@@ -254,7 +256,7 @@ def print_inspection(figures: dict, all_layers: bool = False) -> None:
     )
     if figures["left_dense"]:
         write(left_dense_note(figures["shape"], figures["left_dense"]))
-    print_sizes(_sizes_of(figures))
+    print_sizes(figures["sizes"])
     held, peak = figures["bytes"]["resident"], figures["bytes"]["peak"]
     rows = [
         [name + (", without its pool" if STRATEGIES[name].takes_pool else ""), format_bytes(held[name])]
@@ -334,7 +336,7 @@ def print_demo(figures: dict) -> None:
         rows.append([label, format_bytes(sizes[dense]), format_bytes(sizes[globe]), svd])
     write("The model that ships with GloBE, compressed and measured.")
     print_table("", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
-    print_sizes(_sizes_of(figures))
+    print_sizes(figures["sizes"])
     paths = " and ".join(figures["paths"])
     write(f"\nThe GloBE model ran by {paths}, as globe_kernels.explain(model, tokens) says.")
     texts = figures["continuation"]
