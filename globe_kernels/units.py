@@ -37,7 +37,7 @@ def format_bytes(size: float) -> str:
     power = 1
     while size / 1000**power >= 999.5 and power < len(_PREFIXES):
         power += 1
-    return f"{three_digits(size / 1000**power)} {_PREFIXES[power - 1]}B"
+    return f"{three_digits(size / 1000**power, '')} {_PREFIXES[power - 1]}B"
 
 
 def in_one_unit(sizes: Sequence[float]) -> tuple[str, list[str]]:
@@ -47,9 +47,9 @@ def in_one_unit(sizes: Sequence[float]) -> tuple[str, list[str]]:
     return unit, [f"{size / factor:,.{digits}f}" if size else "0" for size in sizes]
 
 
-def three_digits(value: float) -> str:
-    """Write a number with three digits, or with all digits before its point."""
-    return f"{value:,.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
+def three_digits(value: float, separator: str = ",") -> str:
+    """Write a number with three digits, or with all digits before its point, such as 1.50 or 12,345."""
+    return f"{value:{separator}.{2 if value < 9.995 else 1 if value < 99.95 else 0}f}"
 
 
 def format_seconds(seconds: float) -> str:

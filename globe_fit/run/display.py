@@ -139,7 +139,7 @@ class _Bar(_Stages):
     def begin(self, name: str, total: float) -> None:
         self._end()
         super().begin(name, total)
-        self._bars.add_task(name, total=total, steps="", note="", left="")
+        self._bars.add_task(name, total=total, steps=self._steps(), note="", left="")
 
     def advance(self, done: float) -> None:
         super().advance(done)

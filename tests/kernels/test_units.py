@@ -3,7 +3,7 @@
 import pytest
 
 from globe_kernels import RequestError
-from globe_kernels.units import format_bytes, format_count, format_seconds, parse_bytes
+from globe_kernels.units import format_bytes, format_count, format_seconds, in_one_unit, parse_bytes, three_digits
 
 
 def test_sizes_are_read():
@@ -37,6 +37,12 @@ def test_a_size_without_a_unit_is_refused():
 def test_sizes_have_three_digits(size, text):
     assert format_bytes(size) == text
     assert parse_bytes(text) == pytest.approx(size, rel=6e-3)
+
+
+def test_sizes_beside_each_other_have_one_unit():
+    assert in_one_unit([38_700_000_000, 650_000_000, 0]) == ("GB", ["38.7", "0.7", "0"])
+    assert in_one_unit([12, 3]) == ("B", ["12", "3"])
+    assert [three_digits(value) for value in (0.5, 9.996, 99.96, 12345.6)] == ["0.50", "10.0", "100", "12,346"]
 
 
 @pytest.mark.parametrize(
