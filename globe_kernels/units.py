@@ -42,9 +42,8 @@ def format_bytes(size: float) -> str:
 
 def in_one_unit(sizes: Sequence[float]) -> tuple[str, list[str]]:
     """Write bytes in the unit of the largest size: (unit, numbers)."""
-    largest, unit = format_bytes(max(sizes)).split()
-    digits, factor = len(largest.partition(".")[2]), _FACTORS[unit.lower()]
-    return unit, [f"{size / factor:,.{digits}f}" if size else "0" for size in sizes]
+    unit = format_bytes(max(sizes)).split()[1]
+    return unit, [three_digits(size / _FACTORS[unit.lower()]) if size else "0" for size in sizes]
 
 
 def three_digits(value: float, separator: str = ",") -> str:

@@ -1,5 +1,6 @@
 """Print the figures of a command for a person: sentences and tables on stdout."""
 
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import median_low
@@ -28,15 +29,19 @@ def print_sizes(sizes: dict) -> None:
     """Print the bytes of gate and up and of the whole model, dense and as GloBE, as far as they are known."""
     known = {label: (found["dense"], found["globe"]) for name, label in _SIZES.items() if (found := sizes[name])}
     show_table(bytes_table("Bytes", known))
-    _say_what_sizes_mean(sizes)
+    _say_what_sizes_mean([sizes])
 
 
-def _say_what_sizes_mean(sizes: dict) -> None:
-    if sizes["peak"]:
-        held = ", ".join(sizes["strategies"])
+def _say_what_sizes_mean(sizes: Sequence[dict]) -> None:
+    if _are_known("peak", sizes):
+        held = ", ".join(dict.fromkeys(name for found in sizes for name in found["strategies"]))
         write(f"The peak is predicted, of a call with T = {PEAK_TOKENS} tokens; auto holds the tensors of {held}.")
-    if unknown := [label for name, label in _SIZES.items() if not sizes[name]]:
+    if unknown := [label for name, label in _SIZES.items() if not _are_known(name, sizes)]:
         write(f"Not known, because the sizes of the rest of the model are not recorded here: {', '.join(unknown)}.")
+
+
+def _are_known(name: str, sizes: Sequence[dict]) -> bool:
+    return all(found[name] for found in sizes)
 
 
 def _ratio(found: dict) -> str:
@@ -136,7 +141,7 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
     write(f"{title}.")
     points = [row for row in rows if row.get("S_cache") is None]
     print_table("Bytes", *_size_columns(points))
-    _say_what_sizes_mean(points[0]["sizes"])
+    _say_what_sizes_mean([row["sizes"] for row in points])
     errors = {"GloBE": "relative_error", "SVD, equal bytes": "svd_equal_bytes", "bound of the rank": "rank_bound"}
     print_table(
         f"Relative squared error, {_PAIR}",
@@ -150,13 +155,15 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
     ]
     header = ["", "palette", "fit"]
     if "perplexity" in points[0]:
-        header += ["perplexity", "KL to dense", "same top-1"]
-        table = [[*cells, *_quality(row)] for cells, row in zip(table, points, strict=True)]
-        table = [["dense", "", "", f"{points[0]['dense_perplexity']:.3f}", "0", "100 %"], *table]
+        found = [_quality(row) for row in points]
+        header += found[0]
+        table = [[*cells, *quality.values()] for cells, quality in zip(table, found, strict=True)]
+        dense = _quality({"perplexity": points[0]["dense_perplexity"], "kl": 0.0, "top1": 1.0})
+        table = [["dense", "", "", *dense.values()], *table]
     print_table(f"Largest palette of a layer, {_PAIR}, and time of the fit", header, table)
     if cached := [row for row in rows if row.get("S_cache") is not None]:
         lines = [
-            [row["point"], format_bytes(row["S_cache"]), format_count(row["slots"]), f"{row['hit_rate']:.1%}"]
+            [row["point"], format_bytes(row["S_cache"]), format_count(row["slots"]), f"{100 * row['hit_rate']:.1f} %"]
             + [three_digits(row["tokens_per_s"])]
             for row in cached
         ]
@@ -170,7 +177,7 @@ def print_sweep_estimate(title: str, rows: list[dict]) -> None:
     header, table = _size_columns(rows)
     times = ["", *("finished" if row["finished"] else format_seconds(row["seconds"]) for row in rows)]
     print_table("Bytes and time", [*header, "fit"], [[*cells, time] for cells, time in zip(table, times, strict=True)])
-    _say_what_sizes_mean(rows[0]["sizes"])
+    _say_what_sizes_mean([row["sizes"] for row in rows])
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
     write(
         f"\nAll points take {format_bytes(total)} on disk, and the fits about "
@@ -183,11 +190,11 @@ def _size_columns(points: list[dict]) -> tuple[list[str], list[list[str]]]:
     sizes = [row["sizes"] for row in points]
     columns = [["", "dense", *(row["point"] for row in points)]]
     for name, label in (("gate_up", "gate and up\non disk"), ("model", "whole model\non disk")):
-        if sizes[0][name]:
+        if _are_known(name, sizes):
             unit, numbers = in_one_unit([sizes[0][name]["dense"], *(found[name]["globe"] for found in sizes)])
             columns += [[f"{label}, {unit}", *numbers], ["ratio", "1", *(_ratio(found[name]) for found in sizes)]]
     for name, label in (("resident", "memory,\nratio"), ("peak", "peak,\nratio")):
-        if sizes[0][name]:
+        if _are_known(name, sizes):
             columns.append([label, "1", *(_ratio(found[name]) for found in sizes)])
     header, *rows = (list(cells) for cells in zip(*columns, strict=True))
     return header, rows
@@ -197,8 +204,17 @@ def _pair(values: dict, form: str) -> str:
     return " / ".join(form.format(values[family]) for family in FAMILIES)
 
 
-def _quality(figures: dict) -> list[str]:
-    return [f"{figures['perplexity']:.3f}", f"{figures['kl']:.5f}", f"{100 * figures['top1']:.2f} %"]
+_QUALITY: dict[str, tuple[str, Callable[[float], str]]] = {
+    "perplexity": ("perplexity", "{:.3f}".format),
+    "kl": ("KL to dense", "{:.5f}".format),
+    "top1": ("same top-1", lambda share: f"{100 * share:.2f} %"),
+    "tokens_per_s": ("tokens/s", format_count),
+}
+
+
+def _quality(figures: dict) -> dict[str, str]:
+    """Write the figures of an evaluation that are there: {name of the column: number}."""
+    return {title: write_number(figures[key]) for key, (title, write_number) in _QUALITY.items() if key in figures}
 
 
 def print_quality(title: str, figures: dict) -> None:
@@ -212,19 +228,10 @@ def print_quality(title: str, figures: dict) -> None:
         print_table(f"lm-eval, {task}", ["", *models], rows)
     if "tokens" not in figures:
         return
-    columns = {
-        "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL to dense", "{:.5f}"),
-        "top1": ("same top-1", "{:.2%}"),
-        "tokens_per_s": ("tokens/s", "{:,.0f}"),
-    }
-    shown = [key for key in columns if key in figures[next(iter(labels))]]
-    rows = [
-        [label.partition(":")[0], *(columns[key][1].format(figures[name][key]) for key in shown)]
-        for name, label in labels.items()
-    ]
+    columns = {name: _quality(figures[name]) for name in labels}
+    rows = [[label.partition(":")[0], *columns[name].values()] for name, label in labels.items()]
     title = f"{title}, {format_count(figures['tokens'])} tokens"
-    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+    print_table(title, ["", *next(iter(columns.values()))], rows)
 
 
 def print_export(figures: dict) -> None:
@@ -287,7 +294,7 @@ def print_inspection(figures: dict, all_layers: bool = False) -> None:
         for family in FAMILIES
         if (values := list(families[family][key].values()))
     ]
-    print_table("Spread", ["", "min", "median", "max"], rows)
+    print_table("Spread over the layers, experts and atoms", ["", "min", "median", "max"], rows)
     if all_layers:
         _print_layers(families)
 

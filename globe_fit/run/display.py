@@ -77,7 +77,7 @@ class _Stages:
     def _steps(self) -> str:
         """Say the steps that are done, or the share of a stage of one step."""
         done = self._done or 0
-        return f"{done:.0%}" if self._total == 1 else f"step {done:.0f} of {self._total:.0f}"
+        return f"{100 * done:.0f} %" if self._total == 1 else f"step {done:.0f} of {self._total:.0f}"
 
     def _left(self) -> str:
         """Say how long the rest of the stage takes if its steps stay as fast; empty before the second step."""

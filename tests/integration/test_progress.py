@@ -40,7 +40,7 @@ def test_lines_in_a_pipe(clock, capsys):
     assert lines[0] == "00:10 fit gate step 20 of 1500, error 0.0476, 12:20 left"
     assert [line[:5] for line in lines] == ["00:10", "00:20", "00:30", "00:40", "00:50", "01:00", "01:10"]
     assert last == "3:01:16 fit gate step 1500 of 1500, error 0.0066"
-    assert [export, told, ended] == ["3:01:16 export", "3:01:16 up is finished", "3:01:16 export 25%"]
+    assert [export, told, ended] == ["3:01:16 export", "3:01:16 up is finished", "3:01:16 export 25 %"]
 
 
 def test_a_fit_that_goes_on_counts_its_own_steps(clock, capsys):

@@ -132,8 +132,8 @@ def test_a_sweep_of_long_names(printed):
     text = printed(lambda: tables.print_sweep("2 points on a model", rows, Path("out/sweep.jsonl"), None))
     for part in (*names, "0.0271 / 0.0268", "16384 / 16384", "34.3 hours", "95.10 %", "123,456", "5.90", "0.795"):
         assert part in text
-    unfinished = [rows[1] | {"completed": False, "sizes": UNKNOWN}]
-    text = printed(lambda: tables.print_sweep("1 point on a model", unfinished, Path("out/sweep.jsonl"), None))
+    mixed = [rows[0], rows[1] | {"completed": False, "sizes": UNKNOWN}]
+    text = printed(lambda: tables.print_sweep("2 points on a model", mixed, Path("out/sweep.jsonl"), None))
     assert "diverged" in text and "Not known" in text
     assert "34.3 hours" in printed(lambda: tables.print_sweep_estimate("2 points on a model", rows[:2]))
 
@@ -160,7 +160,7 @@ def test_labels_of_an_evaluation_stand_above_its_table(printed):
     figures = {"labels": labels, "tokens": 123456, **dict.fromkeys(labels, QUALITY | {"tokens_per_s": 123456.0})}
     text = printed(lambda: tables.print_quality("heldout.txt", figures))
     assert text.splitlines()[:2] == list(labels.values())
-    assert "heldout.txt, 123,456 tokens" in text and "123,456" in text and "95.10%" in text
+    assert "heldout.txt, 123,456 tokens" in text and "123,456" in text and "95.10 %" in text
 
 
 def test_a_checkpoint_that_knows_only_its_experts(printed):
