@@ -7,6 +7,7 @@ from statistics import median_low
 
 from globe_fit.cli.console import print_table, show_table
 from globe_fit.plan.fitting import per_rank
+from globe_fit.plan.serving import CONTEXT
 from globe_fit.result import error_table
 from globe_fit.run.display import write
 from globe_fit.sizes import left_dense_note
@@ -108,8 +109,8 @@ def _print_planned(point: dict, machine: str) -> None:
     rows = [[f"{label}, {unit}", *numbers[number * count : (number + 1) * count]] for number, label in enumerate(sizes)]
     rows += [
         ["fits", *("yes" if found["fits"] else "no" for found in figures)],
-        ["batch at 4,096", *(format_count(found["batch"]) for found in figures)],
-        ["context at batch 1", *(format_count(found["kv_tokens"]) for found in figures)],
+        [f"sequences of {format_count(CONTEXT)}", *(format_count(found["batch"]) for found in figures)],
+        ["longest, k tokens", *(three_digits(found["kv_tokens"] / 1000) for found in figures)],
     ]
     title = f"Experts, and room for the KV cache on {point['cards']} x {machine}"
     print_table(title, ["", *strategies], rows)

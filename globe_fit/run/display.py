@@ -143,11 +143,13 @@ class _Bar(_Stages):
 
     def advance(self, done: float) -> None:
         super().advance(done)
-        (task,) = self._bars.task_ids
-        self._bars.update(task, completed=done, steps=self._steps(), note=self._note, left=self._left())
+        for task in self._bars.task_ids:
+            self._bars.update(task, completed=done, steps=self._steps(), note=self._note, left=self._left())
 
     def tell(self, sentence: str) -> None:
-        self._bars.console.print(sentence, highlight=False, markup=False)
+        if self._done is not None and self._done >= self._total:
+            self._end()
+        self._print(sentence)
 
     def close(self) -> None:
         self._end()
@@ -155,9 +157,13 @@ class _Bar(_Stages):
 
     def _end(self) -> None:
         if self._done is not None:
-            self.tell(self._line())
+            self._print(self._line())
+            self._done = None
         for task in self._bars.task_ids:
             self._bars.remove_task(task)
+
+    def _print(self, line: str) -> None:
+        self._bars.console.print(line, highlight=False, markup=False)
 
 
 def _clock(seconds: float) -> str:

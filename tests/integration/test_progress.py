@@ -72,6 +72,7 @@ BAR = """
 from globe_fit.run.display import show_progress
 with show_progress() as shown:
     for family in ("gate", "up"):
+        shown.tell(f"next comes {family}")
         shown.begin(f"fit {family}", 1500)
         for step in range(0, 1501, 100):
             shown.note("error 0.0412")
@@ -96,9 +97,11 @@ def test_one_bar_on_a_terminal():
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
     assert max(map(len, lines)) <= 80 and "…" not in plain
-    kept = [line.rstrip().split(" ", 1)[1] for line in lines if re.match(r"\d\d:\d\d fit ", line)]
+    kept = [re.sub(r"\d\d:\d\d ", "", line.rstrip()) for line in lines if "━" not in line]
     families = ("gate", "up")
-    assert kept == [f"fit {family} step 1500 of 1500, error 0.0412" for family in families]
+    ends = {family: f"fit {family} step 1500 of 1500, error 0.0412" for family in families}
+    assert kept[:3] == ["next comes gate", ends["gate"], "next comes up"] and kept[-1] == ends["up"]
+    assert kept[3].startswith("globe: a sentence of many words")
     assert all(any(line.startswith(f"fit {f} ━") for line in lines) for f in families)
     assert any("━ step 0 of 1500" in line for line in lines)
 
