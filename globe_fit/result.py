@@ -38,6 +38,7 @@ class FitStatus:
 
     completed: bool
     advice: str
+    level: str  # "settled", "unsettled": more steps would pay, or "diverged"
 
 
 @dataclass(frozen=True)

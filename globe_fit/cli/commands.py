@@ -12,7 +12,7 @@ from transformers.utils import logging
 from globe_fit.cli.console import progress, say
 from globe_fit.cli.demo import run_demo
 from globe_fit.cli.plots import plan_figure, save_png
-from globe_fit.cli.report_page import write_report
+from globe_fit.cli.report.page import write_report
 from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes, read_lists, write_rows
 from globe_fit.cli.tables import (
     print_demo,
