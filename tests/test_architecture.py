@@ -31,8 +31,10 @@ ROOMS = {
     "globe_fit": [
         ("config", "result", "run"),
         ("sizes", "data", "linalg"),
-        ("calibration", "export", "solvers"),
+        ("calibration", "solvers"),
         ("measure", "plan"),
+        ("model_card",),
+        ("export",),
         ("finish",),
         ("fitting",),
         ("compression",),

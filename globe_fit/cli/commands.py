@@ -1,6 +1,8 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from logging import ERROR, getLogger
@@ -32,6 +34,7 @@ from globe_fit.export import export_dense, export_globe
 from globe_fit.measure.evaluate import evaluate
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
+from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.plan.serving import plan_all
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
@@ -40,6 +43,7 @@ from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.files import replacing_file
 from globe_kernels.format.names import CONFIG_NAME, DTYPE_NAMES
 from globe_kernels.model.patching import patch
+from globe_kernels.strategies.budget import palettes_of
 from globe_kernels.strategies.cost import machine_named
 from globe_kernels.units import format_bytes, parse_bytes
 
@@ -50,6 +54,11 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) ->
         print(json.dumps(figures, indent=2))
     else:
         print_tables(figures)
+
+
+def _command() -> str:
+    """Return the command of this process, as a person repeats it."""
+    return shlex.join(["globe", *sys.argv[1:]])
 
 
 def _say_left_dense(base: BaseModel) -> None:
@@ -111,6 +120,7 @@ def _fit(
             snapshot_minutes=snapshot_minutes,
             wandb_project=wandb,
             progress=shown,
+            command=_command(),
         )
     if not leads():
         return
@@ -120,6 +130,7 @@ def _fit(
         "rank": checkpoint.config.rank,
         "atoms": checkpoint.config.num_atoms,
         "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
+        "sizes": footprint_of(checkpoint),
     }
     _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice))
     if not result.status.completed:
@@ -182,6 +193,8 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
         write(checkpoint, source, out, dtype=cast, on_tensor=lambda done, total: shown.advance(done / total))
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     figures = {"out": str(out), "format": "dense" if dense else "globe", "bytes": size}
+    if not dense:
+        figures["sizes"] = footprint(checkpoint.config, source.facts, palettes=palettes_of(checkpoint))
     _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
 
 

@@ -12,6 +12,7 @@ from globe_fit.calibration.offload import plan_run
 from globe_fit.config import SELF, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
+from globe_fit.plan.footprint import footprint
 from globe_fit.run.distributed import ALONE, Ranks, join
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState
@@ -19,6 +20,7 @@ from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import initial_codes
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.directories import holds_fit, require_place
 from globe_kernels.format.files import require_room
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.units import format_bytes, parse_bytes
@@ -84,6 +86,7 @@ class FitPlan:
             "atoms": self.sizes.num_atoms,
             "bytes": {"dense_experts": self.sizes.base.dense_bytes, "globe_on_disk": self.sizes.tensor_bytes},
             **asdict(self.needs),
+            "sizes": footprint(self.sizes, self.source.facts, device=self.config.device),
             "peak_bytes": self.needs.peak_bytes,
             "seconds": estimate_seconds(self.source, self.sizes, self.config, self.ranks),
         }
@@ -99,12 +102,14 @@ def plan_fit(
 ) -> FitPlan:
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
 
-    Raises RequestError for sizes out of range, a combination that no fit supports and too little memory, GlobeError for
+    Raises RequestError for sizes out of range, a combination that no fit supports, too little memory and an `out` with
+    other files, GlobeError for
     damaged files and too little room on the disk of `out`.
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)
     require_supported(source.base, config, calibrate is not None, ranks)
+    require_place(out, holds_fit, "fit")
     require_room(Path(out), sizes.tensor_bytes)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)

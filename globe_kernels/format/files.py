@@ -132,11 +132,6 @@ def _is_running(pid: str) -> bool:
     return int(pid) != os.getpid()
 
 
-def holds_only_staging(directory: Path) -> bool:
-    """Tell whether a directory holds nothing but the staging of writers, running or killed."""
-    return all(path.name.startswith(_STAGING_PREFIX) for path in directory.iterdir())
-
-
 def read_json(path: Path, remedy: str) -> dict:
     """Read the JSON object in a file. Raises GlobeError, which ends in `remedy`, when the file holds anything else."""
     try:

@@ -66,9 +66,9 @@ def test_a_fit_continues_where_it_was_interrupted(model_dir, tmp_path):
 
 def test_without_resume_a_fit_begins_again(model_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, tmp_path, CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0)
-    compress(model_dir, tmp_path, replace(CONFIG, seed=1), resume=False)
-    assert GlobeCheckpoint(tmp_path).config.provenance["seed"] == 1
+        compress(model_dir, tmp_path / "out", CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0)
+    compress(model_dir, tmp_path / "out", replace(CONFIG, seed=1), resume=False)
+    assert GlobeCheckpoint(tmp_path / "out").config.provenance["seed"] == 1
 
 
 def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monkeypatch):
@@ -109,11 +109,11 @@ def test_a_request_that_cannot_be_met(model_dir, tmp_path, options, sentence):
 
 def test_a_fit_that_diverges_is_saved(model_dir, tmp_path):
     wild = replace(CONFIG, varpro=VarProConfig(steps=12, lr=1e30, support_at=0.0))
-    result = compress(model_dir, tmp_path, wild)
+    result = compress(model_dir, tmp_path / "out", wild)
     assert not result.status.completed and "diverged" in result.status.advice
-    assert GlobeCheckpoint(tmp_path, verify=True).report()["status"]["completed"] is False
+    assert GlobeCheckpoint(tmp_path / "out", verify=True).report()["status"]["completed"] is False
     with pytest.raises(GlobeError, match="diverged at step .* before its support was fixed"):
-        compress(model_dir, tmp_path, replace(wild, varpro=replace(wild.varpro, support_at=1.0)), resume=False)
+        compress(model_dir, tmp_path / "out", replace(wild, varpro=replace(wild.varpro, support_at=1.0)), resume=False)
 
 
 def test_the_verb_is_public():

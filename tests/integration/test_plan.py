@@ -163,7 +163,7 @@ def not_a_moe(tmp_path: Path) -> Path:
     ("path", "options", "sentence"),
     [
         (Path("nowhere"), (), "nowhere does not exist; give the directory of a model or its config.json."),
-        (CONFIGS, (), "holds no config.json, so it is not a Hugging Face model; give a model's local directory."),
+        (CONFIGS, (), "; give the local directory of a Hugging Face model."),
         (
             not_a_moe,
             (),

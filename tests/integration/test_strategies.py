@@ -304,9 +304,9 @@ def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, 
     model = patched(path)
     with pytest.raises(RequestError, match="memory budget is .* and the smallest arrangement of this checkpoint"):
         globe_kernels.patch(tiny_model("qwen3_moe"), path, memory_budget="100kB")
-    with pytest.raises(RequestError, match="'plenty' is no size in bytes"):
+    with pytest.raises(RequestError, match="'plenty' is no size"):
         globe_kernels.set_strategy(model, "cached", cache_bytes="plenty")
-    with pytest.raises(RequestError, match="The cache is given 5 bytes"):
+    with pytest.raises(RequestError, match="The cache is given 5 B"):
         globe_kernels.set_strategy(model, "cached", cache_bytes=5)
     with pytest.raises(RequestError, match=r"holds no cache of composed bases; globe_kernels.set_strategy\(model"):
         globe_kernels.cache_stats(model)

@@ -79,6 +79,7 @@ def test_round_trip(saved):
     assert_same(read(saved), draw())
     assert GlobeCheckpoint(saved).config == CONFIG
     assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json",
         "fit_report.json",
         "globe.safetensors",
         "globe_config.json",
@@ -268,5 +269,5 @@ def test_refuses_to_write_over_a_file(tmp_path):
 
 
 def test_refuses_in_advance_what_cannot_fit(tmp_path):
-    with pytest.raises(GlobeError, match=r"needs \d+ bytes and \d+ are free"):
+    with pytest.raises(GlobeError, match=r"needs \d+ PB and .* are free"):
         files.require_room(tmp_path / "new", 2**62)
