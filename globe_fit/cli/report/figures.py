@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # Sizes in inches. Shown 320 pixels wide, as on a phone, a figure keeps its text above 9 pixels.
 _SIZE = (4.4, 2.75)
-_SMALL = (2.3, 1.9)
+_SMALL = (2.1, 1.8)
 _MOST_BARS = 32
 _VARIABLES = {
     **{colour: family for family, colour in COLOURS.items()},
