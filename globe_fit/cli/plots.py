@@ -126,8 +126,10 @@ def sweep(rows: list[dict]) -> "Figure":
         ends = []
         for key, joined in lines.items():
             name = " ".join(f"{letter}{key[place]}" for letter, place in varied.items() if key[place] is not None)
-            ends.append((joined[-1]["ratio"], joined[-1]["relative_error"][family], name, colours[key[0]]))
-        _label_points(axes, ends)
+            end = joined[-1]
+            ends.append((end["ratio"], end["relative_error"][family], name or "no palette", colours[key[0]]))
+        if varied:
+            _label_points(axes, ends)
     return figure
 
 

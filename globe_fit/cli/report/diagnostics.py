@@ -117,7 +117,7 @@ def _atoms(facts: Facts) -> Group:
         group.plots.append(Plot("popularity", "Popularity of the atoms", caption, figure))
     overlap = facts.report.get("support_overlap")
     if overlap is not None:
-        group.sentences.append(f"Gate and up of an expert share {overlap:.0%} of the atoms that either uses.")
+        group.sentences.append(f"Gate and up of an expert share {100 * overlap:.0f} % of the atoms that either uses.")
     if supports := _of(facts, "support_histogram"):
         least = {found["support_min"] for found in facts.families.values() if "support_min" in found}
         most = {found["support_max"] for found in facts.families.values() if "support_max" in found}
@@ -156,7 +156,7 @@ def _spectra(facts: Facts) -> Group:
         [name, number(check["relative_error"]), *(f"{check['angles_degrees'][end]:.1f}" for end in (0, -1))]
         for _, check, name in sampled
     ]
-    group.tables.append(Table("Angles between the top singular vectors, dense and stored", header, rows))
+    group.tables.append(Table("Angles of the top singular vectors", header, rows))
     return group
 
 
