@@ -42,7 +42,13 @@ from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_i
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
-from globe_kernels.format.directories import holds_checkpoint, holds_export, is_earlier_export
+from globe_kernels.format.directories import (
+    holds_checkpoint,
+    holds_export,
+    holds_model,
+    is_earlier_export,
+    refuse_swapped,
+)
 from globe_kernels.format.files import replacing_file
 from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
@@ -104,6 +110,7 @@ def _fit(
     as_json: bool,
     **settings: str | float | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
     if dry_run:
         planned = plan_fit(model_dir, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
@@ -155,6 +162,7 @@ def _sweep(
     as_json: bool,
     **sizes: str | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe sweep {out} -o {model_dir}")
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
     caches = read_cache_bytes(s_cache)
     if caches and text is None:
@@ -188,6 +196,7 @@ def _sweep(
 def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    refuse_swapped(globe_dir, base, holds_checkpoint, f"globe export {base} --base {globe_dir}")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
     checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
     write = export_dense if dense else export_globe
@@ -211,6 +220,8 @@ def _eval(
     device: str | None,
     as_json: bool,
 ) -> None:
+    if base is not None:
+        refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
     if text is None and lm_eval is None:
         raise RequestError("There is nothing to evaluate on; give a text with --text, or tasks with --lm-eval.")
     is_checkpoint = holds_checkpoint(model)
