@@ -106,8 +106,8 @@ def run_tasks(
     tokenizer: Any = load_tokenizer(tokenizer_dir)
     if tokenizer.bos_token is None and tokenizer.eos_token is None:
         raise RequestError(
-            f"The tokenizer in {tokenizer_dir} has no bos_token and no eos_token, and lm-eval needs one of them; name it"
-            " in tokenizer_config.json."
+            f"The tokenizer in {tokenizer_dir} has no bos_token and no eos_token, and lm-eval needs one of them; name "
+            "one in tokenizer_config.json."
         )
     with _silence():
         wrapped = {
