@@ -1,6 +1,7 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from logging import ERROR, getLogger
@@ -17,10 +18,10 @@ from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes,
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
+    print_evaluation,
     print_fit,
     print_inspection,
     print_plan,
-    print_quality,
     print_sweep,
     print_sweep_estimate,
 )
@@ -30,6 +31,7 @@ from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
 from globe_fit.measure.evaluate import evaluate
+from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.serving import plan_all
@@ -185,12 +187,26 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
     _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
 
 
-def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
+def _eval(
+    model: Path,
+    text: Path | None,
+    base: Path | None,
+    lm_eval: str | None,
+    lm_eval_tasks: Path | None,
+    lm_eval_limit: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
+        raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
+    if text is None and lm_eval is None:
+        raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
     target = resolve_device(device or "auto")
     is_checkpoint = (model / CONFIG_NAME).is_file()
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    windows = token_windows(base or model, text)
+    windows = None if text is None else token_windows(base or model, text)
+    tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
     models = {}
     if base is not None:
         models["dense"] = load_model(base, target)
@@ -199,14 +215,25 @@ def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_jso
         patch(models["globe"], model)
     else:
         models["globe" if base is not None else "model"] = load_model(model, target)
-    with progress(as_json) as shown:
-        shown.begin("eval", 1)
-        quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
-    figures = {name: asdict(value) for name, value in quality.items()}
-    if base is None:  # no model to compare with
-        figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-    title = f"{text.name}, {windows.numel()} tokens"
-    _show(figures | {"tokens": windows.numel()}, as_json, lambda _: print_quality(title, figures))
+    figures: dict[str, Any] = {}
+    if windows is not None:
+        with progress(as_json) as shown:
+            shown.begin("eval", 1)
+            quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
+        figures = {name: asdict(value) for name, value in quality.items()}
+        if base is None:  # no model to compare with
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+        figures["tokens"] = windows.numel()
+    if tasks is not None:
+        figures["lm_eval"] = run_tasks(
+            models,
+            base or model,
+            tasks,
+            limit=lm_eval_limit,
+            bars=sys.stderr.isatty() and not as_json,
+            on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
+        )
+    _show(figures, as_json, lambda _: print_evaluation(figures, [*models], text))
 
 
 def _inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:
