@@ -20,10 +20,10 @@ from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes,
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
+    print_evaluation,
     print_fit,
     print_inspection,
     print_plan,
-    print_quality,
     print_sweep,
     print_sweep_estimate,
 )
@@ -33,7 +33,7 @@ from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
 from globe_fit.measure.evaluate import evaluate, record_evaluation
-from globe_fit.measure.harness import run_lm_eval
+from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint, footprint_of
@@ -222,12 +222,15 @@ def _eval(
 ) -> None:
     if base is not None:
         refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
+    if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
+        raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
     if text is None and lm_eval is None:
-        raise RequestError("There is nothing to evaluate on; give a text with --text, or tasks with --lm-eval.")
+        raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
     is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
     windows = None if text is None else token_windows(base or model, text)
+    tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
     target = resolve_device(device or "auto")
     models, labels, strategies = {}, {}, ()
     if base is not None:
@@ -240,17 +243,23 @@ def _eval(
         name = "globe" if base is not None else "model"
         models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
     figures: dict[str, Any] = {"labels": labels}
-    with progress(as_json) as shown:
-        if windows is not None:
+    if windows is not None:
+        with progress(as_json) as shown:
             shown.begin("eval", 1)
             quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
-            figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
-            if base is None:  # no model to compare with
-                figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-        if lm_eval is not None:
-            options = {"task_dir": lm_eval_tasks, "limit": lm_eval_limit}
-            figures["lm_eval"] = run_lm_eval(models, base or model, lm_eval.split(","), **options)
-    _show(figures, as_json, lambda _: print_quality("" if text is None else text.name, figures))
+        figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
+        if base is None:  # no model to compare with
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+    if tasks is not None:
+        figures["lm_eval"] = run_tasks(
+            models,
+            base or model,
+            tasks,
+            limit=lm_eval_limit,
+            bars=sys.stderr.isatty() and not as_json,
+            on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
+        )
+    _show(figures, as_json, lambda _: print_evaluation(figures, text))
     if is_checkpoint and text is not None:
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
