@@ -1,7 +1,7 @@
 """Generate text with a dense model, and again after a GloBE checkpoint took the place of its experts.
 
-python examples/compress.py       first: makes out/example
-python examples/run.py
+python examples/compress/compress.py              first: makes out/compress
+python examples/patch_and_generate/run.py
 """
 
 import argparse
@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import globe_kernels
 
-SHIPPED = Path(__file__).parent / "tiny_moe"
+SHIPPED = Path(__file__).resolve().parent.parent / "tiny_moe"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", default=SHIPPED, help="the model that was compressed")
-    parser.add_argument("--globe", type=Path, default=Path("out/example"), help="directory of the GloBE checkpoint")
+    parser.add_argument("--globe", type=Path, default=Path("out/compress"), help="directory of the GloBE checkpoint")
     parser.add_argument("--strategy", default="auto", help="auto, composed, bank_first, cached or scratch")
     parser.add_argument("--prompt", default="Return a new list containing")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens")
