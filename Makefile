@@ -25,7 +25,7 @@ test: $(INSTALLED)
 # the site in build/site; a link to a page or a heading that does not exist fails
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	$(BIN)/mkdocs build --strict
 
 # every shipped kernel configuration, compiled for real targets without a GPU
 aot: $(INSTALLED)

@@ -81,7 +81,7 @@ def test_the_pages_of_the_models_are_current():
 
 def test_the_site_is_built_without_a_warning_and_shows_every_public_name(tmp_path):
     """A link to a page or a heading that does not exist is a warning; the pages load nothing from another host."""
-    run("-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path, cwd=ROOT)
+    run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT)
     shown = re.findall(r'<h3 id="(globe_\w+)[.\w]*[.](\w+)"', (tmp_path / "api.html").read_text(encoding="utf-8"))
     for package in (globe_kernels, globe_fit):
         assert sorted(name for owner, name in shown if owner == package.__name__) == sorted(package.__all__)
