@@ -15,7 +15,7 @@ from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
 from globe_kernels.format.architectures import architecture_of
-from globe_kernels.format.checkpoint import BANK_NAME
+from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.targets import globe_modules

@@ -36,9 +36,9 @@ from report import table
 from synthetic import SIZES, SyntheticSource
 
 from globe_fit import ExpertSource, FitConfig, FitResult, VarProConfig, fit
-from globe_fit.calibration.metric import SELF, Calibration, calibrate, require_text
+from globe_fit.calibration.metric import Calibration, calibrate, require_text
 from globe_fit.cli.demo import shipped_model
-from globe_fit.config import AlternatingConfig, resolve_device
+from globe_fit.config import DEFAULT_RATIO, SELF, AlternatingConfig, resolve_device
 from globe_fit.data.model import load_model, token_windows, with_experts
 from globe_fit.data.source import ExpertLayer
 from globe_fit.data.stream import FamilyWeights, share
@@ -46,9 +46,8 @@ from globe_fit.measure.baselines import stored_svd
 from globe_fit.measure.evaluate import evaluate
 from globe_fit.plan.fitting import estimate
 from globe_fit.result import reconstruct
-from globe_fit.sizes import DEFAULT_RATIO
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 
 # Rounds for about the seconds of the default solver.
 _ALTERNATING = FitConfig(solver="alternating", alternating=AlternatingConfig(steps=150))

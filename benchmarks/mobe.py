@@ -32,8 +32,8 @@ from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.linalg import refit_adapters, solve_adapters
 from globe_fit.solvers.start import group_of_experts, grouped_svd
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import PHIS, GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.names import FAMILIES, PHIS
 from globe_kernels.ops.compose_basis import PHI_FUNCTIONS
 
 Clock = Callable[[], float]

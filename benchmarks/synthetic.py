@@ -13,8 +13,8 @@ from shapes import MODELS, LayerShape
 
 from globe_fit import ExpertSource
 from globe_fit.data.source import ExpertLayer
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.names import FAMILIES
 
 # {name: its layers and their shape}
 SIZES = {"qwen3-30b": (48, MODELS["qwen3-30b-a3b"])}

@@ -1,7 +1,8 @@
 """Fit a GloBE checkpoint to the experts of a Hugging Face Mixture-of-Experts model."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from globe_kernels.lazy import lazy_names
 
 if TYPE_CHECKING:
     from globe_fit.compression import compress
@@ -24,21 +25,17 @@ __all__ = [
 ]
 
 # No module has the name of a function here: to import the module would put it in the place of the function.
-_HOME = {
-    "ExpertSource": "data.source",
-    "FitConfig": "config",
-    "FitResult": "result",
-    "VarProConfig": "config",
-    "compress": "compression",
-    "export_dense": "export",
-    "export_globe": "export",
-    "fit": "fitting",
-    "save_fit": "export",
-}
-
-
-def __getattr__(name: str):
-    # on first use: the command line must catch Ctrl-C while torch is imported
-    if name not in _HOME:
-        raise AttributeError(f"module 'globe_fit' has no attribute {name!r}")
-    return getattr(import_module(f"globe_fit.{_HOME[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ExpertSource": "data.source",
+        "FitConfig": "config",
+        "FitResult": "result",
+        "VarProConfig": "config",
+        "compress": "compression",
+        "export_dense": "export",
+        "export_globe": "export",
+        "fit": "fitting",
+        "save_fit": "export",
+    },
+)

@@ -1,7 +1,6 @@
 """Entry point of `globe` and of `python -m globe_fit`: an error becomes one sentence and an exit code."""
 
 import sys
-from logging import ERROR, getLogger
 
 _USAGE = 2
 _INTERRUPTED = 130
@@ -9,36 +8,26 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 interrupted."""
+    # the imports may take seconds, and Ctrl-C during them must not print a traceback either
     try:
-        # the imports take seconds, and Ctrl-C during them must not print a traceback either
-        from transformers.utils import logging
-
-        from globe_fit.run import distributed
+        code, message = _run()
     except KeyboardInterrupt:
-        print("globe: interrupted.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    getLogger("accelerate").setLevel(ERROR)  # accelerate warns of offloading, which the user asked for
-    distributed.end_with_the_others()
-    code, message = _run()
-    if message:
-        distributed.say(message)
+        code, message = _INTERRUPTED, "interrupted."
+    if message and "torch" in sys.modules:
+        from globe_fit.run import distributed
+
+        distributed.say(message)  # of several ranks one speaks
+    elif message:
+        print(f"globe: {message}", file=sys.stderr)
     sys.exit(code)
 
 
 def _run() -> tuple[int, str]:
+    from globe_fit.cli.app import app
+    from globe_kernels.errors import GlobeError
+
     try:
-        from globe_fit.cli.app import app
-        from globe_fit.run.distributed import leave, ranks_in_all
-        from globe_kernels.errors import GlobeError, RequestError
-    except KeyboardInterrupt:
-        return _INTERRUPTED, "interrupted."
-    try:
-        if ranks_in_all() > 1 and sys.argv[1:2] != ["fit"]:
-            raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
         code = app(standalone_mode=False) or 0
-        leave()
     except GlobeError as error:
         return error.exit_code, str(error)
     except Exception as error:

@@ -6,17 +6,19 @@ from pathlib import Path
 
 from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
-from globe_fit.config import FitConfig
+from globe_fit.config import SNAPSHOT_MINUTES, FitConfig
 from globe_fit.export import save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
-from globe_fit.result import FitResult
+from globe_fit.result import FitResult, stored_fit
 from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.snapshots import SNAPSHOT_MINUTES, discard_snapshots
+from globe_fit.run.snapshots import differences, discard_snapshots
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.directories import holds_unfinished_fit
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME, REPORT_NAME
 
 
 def compress(
@@ -31,27 +33,30 @@ def compress(
     snapshot_minutes: float = SNAPSHOT_MINUTES,
     wandb_project: str | None = None,
     progress: Progress = SILENT,
+    command: str | None = None,
 ) -> FitResult:
     """Fit a GloBE checkpoint to the experts of a Hugging Face MoE model and write it to the directory `out`.
 
     `model_dir` is the local directory of the model, `config` holds the sizes and the solver. One seed gives the same
     bytes on one machine, also after an interruption: the fit writes snapshots to `out`/.snapshot, and the same call
-    continues from the last snapshot. A fit that diverges is saved too, with the best state before; then
+    continues from the last snapshot. If `out` holds the finished fit of the same call, this call returns its result at
+    once; the fit of another call is refused. A fit that diverges is saved too, with the best state before; then
     `result.status.completed` is False. Under torchrun all ranks make the same call and the first rank writes.
 
     calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
                       text that the model writes; None: minimise the error of the weights
-    memory_limit      bytes, or a text such as "20GiB": refuse a fit that needs more; a calibrated fit reads a model
+    memory_limit      bytes, or a text such as "20GB": refuse a fit that needs more; a calibrated fit reads a model
                       that is larger layer by layer from disk
-    resume            False: discard an unfinished fit in `out` and begin again
+    resume            False: begin again, whatever fit `out` holds; a finished fit stays until the new fit is finished
     on_step           gets the record of every step (names: globe_fit.run.metrics); a fit that continues first gives
                       the records of the steps before its snapshot
     snapshot_minutes  time between two snapshots
     wandb_project     send the records to a new run of this Weights & Biases project
     progress          gets the stages of the work, and sentences for the person who waits
+    command           the command of the fit, for fit_report.json
 
     Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
-    little memory, a text that is missing or too short, an unfinished fit with other settings in `out`. Raises
+    little memory, a text that is missing or too short, a fit with other settings or other files in `out`. Raises
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
     its support is fixed. Raises KeyboardInterrupt after Ctrl-C; the snapshot is complete then.
     """
@@ -71,6 +76,11 @@ def compress(
         discard_snapshots(out)
         ranks.every(0)  # before a rank writes there
     calibrated_on = None if calibrate is None else identity(calibrate)
+    if resume and not holds_unfinished_fit(Path(out)):
+        done = finished_fit(out, plan.sizes, config, calibrated_on)
+        if done is not None:
+            progress.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
+            return stored_fit(done)
     snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
     steps = config.steps + 1
 
@@ -100,6 +110,35 @@ def compress(
         progress.begin("fit", steps * len(FAMILIES))
         result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
     if ranks.leads:
+        result.report.update(base=source.facts, command=command)
         save_fit(result, source, out)
         discard_snapshots(out)
     return result
+
+
+def finished_fit(
+    out: str | Path, sizes: GlobeConfig, config: FitConfig, calibrated_on: str | None = None
+) -> GlobeCheckpoint | None:
+    """Open the checkpoint in `out` if it is the finished fit of this request; None when `out` holds no checkpoint.
+
+    Raises RequestError, with the settings that differ, when it is the fit of another request.
+    """
+    if not all((Path(out) / name).is_file() for name in (CONFIG_NAME, REPORT_NAME, METRICS_NAME)):
+        return None
+    checkpoint = GlobeCheckpoint(out)
+    provenance = checkpoint.config.provenance
+    calibration = provenance.get("calibration") or {}
+    found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
+    if changes := differences(_identity(*found), _identity(asdict(config), sizes, calibrated_on)):
+        raise RequestError(
+            f"{out} holds a finished fit with other settings ({changes}); give another directory, or fit over it "
+            "(--restart, in Python resume=False)."
+        )
+    return checkpoint
+
+
+def _identity(settings: dict, sizes: GlobeConfig, calibrated_on: str | None) -> dict:
+    """Collect the settings that decide the result. Ratio, rank and atoms count as the sizes that follow from them."""
+    decided = {name: value for name, value in settings.items() if name not in ("device", "ratio")}
+    resolved = {"rank": sizes.rank, "atoms": sizes.num_atoms}
+    return decided | resolved | {"model": asdict(sizes.base), "calibration": calibrated_on}

@@ -6,12 +6,13 @@ import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
-import torch
-
 from globe_kernels.errors import RequestError
-from globe_kernels.format.checkpoint import PHIS, SCOPES
+from globe_kernels.format.names import PHIS, SCOPES
 
 SOLVERS = ("varpro", "alternating")
+DEFAULT_RATIO = 0.625
+SELF = "self"  # in place of a text to calibrate on: the model writes the text
+SNAPSHOT_MINUTES = 5.0  # between two snapshots
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,8 @@ def _from_table(owner: type, given: dict, table: str, where: Path | None):
 
 def resolve_device(name: str) -> str:
     """Return the torch device for `name`: "auto" is a GPU where there is one. Raises RequestError."""
+    import torch  # here: the command line reads these settings before it has seconds for torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):

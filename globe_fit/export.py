@@ -3,20 +3,18 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
+from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES, ExpertKey
+from globe_kernels.format.architectures import ExpertKey
 from globe_kernels.format.checkpoint import (
-    CONFIG_NAME,
-    METRICS_NAME,
-    QUANT_METHOD,
-    REPORT_NAME,
     GlobeCheckpoint,
     GlobeConfig,
     LayerFactors,
@@ -24,19 +22,28 @@ from globe_kernels.format.checkpoint import (
     exported_key,
     writing_checkpoint,
 )
-from globe_kernels.format.files import ShardWriter, holds_only_staging, require_room, staged_directory
+from globe_kernels.format.directories import is_earlier_export, require_place
+from globe_kernels.format.files import ShardWriter, require_room, staged_directory
+from globe_kernels.format.names import CARD_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, MODEL_CONFIG_NAME, QUANT_METHOD
 
-# An export takes over neither weights in any format nor files that describe the files of the base.
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
-_NOT_COPIED = {
-    "config.json",
-    INDEX_NAME,
-    "README.md",
-    "pytorch_model.bin.index.json",
-    CONFIG_NAME,  # a GloBE checkpoint may lie beside its base
-    REPORT_NAME,
-    METRICS_NAME,
-}
+# An export takes over the files of the base that a model needs to run, and its licence; neither weights in other
+# formats nor files of the training of the base.
+_COPIED = (
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "generation_config.json",
+    "*processor_config.json",
+    "*.py",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+)
 # The router chooses by small differences of this tensor: bf16 would turn them into ties.
 _NEVER_CAST = "e_score_correction_bias"
 
@@ -86,7 +93,8 @@ def export_globe(
     count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
     needed = _bytes(base, kept) + checkpoint.bytes_on_disk
-    _write_model(base, Path(out), tensors(), count, needed, dtype, quantization, on_tensor)
+    card = model_card(checkpoint, base, dense=False)
+    _write_model(base, Path(out), card, tensors(), count, needed, dtype, quantization, on_tensor)
 
 
 def export_dense(
@@ -122,7 +130,8 @@ def export_dense(
                     part.copy_(dense(key, family))
             yield name, original
 
-    _write_model(base, Path(out), tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
+    card = model_card(checkpoint, base, dense=True)
+    _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
 
 
 def _is_compressed(key: ExpertKey | None) -> bool:
@@ -167,6 +176,7 @@ def require_same_model(sizes: GlobeConfig, base: ExpertSource) -> None:
 def _write_model(
     base: ExpertSource,
     out: Path,
+    card: str,
     tensors: Iterator[tuple[str, torch.Tensor]],
     count: int,
     needed: int,
@@ -174,22 +184,21 @@ def _write_model(
     quantization: dict | None,
     on_tensor: OnTensor | None,
 ) -> None:
-    """Write tensors, configuration, tokenizer and other small files of the base, and a model card."""
+    """Write tensors, configuration, tokenizer and other small files of the base, and the model card."""
     if out.resolve() == base.model_dir.resolve():
         raise RequestError(f"{out} is the base model itself; give another output directory.")
-    if out.exists() and not (out.is_dir() and _may_replace(out)):
-        raise RequestError(f"{out} exists and is not an earlier export of GloBE; give a new directory.")
+    require_place(out, is_earlier_export, "export")
     require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
     config = read_config(base.model_dir)
     config.pop("quantization_config", None)
     if quantization is not None:
-        config["quantization_config"] = quantization
+        config |= {"quantization_config": quantization, GUARD_KEY: EXPORT_GUARD}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that is replaced
-    with staged_directory(out, last="config.json") as staging:
+    with staged_directory(out, last=MODEL_CONFIG_NAME) as staging:
         for path in base.model_dir.iterdir():
-            if path.is_file() and path.suffix not in _WEIGHT_SUFFIXES and path.name not in _NOT_COPIED:
+            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
                 shutil.copyfile(path, staging / path.name)
         shards = ShardWriter(staging, "model", {"format": "pt"})
         for done, (key, tensor) in enumerate(tensors, start=1):
@@ -202,32 +211,7 @@ def _write_model(
             written.add(INDEX_NAME)
             index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
             (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(_model_card(base, quantization), encoding="utf-8")
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (staging / CARD_NAME).write_text(card, encoding="utf-8")
+        (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in stale - written:
         (out / name).unlink(missing_ok=True)
-
-
-def _may_replace(out: Path) -> bool:
-    """Tell whether an export may replace `out`: it is empty, or its model card says that an export wrote it."""
-    card = out / "README.md"
-    return holds_only_staging(out) or (card.is_file() and _CARD_MARK in card.read_text(encoding="utf-8"))
-
-
-_CARD_MARK = "Compressed with GloBE"
-
-
-def _model_card(base: ExpertSource, quantization: dict | None) -> str:
-    header = f"---\nbase_model: {base.base.name}\ntags: [globe, moe]\n---\n\n# {base.base.name}, GloBE\n\n"
-    if quantization is None:
-        return header + (
-            f"{_CARD_MARK} and reconstructed: a dense model in the layout of {base.base.name}, with the sizes of the "
-            "original and the weights that the compressed model stands for.\n"
-        )
-    return header + (
-        f"{_CARD_MARK}: the gate and up matrices of all experts share one bank of {quantization['num_atoms']} "
-        f"atoms per family (rank {quantization['rank']}, {quantization['support']} atoms per expert).\n\n"
-        "Import `globe_kernels` first; without it transformers loads random experts and only warns.\n\n"
-        "```python\nimport globe_kernels\nfrom transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")\n```\n'
-    )

@@ -13,7 +13,7 @@ import safetensors
 import torch
 
 from globe_fit.calibration.metric import Calibration
-from globe_fit.config import FitConfig, resolve_device
+from globe_fit.config import SNAPSHOT_MINUTES, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.finish import finish
@@ -23,14 +23,14 @@ from globe_fit.plan.fitting import estimate, require_supported
 from globe_fit.result import FamilyFactors, FitResult, FitStatus
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
-from globe_fit.run.snapshots import SNAPSHOT_MINUTES, Snapshots
+from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState, Solver
 from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import grouped_svd, initial_codes, separate_svd
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import Code, GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.version import __version__
 
 _LOG_EVERY = 10

@@ -1,10 +1,13 @@
 """Hold the result of a fit: factors in the dtype in which they are stored and run."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from globe_kernels.format.checkpoint import Code, GlobeConfig, LayerFactors
+from globe_fit.run.loggers import read_stream
+from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, GlobeConfig, LayerFactors
+from globe_kernels.format.names import FAMILIES, METRICS_NAME
 from globe_kernels.ops.compose_basis import compose_basis_ref
 
 
@@ -49,7 +52,38 @@ class FitResult:
     """
 
     config: GlobeConfig
-    families: dict[str, FamilyFactors]
+    families: Mapping[str, FamilyFactors]
     status: FitStatus
     history: list[dict]
     report: dict
+
+
+class _StoredFactors(Mapping[str, FamilyFactors]):
+    """The factors of a checkpoint, which are read from disk when a family is asked for."""
+
+    def __init__(self, checkpoint: GlobeCheckpoint):
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, family: str) -> FamilyFactors:
+        if family not in FAMILIES:
+            raise KeyError(family)
+        layers = [self._checkpoint.layer(layer, family) for layer in self._checkpoint.config.base.num_experts]
+        index, value, adapter = (
+            torch.cat(parts)
+            for parts in zip(*((each.code.index, each.code.value, each.adapter) for each in layers), strict=True)
+        )
+        return FamilyFactors(self._checkpoint.bank(family), Code(index, value), adapter)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FAMILIES)
+
+    def __len__(self) -> int:
+        return len(FAMILIES)
+
+
+def stored_fit(checkpoint: GlobeCheckpoint) -> FitResult:
+    """Return the result of the fit that wrote `checkpoint`."""
+    report = checkpoint.report()
+    status = FitStatus(**report["status"])
+    history = read_stream(checkpoint.path / METRICS_NAME)
+    return FitResult(checkpoint.config, _StoredFactors(checkpoint), status, history, report)

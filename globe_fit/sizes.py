@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from globe_fit.config import FitConfig
+from globe_fit.config import DEFAULT_RATIO, FitConfig
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 
@@ -13,7 +13,6 @@ _ADAPTER_SHARE = 2 / 3
 _RANK_MULTIPLE = 16
 _CODE_BYTES = 8  # int32 index + float32 value
 _WEIGHT_BYTES = 2  # bf16
-DEFAULT_RATIO = 0.625
 
 
 def globe_bytes(base: BaseModel, rank: int, atoms: int, support: int) -> int:

@@ -19,7 +19,8 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Inside a package a room imports from its own line and from the lines above it.
 ROOMS = {
     "globe_kernels": [
-        ("errors", "version"),
+        ("errors", "lazy", "version"),
+        ("units",),
         ("format",),
         ("ops",),
         ("functional",),
@@ -30,8 +31,10 @@ ROOMS = {
     "globe_fit": [
         ("config", "result", "run"),
         ("sizes", "data", "linalg"),
-        ("calibration", "export", "solvers"),
+        ("calibration", "solvers"),
         ("measure", "plan"),
+        ("model_card",),
+        ("export",),
         ("finish",),
         ("fitting",),
         ("compression",),

@@ -34,15 +34,15 @@ import torch
 from globe_fit.calibration.moments import OnBatch, Sums, collect
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows
+from globe_fit.config import SELF
 from globe_fit.data.model import WINDOW, load_model, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import ErrorMetric
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.files import require_room, sha256
-
-SELF = "self"  # instead of a text file: the model writes the text
+from globe_kernels.format.names import FAMILIES
+from globe_kernels.units import format_bytes
 
 _NAME = "calibration"
 _SHRINKAGE = 0.1  # of C_l
@@ -169,8 +169,8 @@ def _run(
     if not plan.offload:
         return collect(load_model(source.model_dir, device), source, batches, device, on_batch)
     say(
-        f"Running {source.base.name} over the text in memory needs {plan.in_memory_bytes / 2**30:.2f} GiB and "
-        f"{plan.available_bytes / 2**30:.2f} GiB may be used; its layers are read from disk, once per batch "
+        f"Running {source.base.name} over the text in memory needs {format_bytes(plan.in_memory_bytes)} and "
+        f"{format_bytes(plan.available_bytes)} may be used; its layers are read from disk, once per batch "
         f"({len(batches)})."
     )
     with _offload_folder(snapshots) as folder:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from globe_fit.data.source import ExpertSource
-from globe_kernels.format.architectures import FAMILIES, Architecture
+from globe_kernels.format.architectures import Architecture
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.targets import activation_of
 from globe_kernels.ops.activations import GATED_ACTIVATIONS
 

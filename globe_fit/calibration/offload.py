@@ -18,6 +18,7 @@ from globe_fit.calibration.self_text import AT_ONCE
 from globe_fit.data.model import WINDOW
 from globe_fit.data.source import ExpertSource
 from globe_kernels.errors import RequestError
+from globe_kernels.units import format_bytes
 
 _IN_MEMORY_WINDOWS = 8  # more would hardly be faster
 _MOST_WINDOWS = 1024  # a quarter of a million tokens: more would hardly save reading
@@ -62,19 +63,19 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
         return RunPlan(False, windows, in_memory, peak, available, 0)
     if writes:
         raise RequestError(
-            f"{source.base.name} would take {in_memory / 2**30:.2f} GiB to write a text and {available / 2**30:.2f} "
-            "GiB may be used; give a text file to calibrate on, over which the model can run layer by layer."
+            f"{source.base.name} would take {format_bytes(in_memory)} to write a text and {format_bytes(available)} "
+            "may be used; give a text file to calibrate on, over which the model can run layer by layer."
         )
     # a layer that is converted is in memory twice
     least = outside + max(2 * largest, largest + sums + window)
     if least > available:
         raise RequestError(
-            f"Running {source.base.name} over a text layer by layer needs {least / 2**30:.2f} GiB and "
-            f"{available / 2**30:.2f} GiB may be used; raise the limit, free some memory, or fit without a text."
+            f"Running {source.base.name} over a text layer by layer needs {format_bytes(least)} and "
+            f"{format_bytes(available)} may be used; raise the limit, free some memory, or fit without a text."
         )
     if find_spec("accelerate") is None:
         raise RequestError(
-            f"Running {source.base.name} over a text needs {in_memory / 2**30:.2f} GiB and {available / 2**30:.2f} GiB "
+            f"Running {source.base.name} over a text needs {format_bytes(in_memory)} and {format_bytes(available)} "
             'may be used; install accelerate (pip install "globe-moe[fit]") to read its layers from disk.'
         )
     left = available - outside - largest - sums

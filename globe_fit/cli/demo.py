@@ -12,10 +12,11 @@ from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_globe
 from globe_fit.measure.baselines import stored_svd
 from globe_fit.measure.evaluate import Quality, continue_text, evaluate
+from globe_fit.plan.footprint import footprint_of
 from globe_fit.run.progress import Progress
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, GlobeCheckpoint
+from globe_kernels.format.checkpoint import GlobeCheckpoint
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import peak_workspace, resident_bytes
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops.counters import call_counts
@@ -49,11 +50,7 @@ def run_demo(out: Path | None, progress: Progress) -> dict:
 def _run(out: Path, progress: Progress) -> dict:
     model_dir = shipped_model()
     source = ExpertSource(model_dir)
-    if (out / "globe" / CONFIG_NAME).is_file():
-        other = GlobeCheckpoint(out / "globe").config.base.name
-        if other != source.base.name:
-            raise RequestError(f"{out / 'globe'} holds a checkpoint of {other}; give the demo another directory.")
-    result = compress(model_dir, out / "globe", DEMO_CONFIG, resume=False, progress=progress)
+    result = compress(model_dir, out / "globe", DEMO_CONFIG, progress=progress)
     checkpoint = GlobeCheckpoint(out / "globe", verify=True)
     progress.begin("export", 1)
     export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: progress.advance(done / total))
@@ -94,6 +91,7 @@ def _figures(
             "dense_peak": base.dense_bytes + peak_workspace(model, (DENSE.name,)),
             "peak": resident + peak_workspace(model),
         },
+        "sizes": footprint_of(checkpoint),
         "paths": list(modules[0].strategies),
         "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
         "continuation": {"prompt": PROMPT, **texts},

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.strategies import DENSE
 
 if TYPE_CHECKING:

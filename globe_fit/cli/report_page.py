@@ -16,9 +16,9 @@ from globe_fit.run.loggers import read_stream
 from globe_fit.run.metrics import METRICS
 from globe_fit.run.snapshots import stream_path
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, GlobeCheckpoint
+from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import replacing_file, require_room
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME
 from globe_kernels.version import __version__
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,26 @@ import torch
 from torch import nn
 
 from globe_fit.cli import plots
-from globe_fit.compression import compress
+from globe_fit.compression import compress, finished_fit
 from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.progress import Progress
-from globe_fit.run.snapshots import Snapshots, differences, discard_snapshots
+from globe_fit.run.snapshots import Snapshots, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import CONFIG_NAME, METRICS_NAME, REPORT_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.directories import holds_fit, holds_model, require_place
 from globe_kernels.format.files import replacing_file, require_room
+from globe_kernels.format.names import FAMILIES, METRICS_NAME
 from globe_kernels.model.patching import patch
-from globe_kernels.strategies.budget import parse_bytes
+from globe_kernels.units import parse_bytes
 
 ROWS_NAME = "sweep.jsonl"
 PLOT_NAME = "sweep.png"
@@ -88,7 +90,7 @@ def read_cache_bytes(text: str | None) -> list[int]:
     return [] if text is None else [parse_bytes(word) for word in text.split(",")]
 
 
-def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
+def plan_points(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> list[Point]:
     """Combine all values of `lists`, with the other settings of `config`; equal sizes are one point.
 
     Raises RequestError when a combination has sizes out of range.
@@ -117,11 +119,12 @@ def plan(source: ExpertSource, config: FitConfig, lists: dict[str, list]) -> lis
 class Sweep:
     """The points of a sweep in the directory `out`.
 
-    Raises RequestError when `out` holds a point with other settings, GlobeError when the disk has no room for all
-    points. With `restart` the directories of the points count as absent, and `run` removes them.
+    Raises RequestError when `out` holds other files or a point with other settings, GlobeError when the disk has no
+    room for all points. With `restart` the directories of the points count as absent, and `run` removes them.
     """
 
     def __init__(self, source: ExpertSource, points: list[Point], out: Path, *, restart: bool, minutes: float):
+        require_place(out, is_sweep, "sweep")
         self._source, self.points, self._out = source, points, out
         self._restart, self._minutes = restart, minutes
         self.finished = set() if restart else {point.name for point in points if self._is_finished(point)}
@@ -132,19 +135,7 @@ class Sweep:
         require_room(out, sum(point.sizes.tensor_bytes for point in missing))
 
     def _is_finished(self, point: Point) -> bool:
-        directory = self._out / point.name
-        if not all((directory / name).is_file() for name in (CONFIG_NAME, REPORT_NAME, METRICS_NAME)):
-            return False
-        config = GlobeCheckpoint(directory).config
-        found = {**config.provenance.get("fit", {}), "calibration": config.provenance.get("calibration")}
-        wanted = {**asdict(point.config), "calibration": None}
-        changes = differences(found | {"model": asdict(config.base)}, wanted | {"model": asdict(self._source.base)})
-        if changes:
-            raise RequestError(
-                f"{directory} holds a finished fit with other settings ({changes}); run the sweep with the settings "
-                "of that fit, give another directory, or discard it (--restart)."
-            )
-        return True
+        return finished_fit(self._out / point.name, point.sizes, point.config) is not None
 
     def _snapshots(self, point: Point) -> Snapshots:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
@@ -155,7 +146,7 @@ class Sweep:
         for point in self.points:
             done = point.name in self.finished
             seconds = 0.0 if done else estimate_seconds(self._source, point.sizes, point.config)
-            size = self._bytes(point.sizes.tensor_bytes)
+            size = self._bytes(point.sizes.tensor_bytes) | {"sizes": footprint(point.sizes, self._source.facts)}
             rows.append({"point": point.name, **point.key, **size, "finished": done, "seconds": seconds})
         return rows
 
@@ -213,6 +204,7 @@ class Sweep:
             "point": point.name,
             **point.key,
             **self._bytes(checkpoint.bytes_on_disk),
+            "sizes": footprint_of(checkpoint),
             **{name: {family: report["families"][family][name] for family in FAMILIES} for name in metrics},
             "seconds": sum(seconds.values()),
             "completed": report["status"]["completed"],
@@ -230,6 +222,15 @@ def _cached(globe: nn.Module, cache_bytes: int, window: torch.Tensor) -> dict:
     tokens_per_s = read_token_by_token(globe, window)
     stats = cache_stats(globe)
     return {"S_cache": cache_bytes, "hit_rate": stats.hit_rate, "slots": stats.slots, "tokens_per_s": tokens_per_s}
+
+
+def is_sweep(directory: Path) -> bool:
+    """Whether `directory` holds a sweep, finished or not, and nothing else."""
+    return not holds_model(directory) and all(
+        path.name in (ROWS_NAME, PLOT_NAME) or (path.is_dir() and (holds_fit(path) or not any(path.iterdir())))
+        for path in directory.iterdir()
+        if not path.name.startswith(".")
+    )
 
 
 def write_rows(rows: list[dict], out: Path) -> Path | None:

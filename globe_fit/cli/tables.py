@@ -5,9 +5,10 @@ from pathlib import Path
 from globe_fit.cli.console import gigabytes, megabytes, print_table
 from globe_fit.plan.fitting import per_rank
 from globe_fit.sizes import left_dense_note
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
+from globe_kernels.units import format_count
 
 
 def print_estimate(figures: dict) -> None:
@@ -139,8 +140,18 @@ def _pair(values: dict, form: str) -> str:
     return " / ".join(form.format(values[family]) for family in FAMILIES)
 
 
-def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
-    """Print a row per model of an evaluation."""
+def print_quality(title: str, figures: dict) -> None:
+    """Print the figures of an evaluation: a row per model, and a table per task of lm-eval."""
+    labels = figures["labels"]
+    print("\n".join(labels.values()))
+    for task, models in _by_task(figures.get("lm_eval", {})).items():
+        metrics = [name for name in next(iter(models.values())) if not name.endswith("_stderr")]
+        rows = [[name, *(_score(models[model], name) for model in models)] for name in metrics]
+        print_table(f"lm-eval, {task}", ["", *models], rows)
+    if "tokens" not in figures:
+        return
+    title = f"{title}, {format_count(figures['tokens'])} tokens"
+    figures = {name: figures[name] for name in labels}
     columns = {
         "perplexity": ("perplexity", "{:.3f}"),
         "kl": ("KL(dense || this)", "{:.5f}"),
@@ -150,6 +161,18 @@ def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
     shown = [key for key in columns if key in next(iter(figures.values()))]
     rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
     print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+
+
+def _by_task(scores: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
+    tasks = dict.fromkeys(task for found in scores.values() for task in found)
+    return {task: {model: found[task] for model, found in scores.items()} for task in tasks}
+
+
+def _score(scores: dict, metric: str) -> str:
+    value, error = scores[metric], scores.get(f"{metric}_stderr")
+    if value is None:
+        return "-"
+    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
 
 
 def print_inspection(figures: dict) -> None:

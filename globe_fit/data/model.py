@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.directories import holds_model, not_a_model
+from globe_kernels.format.names import FAMILIES
 
 WINDOW = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -28,11 +29,11 @@ def load_model(
     """Load a causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
 
     With `offload_folder` its layers stay on disk, in this folder or in the checkpoint, until they are called. Raises
-    RequestError without a config.json, GlobeError for a model that transformers cannot load.
+    RequestError for another directory, GlobeError for a model that transformers cannot load.
     """
     path = Path(path)
-    if not (path / "config.json").is_file():
-        raise RequestError(f"{path} holds no config.json; give the local directory of a Hugging Face model.")
+    if not holds_model(path):
+        raise not_a_model(path)
     try:
         if offload_folder is not None:
             on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)

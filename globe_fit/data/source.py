@@ -16,9 +16,10 @@ from safetensors import SafetensorError, safe_open
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import ExpertKey, architecture_of
 from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.directories import holds_export, holds_model, not_a_model
 from globe_kernels.format.files import read_json
+from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
-_CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -26,13 +27,10 @@ _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL"
 
 
 def read_config(model_dir: Path) -> dict:
-    """Read config.json of a model directory. Raises RequestError when it is missing, GlobeError when it is damaged."""
-    path = model_dir / _CONFIG_NAME
-    if not path.is_file():
-        raise RequestError(
-            f"{model_dir} holds no config.json, so it is not a Hugging Face model; give a model's local directory."
-        )
-    return read_json(path, "download it again")
+    """Read config.json of a dense model. Raises RequestError for another directory, GlobeError for a damaged file."""
+    if not holds_model(model_dir) or holds_export(model_dir):
+        raise not_a_model(model_dir)
+    return read_json(model_dir / MODEL_CONFIG_NAME, "download it again")
 
 
 def configured_base(config: dict, where: Path) -> BaseModel:
@@ -44,7 +42,7 @@ def configured_base(config: dict, where: Path) -> BaseModel:
     try:
         num_experts = architecture.num_experts(config)
         return BaseModel(
-            name=where.resolve().parent.name if where.name == _CONFIG_NAME else where.stem,
+            name=_model_name(where.absolute().parent) if where.name == MODEL_CONFIG_NAME else where.stem,
             model_type=architecture.model_type,
             hidden_size=int(config["hidden_size"]),
             intermediate_size=architecture.intermediate_size(config),
@@ -54,6 +52,14 @@ def configured_base(config: dict, where: Path) -> BaseModel:
         raise GlobeError(
             f"{where} is not a complete {architecture.model_type} configuration ({error}); download it again."
         ) from error
+
+
+def _model_name(directory: Path) -> str:
+    """Name a model by its directory; in the cache of the Hub by its id there, organisation/name."""
+    for part in directory.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return directory.resolve().name
 
 
 class TensorFiles:
@@ -137,12 +143,9 @@ class ExpertSource:
     def __init__(self, model_dir: str | Path):
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
-        if not self.model_dir.is_dir():
-            raise RequestError(
-                f"{self.model_dir} is not a directory; give the local directory of a Hugging Face model."
-            )
         config = read_config(self.model_dir)
-        configured = configured_base(config, self.model_dir / _CONFIG_NAME)
+        self._top_k: int | None = config.get("num_experts_per_tok")
+        configured = configured_base(config, self.model_dir / MODEL_CONFIG_NAME)
         self.architecture = architecture_of(configured.model_type)
         self.files = TensorFiles(self.model_dir)
         self.expert_keys: dict[str, ExpertKey] = {}
@@ -312,6 +315,12 @@ class ExpertSource:
         """Count the bytes of all experts of one family on disk."""
         per_value = sum(layer.num_experts * self.stored_dtype(layer, family).itemsize for layer in self.layers)
         return per_value * self.base.intermediate_size * self.base.hidden_size
+
+    @property
+    def facts(self) -> dict[str, int | None]:
+        """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
+        whole = sum(map(self.files.num_bytes, self.files.weight_map))
+        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self._top_k}
 
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
         """Raises GlobeError that names the expert when a value of `weights`, of `experts`, is NaN or infinite."""

@@ -1,5 +1,6 @@
 """Measure the effect of compression on a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -12,8 +13,10 @@ import torch.nn.functional as F
 
 from globe_fit.data.model import load_tokenizer
 from globe_kernels.errors import RequestError
+from globe_kernels.format.files import read_json, replacing_file
 
 _BATCH = 16
+_EVALUATION_NAME = "evaluation.json"  # in the directory of a checkpoint
 
 OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
@@ -75,6 +78,18 @@ def evaluate(
         )
         for name, total in totals.items()
     }
+
+
+def record_evaluation(directory: Path, evaluation: dict) -> None:
+    """Keep the figures of `globe eval` beside the checkpoint, for its report and its model card."""
+    with replacing_file(directory / _EVALUATION_NAME) as path:
+        path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+
+
+def read_evaluation(directory: Path) -> dict | None:
+    """Return the figures of the last `globe eval` of a checkpoint, as commands.py wrote them; None without one."""
+    path = directory / _EVALUATION_NAME
+    return read_json(path, "remove it and run globe eval again") if path.is_file() else None
 
 
 def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:

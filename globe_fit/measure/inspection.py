@@ -3,9 +3,10 @@
 import torch
 
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
+from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.strategies.budget import palettes_of, resident, strategies_of, workspace
 
 _PEAK_ROWS = 4096  # routed rows, tokens times top_k: a checkpoint does not know top_k
@@ -31,6 +32,7 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
         "dtype": sizes.dtype,
         "bytes": {"dense_experts": sizes.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk}
         | _bytes_of_running(checkpoint),
+        "sizes": footprint_of(checkpoint),
         "families": {family: _inspect_family(checkpoint, family) for family in FAMILIES},
         "provenance": sizes.provenance,
     }

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.calibration.metric import SELF
 from globe_fit.calibration.offload import plan_run
-from globe_fit.config import FitConfig, resolve_device
+from globe_fit.config import SELF, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
+from globe_fit.plan.footprint import footprint
 from globe_fit.run.distributed import ALONE, Ranks, join
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.registry import make_solver
 from globe_fit.solvers.start import initial_codes
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
+from globe_kernels.format.directories import holds_fit, require_place
 from globe_kernels.format.files import require_room
-from globe_kernels.strategies.budget import format_bytes, parse_bytes
+from globe_kernels.format.names import FAMILIES
+from globe_kernels.units import format_bytes, parse_bytes
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines: each about as long as the first pass of a solver
 _TRIALS = 2  # of a pass that is timed: the first trial also warms up
@@ -75,7 +76,7 @@ class FitPlan:
     config: FitConfig
     sizes: GlobeConfig
     ranks: Ranks
-    memory_limit: float | None  # bytes
+    memory_limit: int | None  # bytes
     needs: Estimate
 
     def figures(self) -> dict:
@@ -85,6 +86,7 @@ class FitPlan:
             "atoms": self.sizes.num_atoms,
             "bytes": {"dense_experts": self.sizes.base.dense_bytes, "globe_on_disk": self.sizes.tensor_bytes},
             **asdict(self.needs),
+            "sizes": footprint(self.sizes, self.source.facts, device=self.config.device),
             "peak_bytes": self.needs.peak_bytes,
             "seconds": estimate_seconds(self.source, self.sizes, self.config, self.ranks),
         }
@@ -100,16 +102,16 @@ def plan_fit(
 ) -> FitPlan:
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
 
-    Raises RequestError for sizes out of range, a combination that no fit supports and too little memory, GlobeError for
+    Raises RequestError for sizes out of range, a combination that no fit supports, too little memory and an `out` with
+    other files, GlobeError for
     damaged files and too little room on the disk of `out`.
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)
     require_supported(source.base, config, calibrate is not None, ranks)
+    require_place(out, holds_fit, "fit")
     require_room(Path(out), sizes.tensor_bytes)
-    limit = parse_bytes(memory_limit) if isinstance(memory_limit, str) else memory_limit
-    if limit is not None and not limit >= 0:
-        raise RequestError(f'memory_limit is {memory_limit}; give bytes, or a text such as "20GiB".')
+    limit = None if memory_limit is None else parse_bytes(memory_limit)
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
     needs = estimate(
         sizes,
@@ -122,7 +124,7 @@ def plan_fit(
     if limit is not None and needs.least_bytes > limit:
         raise RequestError(
             f"The fit needs {format_bytes(needs.least_bytes)} at its peak{per_rank(ranks.world)} and the memory limit "
-            f"is {format_bytes(int(limit))}; give a smaller ratio, fewer atoms or a smaller rank."
+            f"is {format_bytes(limit)}; give a smaller ratio, fewer atoms or a smaller rank."
         )
     return FitPlan(source, config, sizes, ranks, limit, needs)
 

@@ -18,8 +18,9 @@ from globe_fit.data.source import configured_base, read_config
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
-from globe_kernels.format.checkpoint import CONFIG_NAME, BaseModel, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.files import read_json
+from globe_kernels.format.names import CONFIG_NAME
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import (
     AUTO,

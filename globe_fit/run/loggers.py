@@ -8,8 +8,7 @@ from typing import Any
 
 from globe_fit.run.snapshots import Snapshots, stream_path
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import METRICS_NAME
+from globe_kernels.format.names import FAMILIES, METRICS_NAME
 
 
 class MetricStream:

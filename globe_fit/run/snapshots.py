@@ -18,14 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
-from globe_kernels.format.checkpoint import METRICS_NAME
 from globe_kernels.format.files import replacing_file
+from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
 
-SNAPSHOT_MINUTES = 5.0  # between two snapshots
-_DIRECTORY = ".snapshot"
 _ABSENT = object()
 
 
@@ -38,7 +36,7 @@ class Snapshots:
     """
 
     def __init__(self, out: str | Path, identity: dict, minutes: float = SNAPSHOT_MINUTES, ranks: Ranks = ALONE):
-        self.directory = Path(out) / _DIRECTORY
+        self.directory = Path(out) / SNAPSHOT_DIRECTORY
         self._identity, self._seconds = identity | {"ranks": ranks.world}, 60 * minutes
         self._last = time.monotonic()
         self._stop, self._ranks = False, ranks
@@ -149,12 +147,12 @@ class Snapshots:
 
 def stream_path(out: str | Path) -> Path:
     """Return the path of the metric stream of an unfinished fit in `out`."""
-    return Path(out) / _DIRECTORY / METRICS_NAME
+    return Path(out) / SNAPSHOT_DIRECTORY / METRICS_NAME
 
 
 def discard_snapshots(out: str | Path) -> None:
     """Remove all snapshots in `out`, of a fit that is finished or begins again."""
-    shutil.rmtree(Path(out) / _DIRECTORY, ignore_errors=True)
+    shutil.rmtree(Path(out) / SNAPSHOT_DIRECTORY, ignore_errors=True)
 
 
 def differences(found: dict, wanted: dict) -> str:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from globe_kernels.errors import RequestError
-
-# The two families of matrices that GloBE compresses; each has its own bank, adapters and codes.
-FAMILIES = ("gate", "up")
+from globe_kernels.format.names import FAMILIES
 
 # Spellings of the number of routed experts, over all architectures and versions of config.json.
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -10,6 +10,7 @@ A directory with
                          layers.{l}.{family}_code_value         (E, C) float32
     fit_report.json      measurements of the fit: errors per layer and family, baselines
     metrics.jsonl        the metric stream of the fit, one JSON object a line
+    config.json          a sentence, for a person who gives the directory to from_pretrained
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
 index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
@@ -29,18 +30,23 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.errors import GlobeError
+from globe_kernels.format.directories import holds_model, not_a_checkpoint
 from globe_kernels.format.files import ShardWriter, read_json, sha256, staged_directory
+from globe_kernels.format.names import (
+    BANK_NAME,
+    CHECKPOINT_GUARD,
+    CONFIG_NAME,
+    FAMILIES,
+    GUARD_KEY,
+    METRICS_NAME,
+    MODEL_CONFIG_NAME,
+    PHIS,
+    REPORT_NAME,
+    SCOPES,
+)
 
 FORMAT_VERSION = 1
-CONFIG_NAME = "globe_config.json"
-REPORT_NAME = "fit_report.json"
-METRICS_NAME = "metrics.jsonl"
-QUANT_METHOD = "globe"
-BANK_NAME = "globe_bank"  # the bank's module, and its keys, at the root of a model
-PHIS = ("identity", "silu", "tanh")
-SCOPES = ("global", "layer")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -189,10 +195,7 @@ class GlobeCheckpoint:
         self.path = Path(path)
         config_path = self.path / CONFIG_NAME
         if not config_path.is_file():
-            raise RequestError(
-                f"{self.path} holds no {CONFIG_NAME}, so it is not a GloBE checkpoint; give the directory that "
-                "`globe fit -o` wrote."
-            )
+            raise not_a_checkpoint(path)
         data = read_json(config_path, "restore the file or fit again")
         self.config = GlobeConfig.from_dict(data, str(config_path))
         self._files: dict[str, str] = data.get("files", {})
@@ -291,9 +294,9 @@ def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
 class CheckpointWriter:
     """Add the factors of a checkpoint layer by layer; `writing_checkpoint` makes one."""
 
-    def __init__(self, staging: Path, config: GlobeConfig, banks: dict[str, torch.Tensor]):
+    def __init__(self, staging: Path, target: Path, config: GlobeConfig, banks: dict[str, torch.Tensor]):
         self._config = config
-        self._staging = staging
+        self._staging, self._target = staging, target
         # ties the tensor files to the configuration: files of two fits are refused when they are opened
         digest = hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode())
         for family in FAMILIES:
@@ -324,6 +327,9 @@ class CheckpointWriter:
         lines = "".join(json.dumps(record) + "\n" for record in metrics)
         (self._staging / METRICS_NAME).write_text(lines, encoding="utf-8")
         (self._staging / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        if not holds_model(self._target):  # of a checkpoint beside its model: that config.json stays
+            guard = {"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}
+            (self._staging / MODEL_CONFIG_NAME).write_text(json.dumps(guard, indent=2) + "\n", encoding="utf-8")
         (self._staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -339,7 +345,7 @@ def writing_checkpoint(
     target = Path(path)
     old = _listed_files(target)
     with staged_directory(target, last=CONFIG_NAME) as staging:
-        yield CheckpointWriter(staging, config, banks)
+        yield CheckpointWriter(staging, target, config, banks)
     for name in old - _listed_files(target):
         (target / name).unlink(missing_ok=True)
 

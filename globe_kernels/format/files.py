@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.units import format_bytes
 
 MAX_SHARD_BYTES = 4 * 2**30
 _STAGING_PREFIX = ".staging-"
@@ -89,8 +90,8 @@ def _as_user_error(error: Exception, target: Path) -> GlobeError:
     full = (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or "os error 28" in str(error)
     if full:
         return GlobeError(
-            f"The disk that holds {target} is full ({_free(target)} bytes free): nothing was written and the old "
-            "files are unchanged; free some space or give another output directory."
+            f"The disk that holds {target} is full ({format_bytes(_free(target))} free): nothing was written and the "
+            "old files are unchanged; free some space or give another output directory."
         )
     return GlobeError(f"Writing to {target} failed ({error}); mend the cause and run the same command again.")
 
@@ -115,8 +116,8 @@ def require_room(target: Path, needed: int) -> None:
             shutil.rmtree(stale, ignore_errors=True)
     if (free := _free(target)) < needed:
         raise GlobeError(
-            f"Writing to {target} needs {needed} bytes and {free} are free; free some space or give another "
-            "output directory."
+            f"Writing to {target} needs {format_bytes(needed)} and {format_bytes(free)} are free; free some space or "
+            "give another output directory."
         )
 
 
@@ -129,11 +130,6 @@ def _is_running(pid: str) -> bool:
     except (ValueError, OSError):
         return False
     return int(pid) != os.getpid()
-
-
-def holds_only_staging(directory: Path) -> bool:
-    """Tell whether a directory holds nothing but the staging of writers, running or killed."""
-    return all(path.name.startswith(_STAGING_PREFIX) for path in directory.iterdir())
 
 
 def read_json(path: Path, remedy: str) -> dict:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import Arrangement, DeviceBank, GlobeBank
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.experts import GlobeMoEFFN

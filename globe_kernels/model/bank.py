@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.scratch import ScratchBuffers
 

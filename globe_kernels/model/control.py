@@ -7,16 +7,17 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.checkpoint import BANK_NAME
+from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import Arrangement, GlobeBank
 from globe_kernels.model.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.targets import globe_modules, is_patched, top_k_of
 from globe_kernels.strategies import DENSE, STRATEGIES
-from globe_kernels.strategies.budget import parse_bytes, strategies_of
+from globe_kernels.strategies.budget import strategies_of
 from globe_kernels.strategies.cached import cached_weights
 from globe_kernels.strategies.cost import predict
+from globe_kernels.units import parse_bytes
 
 
 def set_strategy(

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES, architecture_of
+from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.strategies import STRATEGIES

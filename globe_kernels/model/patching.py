@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import FAMILIES, architecture_of
-from globe_kernels.format.checkpoint import BANK_NAME, CONFIG_NAME, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES
 from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
@@ -25,7 +26,8 @@ from globe_kernels.model.targets import (
     top_k_of,
 )
 from globe_kernels.ops.compose_basis import compose_basis_ref
-from globe_kernels.strategies.budget import parse_bytes, workspace
+from globe_kernels.strategies.budget import workspace
+from globe_kernels.units import parse_bytes
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
@@ -68,7 +70,7 @@ def patch(
 
     Without `path`, take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
     globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
-    all strategies whose tensors fit into `memory_budget` (bytes, or "20GiB"; of all experts, down included).
+    all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
     `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
 
     Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for

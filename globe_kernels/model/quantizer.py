@@ -5,6 +5,7 @@ model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from safetensors import safe_open
@@ -15,15 +16,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import FAMILIES, architecture_of
-from globe_kernels.format.checkpoint import (
-    BANK_NAME,
-    QUANT_METHOD,
-    GlobeConfig,
-    check_codes,
-    exported_bank_key,
-    exported_key,
-)
+from globe_kernels.format.architectures import architecture_of
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, exported_key
+from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
@@ -54,6 +49,14 @@ class GlobeHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.globe = quantization_config.globe
 
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take away the sentence that stops a transformers without globe_kernels, before the weights are looked up."""
+        if getattr(config, GUARD_KEY, None) == EXPORT_GUARD:
+            delattr(config, GUARD_KEY)
+        return config
+
+    update_tp_plan = update_attn_implementation  # the hook of transformers before 5.20
+
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
         config = self.globe
         targets = plan_replacement(model, config)
@@ -80,6 +83,7 @@ class GlobeHfQuantizer(HfQuantizer):
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
         model.is_quantized = False
+        model.config.__class__ = _guarded(type(model.config))
         return model
 
     def is_serializable(self) -> Any:
@@ -137,13 +141,41 @@ def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
     if config is None:
         if hasattr(model, "hf_quantizer"):
             model.hf_quantizer.remove_quantization_config(model)
+            model.config.__class__ = getattr(type(model.config), "unguarded", type(model.config))
         return
     if not hasattr(model, "config"):
         return
     quantization_config = GlobeQuantizationConfig(**config.to_dict())
     model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
     model.config.quantization_config = quantization_config
+    model.config.__class__ = _guarded(type(model.config))
     model.quantization_method = QUANT_METHOD
+
+
+@lru_cache
+def _guarded(config_class: Any) -> Any:
+    """Return the subclass of a configuration that `save_pretrained` writes with the sentence of an export.
+
+    transformers drops the key of the sentence when it saves, so the key cannot be an attribute of the configuration.
+    """
+    if hasattr(config_class, "unguarded"):
+        return config_class
+
+    def to_diff_dict(self: Any) -> dict[str, Any]:
+        return {**config_class.to_diff_dict(self), GUARD_KEY: EXPORT_GUARD}
+
+    def reduce(self: Any) -> tuple:
+        return _with_state, (config_class, self.__dict__)  # the subclass has no name that pickle could import
+
+    members = {"to_diff_dict": to_diff_dict, "__reduce__": reduce, "unguarded": config_class}
+    # the same name: transformers finds the classes of a model by it
+    return type(config_class.__name__, (config_class,), members)
+
+
+def _with_state(config_class: Any, state: dict[str, Any]) -> Any:
+    config = config_class.__new__(_guarded(config_class))
+    config.__dict__.update(state)
+    return config
 
 
 def _globe_experts_forward(*_: Any) -> None:

@@ -7,7 +7,8 @@ from torch import nn
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.architectures import architecture_of
-from globe_kernels.format.checkpoint import BANK_NAME, GlobeConfig
+from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.arrange import arrange
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from globe_kernels.format.architectures import FAMILIES, architecture_of
+from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.ops.moe_ffn import FromRank
 
 INDEX_BYTES = 4  # int32

@@ -12,35 +12,20 @@ M atoms, C support, U palette:
     pool          slots of (2R, D), and the maps of the cache                            cached
 """
 
-import re
 from functools import reduce
 from math import ceil
 from typing import NamedTuple
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.base import LayerSizes, Palettes, Pool, Residents, Storage, Strategy
 from globe_kernels.strategies.cached import pool_bytes, pool_slots
 from globe_kernels.strategies.cost import Machine, switch_points
+from globe_kernels.units import format_bytes
 
 AUTO = "auto"
-_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}}
-_UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
-
-
-def parse_bytes(size: str | int) -> int:
-    """Return the bytes that "20GiB", "1.5 GB" or a number stand for. Raises RequestError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(size).lower())
-    if match is None or match[2] not in _UNITS:
-        raise RequestError(f"{size!r} is no size in bytes; give a number with a unit, such as 20GiB or 800MB.")
-    return int(float(match[1]) * _UNITS[match[2]])
-
-
-def format_bytes(size: int) -> str:
-    """Write bytes for a person, in a unit that `parse_bytes` takes."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def strategies_of(config: GlobeConfig) -> tuple[str, ...]:
@@ -185,7 +170,8 @@ def choose_residents(
     one_slot = pool_bytes(config, 1, item_size)
     if cache_bytes is not None and cache_bytes < one_slot:
         raise RequestError(
-            f"The cache is given {cache_bytes} bytes and one basis of this checkpoint takes {one_slot}; give more."
+            f"The cache is given {format_bytes(cache_bytes)} and one basis of this checkpoint takes "
+            f"{format_bytes(one_slot)}; give more."
         )
 
     def held(names: tuple[str, ...], cache: int = 0) -> int:

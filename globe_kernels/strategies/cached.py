@@ -7,8 +7,8 @@ Suits few tokens per call and routing that comes back to the same experts. globe
 
 import torch
 
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.functional import moe_ffn_cached
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.moe_ffn_cached import CachedWeights

@@ -7,8 +7,8 @@ Fewer bytes and less arithmetic than dense below rank P D / (P + D), at every nu
 
 import torch
 
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.functional import moe_ffn
 from globe_kernels.ops.compose_layer import LayerCode, compose_bases
 from globe_kernels.ops.moe_ffn import ExpertWeights

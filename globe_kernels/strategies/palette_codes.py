@@ -2,8 +2,8 @@
 
 from math import ceil
 
-from globe_kernels.format.architectures import FAMILIES
 from globe_kernels.format.checkpoint import Code
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.strategies.base import INDEX_BYTES, Layer, Storage
 

@@ -13,7 +13,7 @@ from globe_fit.run.distributed import Ranks
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.objective import eliminated_error
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.testing import assert_close, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

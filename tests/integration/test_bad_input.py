@@ -102,7 +102,7 @@ def test_a_model_that_cannot_be_fitted(globe, model_dir, out, tmp_path, damage, 
     damage(model_dir)
     before = contents(tmp_path)
     for directory in (out, tmp_path / "new"):
-        result = globe("fit", model_dir, "-o", directory, *QUICK)
+        result = globe("fit", model_dir, "-o", directory, *QUICK, "--restart")
         for sentence in sentences:
             assert_refused(result, code, sentence)
     assert contents(tmp_path) == before
@@ -138,12 +138,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(step, full)
-        result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")
+        result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")
     assert_refused(result, 1, "is full")
     assert "nothing was written and the old files are unchanged; free some space" in result[2]
     assert contents(out) == before
     assert globe("inspect", out, "--verify")[0] == 0
-    assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1")[0] == 0
+    assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")[0] == 0
     assert contents(out, snapshots=True).keys() == before.keys()
 
 

@@ -9,8 +9,8 @@ import torch
 
 import globe_fit
 from globe_fit import FitConfig, VarProConfig, compress
-from globe_fit.calibration.metric import SELF
 from globe_fit.calibration.self_text import sample_windows
+from globe_fit.config import SELF
 from globe_fit.run.progress import Progress
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
@@ -66,9 +66,9 @@ def test_a_fit_continues_where_it_was_interrupted(model_dir, tmp_path):
 
 def test_without_resume_a_fit_begins_again(model_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, tmp_path, CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0)
-    compress(model_dir, tmp_path, replace(CONFIG, seed=1), resume=False)
-    assert GlobeCheckpoint(tmp_path).config.provenance["seed"] == 1
+        compress(model_dir, tmp_path / "out", CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0)
+    compress(model_dir, tmp_path / "out", replace(CONFIG, seed=1), resume=False)
+    assert GlobeCheckpoint(tmp_path / "out").config.provenance["seed"] == 1
 
 
 def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monk
     stages: list[str] = []
     progress = Progress(begin=lambda name, total: stages.append(name))
     text = with_tokenizer / "text.txt"
-    read = compress(with_tokenizer, tmp_path / "text", CONFIG, calibrate=text, progress=progress, memory_limit="1GiB")
+    read = compress(with_tokenizer, tmp_path / "text", CONFIG, calibrate=text, progress=progress, memory_limit="1GB")
     assert stages == ["inputs", "fit"]
     assert read.config.provenance["calibration"]["text"] == "text.txt"
     assert read.report["families"]["gate"]["calibrated_error"] > 0
@@ -89,11 +89,11 @@ def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monk
     [
         ({"config": replace(CONFIG, ratio=0.01)}, "ratio 0.01 cannot be reached on model"),
         ({"calibrate": "none.txt"}, "none.txt is not a file; give a text file to calibrate on"),
-        ({"memory_limit": "100kB"}, "MiB at its peak and the memory limit is 0.10 MiB; give a smaller ratio"),
-        ({"memory_limit": float("nan")}, "memory_limit is nan; give bytes, or a text such as"),
-        ({"memory_limit": -5.0}, "memory_limit is -5.0; give bytes"),
-        ({"memory_limit": 1e5}, "MiB at its peak and the memory limit is 0.10 MiB; give a smaller ratio"),
-        ({"memory_limit": "lots"}, "'lots' is no size in bytes"),
+        ({"memory_limit": "100kB"}, "at its peak and the memory limit is 100 kB; give a smaller ratio"),
+        ({"memory_limit": float("nan")}, "nan is no size; give a number with a unit"),
+        ({"memory_limit": -5.0}, "-5.0 is no size"),
+        ({"memory_limit": 1e5}, "at its peak and the memory limit is 100 kB; give a smaller ratio"),
+        ({"memory_limit": "lots"}, "'lots' is no size"),
         (
             {"calibrate": SELF, "config": replace(CONFIG, solver="alternating")},
             "only varpro fits to a text, so give solver varpro or no text",
@@ -109,11 +109,11 @@ def test_a_request_that_cannot_be_met(model_dir, tmp_path, options, sentence):
 
 def test_a_fit_that_diverges_is_saved(model_dir, tmp_path):
     wild = replace(CONFIG, varpro=VarProConfig(steps=12, lr=1e30, support_at=0.0))
-    result = compress(model_dir, tmp_path, wild)
+    result = compress(model_dir, tmp_path / "out", wild)
     assert not result.status.completed and "diverged" in result.status.advice
-    assert GlobeCheckpoint(tmp_path, verify=True).report()["status"]["completed"] is False
+    assert GlobeCheckpoint(tmp_path / "out", verify=True).report()["status"]["completed"] is False
     with pytest.raises(GlobeError, match="diverged at step .* before its support was fixed"):
-        compress(model_dir, tmp_path, replace(wild, varpro=replace(wild.varpro, support_at=1.0)), resume=False)
+        compress(model_dir, tmp_path / "out", replace(wild, varpro=replace(wild.varpro, support_at=1.0)), resume=False)
 
 
 def test_the_verb_is_public():

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import resident_bytes
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.strategies import STRATEGIES

@@ -9,9 +9,7 @@ import pytest
 from typer.main import get_command
 
 from globe_fit.cli import app as command_line
-from globe_fit.config import AlternatingConfig, FitConfig, VarProConfig
-from globe_fit.run.snapshots import SNAPSHOT_MINUTES
-from globe_fit.sizes import DEFAULT_RATIO
+from globe_fit.config import DEFAULT_RATIO, SNAPSHOT_MINUTES, AlternatingConfig, FitConfig, VarProConfig
 
 COMMANDS: dict = get_command(command_line.app).commands  # type: ignore[attr-defined]
 DEFAULTS = {field.name: str(field.default) for field in fields(FitConfig) if field.default is not None}

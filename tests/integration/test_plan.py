@@ -137,14 +137,14 @@ def test_a_checkpoint_is_planned_with_its_own_palettes(globe, fit_tiny, save_tin
 
 
 def test_a_budget_bounds_what_auto_and_cached_hold(globe):
-    options = ("--palette", "32", "--memory-budget", "60GiB", "--cache-bytes", "4GiB")
+    options = ("--palette", "32", "--memory-budget", "60GB", "--cache-bytes", "4GB")
     (point,) = planned(globe, QWEN, *options)["points"]
     strategies = point["strategies"]
     assert "cached" in {path for _, path in strategies["cached"]["switch_points"]}
     slot = 2 * 768 * 2048 * 2
-    assert 4 * 2**30 - slot - 16 < strategies["cached"]["parts"]["pool"] <= 4 * 2**30
+    assert 4e9 - slot - 16 < strategies["cached"]["parts"]["pool"] <= 4e9
     assert strategies["auto"]["parts"]["pool"] == strategies["cached"]["parts"]["pool"]
-    assert strategies["auto"]["resident"] <= point["budget"] == 60 * 2**30
+    assert strategies["auto"]["resident"] <= point["budget"] == 60e9
     assert not strategies["composed"]["fits"] and strategies["auto"]["fits"]
 
 
@@ -163,7 +163,7 @@ def not_a_moe(tmp_path: Path) -> Path:
     ("path", "options", "sentence"),
     [
         (Path("nowhere"), (), "nowhere does not exist; give the directory of a model or its config.json."),
-        (CONFIGS, (), "holds no config.json, so it is not a Hugging Face model; give a model's local directory."),
+        (CONFIGS, (), "; give the local directory of a Hugging Face model."),
         (
             not_a_moe,
             (),
@@ -173,11 +173,11 @@ def not_a_moe(tmp_path: Path) -> Path:
         (QWEN, ("--on", "tpu"), "machine 'tpu' is not known; expected one of h100, h200, "),
         (
             QWEN,
-            ("--memory-budget", "1GiB"),
-            "The memory budget is 1.00 GiB and the smallest arrangement of this checkpoint",
+            ("--memory-budget", "1GB"),
+            "The memory budget is 1.00 GB and the smallest arrangement of this checkpoint",
         ),
-        (QWEN, ("--memory-budget", "much"), "'much' is no size in bytes; give a number with a unit, such as 20GiB"),
-        (QWEN, ("--cache-bytes", "1kB"), "The cache is given 1000 bytes and one basis of this checkpoint takes"),
+        (QWEN, ("--memory-budget", "much"), "'much' is no size; give a number with a unit, such as 20GB"),
+        (QWEN, ("--cache-bytes", "1kB"), "The cache is given 1.00 kB and one basis of this checkpoint takes"),
         (
             QWEN,
             ("--ratio", "0.0001"),

@@ -13,7 +13,8 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, RequestError
-from globe_kernels.format.architectures import ARCHITECTURES, FAMILIES
+from globe_kernels.format.architectures import ARCHITECTURES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model import arrange, scratch
 from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
@@ -301,11 +302,11 @@ def test_a_warm_cache_misses_less(fit_tiny):
 def test_what_cannot_be_had_is_refused_and_changes_nothing(fit_tiny, save_tiny, tmp_path):
     path, _ = fit_tiny()
     model = patched(path)
-    with pytest.raises(RequestError, match="memory budget is 0.10 MiB and the smallest arrangement of this checkpoint"):
+    with pytest.raises(RequestError, match="memory budget is .* and the smallest arrangement of this checkpoint"):
         globe_kernels.patch(tiny_model("qwen3_moe"), path, memory_budget="100kB")
-    with pytest.raises(RequestError, match="'plenty' is no size in bytes"):
+    with pytest.raises(RequestError, match="'plenty' is no size"):
         globe_kernels.set_strategy(model, "cached", cache_bytes="plenty")
-    with pytest.raises(RequestError, match="The cache is given 5 bytes"):
+    with pytest.raises(RequestError, match="The cache is given 5 B"):
         globe_kernels.set_strategy(model, "cached", cache_bytes=5)
     with pytest.raises(RequestError, match=r"holds no cache of composed bases; globe_kernels.set_strategy\(model"):
         globe_kernels.cache_stats(model)

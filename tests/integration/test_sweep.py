@@ -11,7 +11,7 @@ import pytest
 
 from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.checkpoint import CONFIG_NAME
+from globe_kernels.format.names import CONFIG_NAME
 from tests.integration.conftest import assert_refused
 
 SIZES = ("--rank", "16,48", "--atoms", "8", "--support", "2,4", "--palette", "none,6")
@@ -69,17 +69,17 @@ def test_every_combination_is_a_fit_and_a_row(globe, with_tokenizer, tmp_path):
 def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
     options = ("--rank", "16,48", "--atoms", "8", "--support", "2", *QUICK, "--s-cache", "60kB,2MB")
     text = ("--text", with_tokenizer / "text.txt")
-    code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path, *options, *text, "--json")
+    code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path / "out", *options, *text, "--json")
     rows = json.loads(stdout)["points"]
-    assert code == 0 and rows == written(tmp_path)
+    assert code == 0 and rows == written(tmp_path / "out")
     assert [(row["r"], row["S_cache"]) for row in rows] == [(r, s) for r in (16, 48) for s in (None, 60_000, 2_000_000)]
     for plain, small, large in (rows[:3], rows[3:]):
         assert plain["kl"] == small["kl"] == large["kl"] and "hit_rate" not in plain
         assert 0 <= small["hit_rate"] < large["hit_rate"] < 1 and small["slots"] < large["slots"] == 24
         assert small["tokens_per_s"] > 0 < large["tokens_per_s"]
-    code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path, *options, *text)
-    assert code == 0 and "token by token with a cache" in stdout and "0.06 MB" in stdout
-    refused = globe("sweep", with_tokenizer, "-o", tmp_path, *options)
+    code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path / "out", *options, *text)
+    assert code == 0 and "token by token with a cache" in stdout and "60.0 kB" in stdout
+    refused = globe("sweep", with_tokenizer, "-o", tmp_path / "out", *options)
     assert_refused(refused, 2, "--s-cache measures caches on a text and there is no text")
 
 

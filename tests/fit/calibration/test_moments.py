@@ -7,7 +7,8 @@ from globe_fit import ExpertSource
 from globe_fit.calibration import moments as collecting
 from globe_fit.calibration.moments import _add_sensitivities, collect
 from globe_fit.data.model import load_model
-from globe_kernels.format.architectures import ARCHITECTURES, FAMILIES
+from globe_kernels.format.architectures import ARCHITECTURES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.testing import assert_close
 
 

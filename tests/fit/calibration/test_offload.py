@@ -45,7 +45,7 @@ def test_a_model_that_does_not_fit_is_run_from_disk(source):
     experts = 6 * 20 * 3 * 64 * 192 * 2  # bf16, a tensor each
     assert plan.rewritten_bytes == experts
     with pytest.raises(
-        RequestError, match=r"layer by layer needs 0\.\d\d GiB and 0\.00 GiB may be used; raise the limit"
+        RequestError, match=r"layer by layer needs [\d.]+ MB and [\d.]+ \wB may be used; raise the limit"
     ):
         plan_run(source, "cpu", 1e6)
 
@@ -73,7 +73,7 @@ def test_from_disk_a_text_says_the_same(source, text, tmp_path):
     stale.mkdir(parents=True)
     found = calibrate(source, text, memory_limit=LIMIT, snapshots=snapshots, say=said.append)
     assert [path.name for path in (tmp_path / ".snapshot").iterdir()] == ["calibration-0-0.safetensors"]
-    assert len(said) == 1 and "in memory needs 0.02 GiB and 0.02 GiB may be used; its layers are read from" in said[0]
+    assert len(said) == 1 and "may be used; its layers are read from" in said[0]
     assert found.facts == expected.facts
     for layer, sums in expected.sums.items():  # in bf16, which batches of other sizes round differently
         assert_close(found.sums[layer].moment, sums.moment, rms=1e-2, peak=2e-2)
@@ -83,5 +83,5 @@ def test_from_disk_a_text_says_the_same(source, text, tmp_path):
 
 def test_a_disk_that_is_full_is_refused_before(source, text, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_free", lambda target: 1000)
-    with pytest.raises(GlobeError, match="needs 8847360 bytes and 1000 are free"):
+    with pytest.raises(GlobeError, match="needs 8.85 MB and 1.00 kB are free"):
         calibrate(source, text, memory_limit=LIMIT)

@@ -228,7 +228,7 @@ def test_a_directory_that_is_not_a_model(tmp_path, files, sentence):
 
 
 def test_a_path_that_is_not_a_directory(tmp_path):
-    with pytest.raises(RequestError, match="is not a directory"):
+    with pytest.raises(RequestError, match="does not exist; give the local directory"):
         ExpertSource(tmp_path / "nothing")
 
 

@@ -22,7 +22,7 @@ from globe_fit.data import stream as objective
 from globe_fit.measure.diagnostics import SAMPLED_EXPERTS
 from globe_fit.plan.fitting import estimate
 from globe_fit.sizes import resolve_sizes
-from globe_kernels.format.architectures import FAMILIES
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format import files
 from globe_kernels.format.checkpoint import (
-    CONFIG_NAME,
     BaseModel,
     Code,
     GlobeCheckpoint,
@@ -21,6 +20,7 @@ from globe_kernels.format.checkpoint import (
     LayerFactors,
     writing_checkpoint,
 )
+from globe_kernels.format.names import CONFIG_NAME
 
 FAMILIES = ("gate", "up")
 CONFIG = GlobeConfig(
@@ -79,6 +79,7 @@ def test_round_trip(saved):
     assert_same(read(saved), draw())
     assert GlobeCheckpoint(saved).config == CONFIG
     assert sorted(path.name for path in saved.iterdir()) == [
+        "config.json",
         "fit_report.json",
         "globe.safetensors",
         "globe_config.json",
@@ -268,5 +269,5 @@ def test_refuses_to_write_over_a_file(tmp_path):
 
 
 def test_refuses_in_advance_what_cannot_fit(tmp_path):
-    with pytest.raises(GlobeError, match=r"needs \d+ bytes and \d+ are free"):
+    with pytest.raises(GlobeError, match=r"needs \d+ PB and .* are free"):
         files.require_room(tmp_path / "new", 2**62)

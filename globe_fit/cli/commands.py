@@ -1,0 +1,294 @@
+"""The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from globe_fit.cli.console import progress, say
+from globe_fit.cli.demo import run_demo
+from globe_fit.cli.plots import plan_figure, save_png
+from globe_fit.cli.report_page import write_report
+from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes, read_lists, write_rows
+from globe_fit.cli.tables import (
+    print_demo,
+    print_estimate,
+    print_fit,
+    print_inspection,
+    print_plan,
+    print_quality,
+    print_sweep,
+    print_sweep_estimate,
+)
+from globe_fit.compression import compress
+from globe_fit.config import FitConfig, resolve_device
+from globe_fit.data.model import load_model, shared_copy, token_windows
+from globe_fit.data.source import ExpertSource
+from globe_fit.export import export_dense, export_globe
+from globe_fit.measure.evaluate import evaluate, record_evaluation
+from globe_fit.measure.harness import run_lm_eval
+from globe_fit.measure.inspection import inspect_checkpoint
+from globe_fit.plan.fitting import plan_fit
+from globe_fit.plan.footprint import footprint, footprint_of
+from globe_fit.plan.serving import plan_all
+from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
+from globe_fit.sizes import left_dense_note
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
+from globe_kernels.format.directories import holds_checkpoint, holds_export, is_earlier_export
+from globe_kernels.format.files import replacing_file
+from globe_kernels.format.names import DTYPE_NAMES
+from globe_kernels.model.patching import patch
+from globe_kernels.strategies.budget import palettes_of
+from globe_kernels.strategies.cost import machine_named
+from globe_kernels.units import format_bytes, parse_bytes
+
+
+def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) -> None:
+    """Print the figures of a command, for a program or for a person."""
+    if as_json:
+        print(json.dumps(figures, indent=2))
+    else:
+        print_tables(figures)
+
+
+def _command() -> str:
+    """Return the command of this process, as a person repeats it."""
+    return shlex.join(["globe", *sys.argv[1:]])
+
+
+def _say_left_dense(base: BaseModel) -> None:
+    if base.left_dense:
+        say(left_dense_note((base.intermediate_size, base.hidden_size), base.left_dense))
+
+
+def _plan(
+    model: Path,
+    base: Path | None,
+    machine: str,
+    memory_budget: str | None,
+    cache_bytes: str | None,
+    plot: Path | None,
+    as_json: bool,
+    phi: str | None,
+    scope: str | None,
+    **sizes: str | None,
+) -> None:
+    limits = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    settings = {"phi": phi, "scope": scope}
+    figures = plan_all(model, base, machine_named(machine), settings, read_lists(sizes), *limits)
+    if plot is not None:
+        figure = plan_figure(figures)
+        with replacing_file(plot) as path:
+            save_png(figure, f"{figures['model']} on {machine}, predicted", str(path))
+    _show(figures, as_json, print_plan)
+
+
+def _fit(
+    model_dir: Path,
+    out: Path,
+    config: Path | None,
+    calibrate: str | None,
+    dry_run: bool,
+    memory_limit: str | None,
+    restart: bool,
+    snapshot_minutes: float,
+    wandb: str | None,
+    as_json: bool,
+    **settings: str | float | None,
+) -> None:
+    wanted = FitConfig.from_options(config, settings)
+    if dry_run:
+        planned = plan_fit(model_dir, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
+        figures = planned.figures()  # by all ranks together
+        if leads():
+            _say_left_dense(planned.source.base)
+            _show(figures, as_json, print_estimate)
+        return
+    with progress(as_json or not leads()) as shown:
+        result = compress(
+            model_dir,
+            out,
+            wanted,
+            calibrate=calibrate,
+            memory_limit=memory_limit,
+            resume=not restart,
+            snapshot_minutes=snapshot_minutes,
+            wandb_project=wandb,
+            progress=shown,
+            command=_command(),
+        )
+    if not leads():
+        return
+    checkpoint = GlobeCheckpoint(out)
+    figures = {
+        **result.report,
+        "rank": checkpoint.config.rank,
+        "atoms": checkpoint.config.num_atoms,
+        "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
+        "sizes": footprint_of(checkpoint),
+    }
+    _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice))
+    if not result.status.completed:
+        raise GlobeError(f"{result.status.advice} The checkpoint is in {out}.")
+
+
+def _sweep(
+    model_dir: Path,
+    out: Path,
+    steps: int | None,
+    seed: int | None,
+    device: str | None,
+    config: Path | None,
+    text: Path | None,
+    s_cache: str | None,
+    dry_run: bool,
+    restart: bool,
+    snapshot_minutes: float,
+    as_json: bool,
+    **sizes: str | None,
+) -> None:
+    settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
+    caches = read_cache_bytes(s_cache)
+    if caches and text is None:
+        raise RequestError("--s-cache measures caches on a text and there is no text; give a text with --text.")
+    source = ExpertSource(model_dir)
+    points = plan_points(source, settings, read_lists(sizes))
+    _say_left_dense(source.base)
+    windows = None if text is None else token_windows(model_dir, text)
+    runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
+    title = f"{len(points)} points on {source.base.name}; gate / up"
+    if dry_run:
+        rows = runs.estimate()
+        figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
+        _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
+        return
+    with progress(as_json) as shown:
+        rows = runs.run(shown)
+        plot = write_rows(rows, out)
+        if windows is not None:
+            rows = runs.measure(rows, windows, caches, shown)
+            write_rows(rows, out)
+    figures = {"points": rows, "plot": None if plot is None else str(plot)}
+    _show(figures, as_json, lambda _: print_sweep(title, rows, out / ROWS_NAME, plot))
+    if diverged := sorted({row["point"] for row in rows if not row["completed"]}):
+        raise GlobeError(
+            f"{', '.join(diverged)} diverged and the best state of each is kept; lower the lr and fit them with "
+            "--restart."
+        )
+
+
+def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
+    if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
+        raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
+    checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
+    write = export_dense if dense else export_globe
+    with progress(as_json) as shown:
+        shown.begin("export", 1)
+        write(checkpoint, source, out, dtype=cast, on_tensor=lambda done, total: shown.advance(done / total))
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    figures = {"out": str(out), "format": "dense" if dense else "globe", "bytes": size}
+    if not dense:
+        figures["sizes"] = footprint(checkpoint.config, source.facts, palettes=palettes_of(checkpoint))
+    _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
+
+
+def _eval(
+    model: Path,
+    text: Path | None,
+    base: Path | None,
+    lm_eval: str | None,
+    lm_eval_tasks: Path | None,
+    lm_eval_limit: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    if text is None and lm_eval is None:
+        raise RequestError("There is nothing to evaluate on; give a text with --text, or tasks with --lm-eval.")
+    is_checkpoint = holds_checkpoint(model)
+    if is_checkpoint and base is None:
+        raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
+    windows = None if text is None else token_windows(base or model, text)
+    target = resolve_device(device or "auto")
+    models, labels, strategies = {}, {}, ()
+    if base is not None:
+        models["dense"], labels["dense"] = load_model(base, target), f"dense: {base}"
+    if is_checkpoint:
+        models["globe"] = shared_copy(models["dense"])
+        strategies = patch(models["globe"], model).strategies
+        labels["globe"] = f"GloBE: checkpoint {model} in {base}, by {' and '.join(strategies)}"
+    else:
+        name = "globe" if base is not None else "model"
+        models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
+    figures: dict[str, Any] = {"labels": labels}
+    with progress(as_json) as shown:
+        if windows is not None:
+            shown.begin("eval", 1)
+            quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
+            figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
+            if base is None:  # no model to compare with
+                figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+        if lm_eval is not None:
+            options = {"task_dir": lm_eval_tasks, "limit": lm_eval_limit}
+            figures["lm_eval"] = run_lm_eval(models, base or model, lm_eval.split(","), **options)
+    _show(figures, as_json, lambda _: print_quality("" if text is None else text.name, figures))
+    if is_checkpoint and text is not None:
+        machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
+        kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
+        try:
+            record_evaluation(model, kept | {name: figures[name] for name in models})
+        except GlobeError as error:  # the figures are printed already
+            say(f"The report of {model} will not have these figures: {error}")
+
+
+def _kind(model: Path) -> str:
+    if holds_export(model):
+        return "GloBE, an export"
+    return "dense, reconstructed from GloBE" if is_earlier_export(model) else "dense"
+
+
+def _inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:
+    _show(inspect_checkpoint(GlobeCheckpoint(globe_dir, verify=verify)), as_json, print_inspection)
+
+
+def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:
+    figures = write_report(globe_dir, out, base=base, png=png)
+    _show(figures, as_json, lambda written: print("\n".join([written["html"], *written["png"]])))
+
+
+def _demo(out: Path | None, as_json: bool) -> None:
+    with progress(as_json) as shown:
+        figures = run_demo(out, shown)
+    _show(figures, as_json, print_demo)
+
+
+_COMMANDS = {
+    "plan": _plan,
+    "fit": _fit,
+    "sweep": _sweep,
+    "export": _export,
+    "eval": _eval,
+    "inspect": _inspect,
+    "report": _report,
+    "demo": _demo,
+}
+
+
+def run(command: str, options: dict[str, Any]) -> None:
+    """Do the work of a command. `options` are the parameters of its function here."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    getLogger("accelerate").setLevel(ERROR)  # accelerate warns of offloading, which the user asked for
+    end_with_the_others()
+    if ranks_in_all() > 1 and command != "fit":
+        raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
+    _COMMANDS[command](**options)
+    leave()

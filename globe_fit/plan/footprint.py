@@ -1,0 +1,59 @@
+"""Count the bytes of a compressed model beside its dense model: on disk, resident, and at the peak of a long call.
+
+    gate_up    gate and up experts on disk: all that a checkpoint replaces
+    model      the whole model on disk
+    resident   the whole model in memory, where the experts run by `auto`
+    peak       resident, and the largest temporaries of one layer in a call of PEAK_TOKENS tokens
+
+Resident bytes and peak are predictions of globe_kernels.strategies.budget.
+"""
+
+from typing import Any
+
+import torch
+
+from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.model.patching import PEAK_TOKENS
+from globe_kernels.strategies import DENSE
+from globe_kernels.strategies.base import Palettes
+from globe_kernels.strategies.budget import choose_residents, layer_sizes, palettes_of, resident, workspace
+from globe_kernels.strategies.cost import machine_for
+
+
+def footprint(
+    sizes: GlobeConfig, base: dict | None, *, palettes: Palettes | None = None, device: str = "cpu"
+) -> dict[str, Any]:
+    """Return {figure: {"dense": bytes, "globe": bytes}} of the figures above, and the `strategies` that auto holds.
+
+    `base` has the facts about the dense model that fit_report.json records: its bytes on disk, the bytes of all of it
+    but gate and up experts, and the experts per token. Without them only `gate_up` is known, and the others are None.
+    `palettes` are expected where they are not given.
+    """
+    gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}
+    if base is None or base["top_k"] is None:
+        return {"gate_up": gate_up, "model": None, "resident": None, "peak": None, "strategies": None}
+    whole, rest, top_k = base["bytes"], base["rest_bytes"], base["top_k"]
+    place, item_size = torch.device(device), sizes.torch_dtype.itemsize
+    usual = layer_sizes(sizes, next(iter(sizes.base.num_experts)), top_k, item_size, palettes)
+    choice = choose_residents(sizes, usual, machine_for(place), palettes=palettes)
+    held = resident(sizes, choice.strategies, item_size=item_size, cache_bytes=choice.cache_bytes, palettes=palettes)
+    in_memory = {"dense": whole, "globe": rest + held.total - held.down}
+    call = (PEAK_TOKENS, top_k, item_size, palettes)
+    on_gpu = place.type == "cuda"
+    return {
+        "gate_up": gate_up,
+        "model": {"dense": whole, "globe": rest + sizes.tensor_bytes},
+        "resident": in_memory,
+        "peak": {
+            "dense": in_memory["dense"] + workspace(sizes, (DENSE.name,), *call, on_gpu=on_gpu),
+            "globe": in_memory["globe"] + workspace(sizes, choice.strategies, *call, on_gpu=on_gpu),
+        },
+        "strategies": list(choice.strategies),
+    }
+
+
+def footprint_of(checkpoint: GlobeCheckpoint) -> dict:
+    """Return the footprint of a checkpoint, whose report has the facts about its dense model."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    facts = checkpoint.report().get("base")
+    return footprint(checkpoint.config, facts, palettes=palettes_of(checkpoint), device=device)

@@ -1,0 +1,155 @@
+"""Tell what a path holds, so that an error says what a person gave and what to give instead.
+
+    model        config.json of transformers
+    export       a model that `globe export` wrote: it runs from its compressed form
+    checkpoint   globe_config.json: what `globe fit` wrote, without the rest of the model
+    unfinished   the snapshots of a fit
+    sweep        a directory of checkpoints
+
+Adapters, GGUF files and names of the Hugging Face Hub are known too, because people try them.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from globe_kernels.errors import RequestError
+from globe_kernels.format.names import (
+    CARD_MARK,
+    CARD_NAME,
+    CHECKPOINT_GUARD,
+    CONFIG_NAME,
+    GUARD_KEY,
+    MODEL_CONFIG_NAME,
+    QUANT_METHOD,
+    SNAPSHOT_DIRECTORY,
+)
+
+_SHOWN = 3  # names of files in an error
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether `path` is the directory of a finished GloBE checkpoint."""
+    return (path / CONFIG_NAME).is_file()
+
+
+def holds_unfinished_fit(path: Path) -> bool:
+    """Whether `path` has the snapshots of a fit that goes on with the same command."""
+    return (path / SNAPSHOT_DIRECTORY).is_dir()
+
+
+def holds_model(path: Path) -> bool:
+    """Whether `path` is the directory of a whole model, dense or exported."""
+    config = _model_config(path)
+    return config is not None and config.get(GUARD_KEY) != CHECKPOINT_GUARD
+
+
+def holds_export(path: Path) -> bool:
+    """Whether `path` is a model that runs from its compressed form."""
+    quantization = (_model_config(path) or {}).get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+
+
+def is_earlier_export(path: Path) -> bool:
+    """Whether `globe export` wrote `path`, dense or compressed."""
+    card = path / CARD_NAME
+    return card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
+
+
+def holds_fit(path: Path) -> bool:
+    """Whether `path` belongs to `globe fit`, finished or not, and to nobody else."""
+    return not holds_model(path) and (holds_checkpoint(path) or holds_unfinished_fit(path))
+
+
+def _model_config(path: Path) -> dict | None:
+    """Return config.json; an empty dict when it is damaged, None when there is none."""
+    try:
+        config = json.loads((path / MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def not_a_model(path: str | Path) -> RequestError:
+    """Make the error for a path where a dense model is expected, by what the path is."""
+    found, text = Path(path), str(path)
+    if not found.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+        name = text.rpartition("/")[2]
+        return RequestError(
+            f"{text} is no directory here. If it is a model of the Hugging Face Hub, download it first: `hf download "
+            f"{text} --local-dir {name}`, then give {name}."
+        )
+    if not found.exists():
+        return RequestError(f"{text} does not exist; give the local directory of a Hugging Face model.")
+    if found.suffix == ".gguf" or (found.is_dir() and not holds_model(found) and any(found.glob("*.gguf"))):
+        return RequestError(
+            f"{text} is a model in GGUF, which GloBE does not read; give the Hugging Face directory (safetensors) that "
+            "it was made from."
+        )
+    if not found.is_dir():
+        return RequestError(f"{text} is not a directory; give the local directory of a Hugging Face model.")
+    if (found / "adapter_config.json").is_file() and not holds_model(found):
+        return RequestError(
+            f"{text} is a LoRA adapter without its model; merge it first (in peft: merge_and_unload, then "
+            "save_pretrained) and give the directory of the merged model."
+        )
+    if holds_export(found):
+        return RequestError(
+            f"{text} is a model that GloBE compressed already; give the dense model that it was made from."
+        )
+    if holds_checkpoint(found):
+        return RequestError(
+            f"{text} is a GloBE checkpoint without the rest of its model; give the dense model that it was fitted on."
+        )
+    if holds_unfinished_fit(found):
+        return RequestError(f"{text} holds an unfinished fit; give the dense model that is fitted there.")
+    return RequestError(
+        f"{text} holds no {MODEL_CONFIG_NAME} but {_names(found)}; give the local directory of a Hugging Face model."
+    )
+
+
+def not_a_checkpoint(path: str | Path) -> RequestError:
+    """Make the error for a path where a GloBE checkpoint is expected, by what the path is."""
+    found = Path(path)
+    start = f"{path} holds no {CONFIG_NAME}, so it is not a GloBE checkpoint"
+    if not found.exists():
+        return RequestError(f"{path} does not exist; give the directory that `globe fit -o` wrote.")
+    if holds_export(found):
+        return RequestError(
+            f"{start}: it is the whole model that `globe export` wrote. Load it with from_pretrained after `import "
+            "globe_kernels`, or give the directory that `globe fit -o` wrote."
+        )
+    if is_earlier_export(found):
+        return RequestError(
+            f"{start}: it is a dense model that `globe export --dense` wrote; give the directory that `globe fit -o` "
+            "wrote."
+        )
+    if holds_model(found):
+        return RequestError(f"{start}: it is a model. Fit it first: `globe fit {path} -o OUT`, then give OUT.")
+    if holds_unfinished_fit(found):
+        return RequestError(f"{start} yet: its fit is not finished; run the same `globe fit` command again.")
+    if found.is_dir() and (points := sorted(each.name for each in found.iterdir() if holds_checkpoint(each))):
+        return RequestError(f"{start}: it is a sweep. Give one of its points, such as {found / points[0]}.")
+    return RequestError(f"{start}; give the directory that `globe fit -o` wrote.")
+
+
+def require_place(out: str | Path, is_own: Callable[[Path], bool], kind: str) -> None:
+    """Refuse to write into a directory that holds anything but earlier work of the same `kind`, as `is_own` tells.
+
+    A directory that is absent, or empty but for hidden files, is fine. Raises RequestError.
+    """
+    out = Path(out)
+    if not out.is_dir() or is_own(out) or not (names := _names(out)):
+        return
+    if holds_model(out):
+        raise RequestError(f"{out} is the directory of a model ({names}); give a new directory for the {kind}.")
+    raise RequestError(f"{out} holds other files ({names}) and no {kind} of GloBE; give a new directory.")
+
+
+def _names(directory: Path) -> str:
+    """Name the first files of a directory; empty where there are none but hidden files."""
+    names = sorted(path.name for path in directory.iterdir() if not path.name.startswith("."))
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

@@ -1,0 +1,30 @@
+"""The names of the format: its files, and the values that a configuration may have. Imports nothing heavy."""
+
+# The two families of matrices that GloBE compresses; each has its own bank, adapters and codes.
+FAMILIES = ("gate", "up")
+
+CONFIG_NAME = "globe_config.json"
+REPORT_NAME = "fit_report.json"
+METRICS_NAME = "metrics.jsonl"
+QUANT_METHOD = "globe"
+BANK_NAME = "globe_bank"  # the bank's module, and its keys, at the root of a model
+PHIS = ("identity", "silu", "tanh")
+SCOPES = ("global", "layer")
+# dtypes of an export, as a person names them
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SNAPSHOT_DIRECTORY = ".snapshot"  # of an unfinished fit, in the directory of its checkpoint
+MODEL_CONFIG_NAME = "config.json"  # of transformers
+CARD_NAME = "README.md"
+CARD_MARK = "Compressed with GloBE"  # in the model card of an export
+
+# transformers refuses a config.json whose `transformers_weights` names no safetensors file, and prints the value: these
+# sentences. The quantizer of globe_kernels takes EXPORT_GUARD away before the weights are looked up.
+GUARD_KEY = "transformers_weights"
+EXPORT_GUARD = (
+    "this directory is a model that GloBE compressed, and transformers alone would give it random experts; run `pip "
+    "install globe-moe` and `import globe_kernels` before from_pretrained"
+)
+CHECKPOINT_GUARD = (
+    "a GloBE checkpoint, which has only the gate and up experts of its model; load the model itself and call "
+    "globe_kernels.patch(model, this directory), or run `globe export` and load its output"
+)
