@@ -16,6 +16,7 @@ from globe_fit.plan.fitting import estimate
 from globe_fit.plan.serving import Planner, points, read_model
 from globe_kernels.strategies.budget import AUTO
 from globe_kernels.strategies.cost import machine_named
+from globe_kernels.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "models"
@@ -139,13 +140,13 @@ def _index() -> str:
     rows = [
         [
             f"[{model.title}]({model.name}.md)",
-            _gb(model.on_disk(DEFAULT, "dense")),
-            _gb(model.on_disk(model.advised)),
-            _gb(model.rounded),
-            _gb(model.whole(model.advised, "peak")),
+            _size(model.on_disk(DEFAULT, "dense")),
+            _size(model.on_disk(model.advised)),
+            _size(model.rounded),
+            _size(model.whole(model.advised, "peak")),
             f"{model.dense_cards(PLANNED)} / {_cards(model, model.advised, PLANNED)} / "
             f"{_holding(model.rounded, PLANNED)}",
-            _gb(_fit_bytes(model, model.advised)),
+            _size(_fit_bytes(model, model.advised)),
             " / ".join(f"{model.speed(model.advised, tokens):.2f}" for tokens in TOKENS),
         ]
         for model in MODELS
@@ -234,7 +235,7 @@ def _settings_table(model: Model) -> str:
             str(checkpoint.rank),
             str(checkpoint.num_atoms),
             f"{model.plans[setting][PLANNED]['ratio']:.3f}",
-            _gb(_fit_bytes(model, setting)),
+            _size(_fit_bytes(model, setting)),
         ]
         for setting, checkpoint in model.checkpoints.items()
     ]
@@ -243,13 +244,17 @@ def _settings_table(model: Model) -> str:
 
 def _bytes_table(model: Model) -> str:
     dense, rounded = model.on_disk(DEFAULT, "dense"), model.rounded
-    cells = [_gb(dense), _gb(model.whole(DEFAULT, "resident", "dense")), _gb(model.whole(DEFAULT, "peak", "dense"))]
+    cells = [
+        _size(dense),
+        _size(model.whole(DEFAULT, "resident", "dense")),
+        _size(model.whole(DEFAULT, "peak", "dense")),
+    ]
     rows = [["dense, bf16", *cells, *(str(model.dense_cards(size)) for size in CARDS)]]
     for setting in model.options:
-        cells = [f"{_gb(model.on_disk(setting))} ({model.on_disk(setting) / dense:.2f})"]
-        cells += [_gb(model.whole(setting, figure)) for figure in ("resident", "peak")]
+        cells = [f"{_size(model.on_disk(setting))} ({model.on_disk(setting) / dense:.2f})"]
+        cells += [_size(model.whole(setting, figure)) for figure in ("resident", "peak")]
         rows.append([setting, *cells, *(_cards(model, setting, size) for size in CARDS)])
-    cells = [f"{_gb(rounded)} ({rounded / dense:.2f})", _gb(rounded), ""]
+    cells = [f"{_size(rounded)} ({rounded / dense:.2f})", _size(rounded), ""]
     rows.append(["experts in 8 bits", *cells, *(str(_holding(rounded, size)) for size in CARDS)])
     return _table(["", "on disk", "resident", "peak", *(f"{size} GB" for size in CARDS)], rows)
 
@@ -264,16 +269,16 @@ def _speed_table(model: Model) -> str:
 
 
 def _advice(model: Model) -> str:
-    on_disk = _gb(model.on_disk(model.advised))
+    on_disk = _size(model.on_disk(model.advised))
     lines = []
     if model.is_fp8:
-        total = _gb(model.expert_values + model.sizes.outside_values)
+        total = _size(model.expert_values + model.sizes.outside_values)
         lines.append(
             f"**Keep the published checkpoint.** It is FP8 and takes about {total}. GloBE reads and writes bf16: "
             f"{on_disk} with the setting {model.advised}."
         )
     lines.append(
-        f"**Fewest bytes: 8 bits.** Plain 8-bit rounding of the experts takes {_gb(model.rounded)}, GloBE {on_disk} "
+        f"**Fewest bytes: 8 bits.** Plain 8-bit rounding of the experts takes {_size(model.rounded)}, GloBE {on_disk} "
         f"with the setting {model.advised}. On the shipped model rounding [loses less]({ROUNDING})."
     )
     saved = [
@@ -300,7 +305,7 @@ def _advice(model: Model) -> str:
             )
     if _fit_bytes(model, model.advised) > PLANNED * 1e9:
         lines.append(
-            f"**A fit needs more than a card:** {_gb(_fit_bytes(model, model.advised))}. "
+            f"**A fit needs more than a card:** {_size(_fit_bytes(model, model.advised))}. "
             "[Several ranks](../fitting.md#several-ranks) split it, for a fit without calibration."
         )
     return "\n".join(f"* {line}" for line in lines)
@@ -330,8 +335,8 @@ Convert the download to bf16, into `{name}`. The folder `inference` of
     return f"""{blocks}
 
 `--dry-run` times a step on your machine and prints bytes and seconds. `--calibrate self` runs the dense model, which
-takes {_gb(model.on_disk(DEFAULT, "dense"))} of memory. With less memory give a text, `--calibrate TEXT`: the model then
-runs layer by layer from disk.
+takes {_size(model.on_disk(DEFAULT, "dense"))} of memory. With less memory give a text,
+`--calibrate TEXT`: the model then runs layer by layer from disk.
 """
 
 
@@ -353,9 +358,9 @@ def _holding(size: int, card: int) -> int:
     return ceil(size / (card * 1e9))
 
 
-def _gb(size: float) -> str:
-    """Format bytes; the space does not break."""
-    return f"{size / 1e9:.1f}\u00a0GB" if size < 1e12 else f"{size / 1e12:.2f}\u00a0TB"
+def _size(size: float) -> str:
+    """Write bytes; the line does not break in between."""
+    return format_bytes(size).replace(" ", "\u00a0")
 
 
 def _billions(count: int) -> str:

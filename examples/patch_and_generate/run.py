@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import globe_kernels
+from globe_kernels.units import format_bytes
 
 SHIPPED = Path(__file__).resolve().parent.parent / "tiny_moe"
 
@@ -38,9 +39,7 @@ def main() -> None:
     print("dense:", generate())
     report = globe_kernels.patch(model, args.globe, strategy=args.strategy)
     print("GloBE:", generate())
-    before, after, peak = (
-        f"{size / 1e6:.2f} MB" for size in (report.bytes_before, report.bytes_after, report.bytes_peak)
-    )
+    before, after, peak = map(format_bytes, (report.bytes_before, report.bytes_after, report.bytes_peak))
     print(f"Experts: {before} dense, {after} as GloBE, {peak} at the peak of a long call (predicted).")
     print(globe_kernels.explain(model, tokens=1))
 
