@@ -140,39 +140,40 @@ def _pair(values: dict, form: str) -> str:
     return " / ".join(form.format(values[family]) for family in FAMILIES)
 
 
-def print_quality(title: str, figures: dict) -> None:
-    """Print the figures of an evaluation: a row per model, and a table per task of lm-eval."""
-    labels = figures["labels"]
-    print("\n".join(labels.values()))
-    for task, models in _by_task(figures.get("lm_eval", {})).items():
-        metrics = [name for name in next(iter(models.values())) if not name.endswith("_stderr")]
-        rows = [[name, *(_score(models[model], name) for model in models)] for name in metrics]
-        print_table(f"lm-eval, {task}", ["", *models], rows)
-    if "tokens" not in figures:
-        return
-    title = f"{title}, {format_count(figures['tokens'])} tokens"
-    figures = {name: figures[name] for name in labels}
-    columns = {
-        "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL(dense || this)", "{:.5f}"),
-        "top1": ("top-1 agreement", "{:.2%}"),
-        "tokens_per_s": ("tokens/s", "{:.0f}"),
-    }
-    shown = [key for key in columns if key in next(iter(figures.values()))]
-    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
-    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+def print_evaluation(figures: dict, text: Path | None) -> None:
+    """Print the models, a row per model for the text, and a row per metric for the tasks of lm-eval."""
+    models = list(figures["labels"])
+    print("\n".join(figures["labels"].values()))
+    if text is not None:
+        columns = {
+            "perplexity": ("perplexity", "{:.3f}"),
+            "kl": ("KL(dense || this)", "{:.5f}"),
+            "top1": ("top-1 agreement", "{:.2%}"),
+            "tokens_per_s": ("tokens/s", "{:.0f}"),
+        }
+        shown = [key for key in columns if key in figures[models[0]]]
+        rows = [[name, *(columns[key][1].format(figures[name][key]) for key in shown)] for name in models]
+        title = f"{text.name}, {format_count(figures['tokens'])} tokens"
+        print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+    if "lm_eval" in figures:
+        scores = figures["lm_eval"]
+        rows = [
+            [
+                f"{task}, {metric}",
+                str(found.get("samples", "")),
+                *(_score(scores[name][task], metric) for name in models),
+            ]
+            for task, found in scores[models[0]].items()
+            for metric in found
+            if metric != "samples" and "_stderr" not in metric
+        ]
+        print_table("lm-eval, with standard errors", ["", "examples", *models], rows)
 
 
-def _by_task(scores: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
-    tasks = dict.fromkeys(task for found in scores.values() for task in found)
-    return {task: {model: found[task] for model, found in scores.items()} for task in tasks}
-
-
-def _score(scores: dict, metric: str) -> str:
-    value, error = scores[metric], scores.get(f"{metric}_stderr")
-    if value is None:
-        return "-"
-    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
+def _score(scores: dict[str, float | None], metric: str) -> str:
+    name, comma, variant = metric.partition(",")
+    value, error = scores[metric], scores.get(f"{name}_stderr{comma}{variant}")
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
 def print_inspection(figures: dict) -> None:
