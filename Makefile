@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/globe demo
 
-check: lint types test docs aot csrc
+check: lint types test aot csrc
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
