@@ -9,6 +9,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from globe_fit.cli.console import progress, say
@@ -19,10 +20,10 @@ from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes,
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
+    print_evaluation,
     print_fit,
     print_inspection,
     print_plan,
-    print_quality,
     print_sweep,
     print_sweep_estimate,
 )
@@ -31,7 +32,8 @@ from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
-from globe_fit.measure.evaluate import evaluate
+from globe_fit.measure.evaluate import evaluate, record_evaluation
+from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint, footprint_of
@@ -40,8 +42,15 @@ from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_i
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
+from globe_kernels.format.directories import (
+    holds_checkpoint,
+    holds_export,
+    holds_model,
+    is_earlier_export,
+    refuse_swapped,
+)
 from globe_kernels.format.files import replacing_file
-from globe_kernels.format.names import CONFIG_NAME, DTYPE_NAMES
+from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
 from globe_kernels.strategies.budget import palettes_of
 from globe_kernels.strategies.cost import machine_named
@@ -101,6 +110,7 @@ def _fit(
     as_json: bool,
     **settings: str | float | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
     if dry_run:
         planned = plan_fit(model_dir, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
@@ -152,6 +162,7 @@ def _sweep(
     as_json: bool,
     **sizes: str | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe sweep {out} -o {model_dir}")
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
     caches = read_cache_bytes(s_cache)
     if caches and text is None:
@@ -185,6 +196,7 @@ def _sweep(
 def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    refuse_swapped(globe_dir, base, holds_checkpoint, f"globe export {base} --base {globe_dir}")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
     checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
     write = export_dense if dense else export_globe
@@ -198,28 +210,69 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
     _show(figures, as_json, lambda _: print(f"{format_bytes(size)} of weights in {out}"))
 
 
-def _eval(model: Path, text: Path, base: Path | None, device: str | None, as_json: bool) -> None:
-    target = resolve_device(device or "auto")
-    is_checkpoint = (model / CONFIG_NAME).is_file()
+def _eval(
+    model: Path,
+    text: Path | None,
+    base: Path | None,
+    lm_eval: str | None,
+    lm_eval_tasks: Path | None,
+    lm_eval_limit: int | None,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    if base is not None:
+        refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
+    if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
+        raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
+    if text is None and lm_eval is None:
+        raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
+    is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    windows = token_windows(base or model, text)
-    models = {}
+    windows = None if text is None else token_windows(base or model, text)
+    tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
+    target = resolve_device(device or "auto")
+    models, labels, strategies = {}, {}, ()
     if base is not None:
-        models["dense"] = load_model(base, target)
+        models["dense"], labels["dense"] = load_model(base, target), f"dense: {base}"
     if is_checkpoint:
         models["globe"] = shared_copy(models["dense"])
-        patch(models["globe"], model)
+        strategies = patch(models["globe"], model).strategies
+        labels["globe"] = f"GloBE: checkpoint {model} in {base}, by {' and '.join(strategies)}"
     else:
-        models["globe" if base is not None else "model"] = load_model(model, target)
-    with progress(as_json) as shown:
-        shown.begin("eval", 1)
-        quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
-    figures = {name: asdict(value) for name, value in quality.items()}
-    if base is None:  # no model to compare with
-        figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-    title = f"{text.name}, {windows.numel()} tokens"
-    _show(figures | {"tokens": windows.numel()}, as_json, lambda _: print_quality(title, figures))
+        name = "globe" if base is not None else "model"
+        models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
+    figures: dict[str, Any] = {"labels": labels}
+    if windows is not None:
+        with progress(as_json) as shown:
+            shown.begin("eval", 1)
+            quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
+        figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
+        if base is None:  # no model to compare with
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+    if tasks is not None:
+        figures["lm_eval"] = run_tasks(
+            models,
+            base or model,
+            tasks,
+            limit=lm_eval_limit,
+            bars=sys.stderr.isatty() and not as_json,
+            on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
+        )
+    _show(figures, as_json, lambda _: print_evaluation(figures, text))
+    if is_checkpoint and text is not None:
+        machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
+        kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
+        try:
+            record_evaluation(model, kept | {name: figures[name] for name in models})
+        except GlobeError as error:  # the figures are printed already
+            say(f"The report of {model} will not have these figures: {error}")
+
+
+def _kind(model: Path) -> str:
+    if holds_export(model):
+        return "GloBE, an export"
+    return "dense, reconstructed from GloBE" if is_earlier_export(model) else "dense"
 
 
 def _inspect(globe_dir: Path, verify: bool, as_json: bool) -> None:

@@ -8,6 +8,7 @@ from globe_fit.sizes import left_dense_note
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
+from globe_kernels.units import format_count
 
 
 def print_estimate(figures: dict) -> None:
@@ -139,17 +140,40 @@ def _pair(values: dict, form: str) -> str:
     return " / ".join(form.format(values[family]) for family in FAMILIES)
 
 
-def print_quality(title: str, figures: dict[str, dict[str, float]]) -> None:
-    """Print a row per model of an evaluation."""
-    columns = {
-        "perplexity": ("perplexity", "{:.3f}"),
-        "kl": ("KL(dense || this)", "{:.5f}"),
-        "top1": ("top-1 agreement", "{:.2%}"),
-        "tokens_per_s": ("tokens/s", "{:.0f}"),
-    }
-    shown = [key for key in columns if key in next(iter(figures.values()))]
-    rows = [[name, *(columns[key][1].format(value[key]) for key in shown)] for name, value in figures.items()]
-    print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+def print_evaluation(figures: dict, text: Path | None) -> None:
+    """Print the models, a row per model for the text, and a row per metric for the tasks of lm-eval."""
+    models = list(figures["labels"])
+    print("\n".join(figures["labels"].values()))
+    if text is not None:
+        columns = {
+            "perplexity": ("perplexity", "{:.3f}"),
+            "kl": ("KL(dense || this)", "{:.5f}"),
+            "top1": ("top-1 agreement", "{:.2%}"),
+            "tokens_per_s": ("tokens/s", "{:.0f}"),
+        }
+        shown = [key for key in columns if key in figures[models[0]]]
+        rows = [[name, *(columns[key][1].format(figures[name][key]) for key in shown)] for name in models]
+        title = f"{text.name}, {format_count(figures['tokens'])} tokens"
+        print_table(title, ["", *(columns[key][0] for key in shown)], rows)
+    if "lm_eval" in figures:
+        scores = figures["lm_eval"]
+        rows = [
+            [
+                f"{task}, {metric}",
+                str(found.get("samples", "")),
+                *(_score(scores[name][task], metric) for name in models),
+            ]
+            for task, found in scores[models[0]].items()
+            for metric in found
+            if metric != "samples" and "_stderr" not in metric
+        ]
+        print_table("lm-eval, with standard errors", ["", "examples", *models], rows)
+
+
+def _score(scores: dict[str, float | None], metric: str) -> str:
+    name, comma, variant = metric.partition(",")
+    value, error = scores[metric], scores.get(f"{name}_stderr{comma}{variant}")
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
 def print_inspection(figures: dict) -> None:
