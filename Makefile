@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo check lint types test aot csrc gpu tune report clean
+.PHONY: demo check lint types test docs aot csrc gpu tune report clean
 
 demo: $(INSTALLED)
 	$(BIN)/globe demo
@@ -21,6 +21,11 @@ types: $(INSTALLED)
 # one process per core, one thread per process
 test: $(INSTALLED)
 	$(BIN)/pytest -n auto --dist loadgroup -q
+
+# the site in build/site; a link to a page or a heading that does not exist fails
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict
 
 # every shipped kernel configuration, compiled for real targets without a GPU
 aot: $(INSTALLED)

@@ -32,14 +32,25 @@ def _run() -> tuple[int, str]:
         code = app(standalone_mode=False) or 0
     except GlobeError as error:
         return error.exit_code, str(error)
+    except PermissionError as error:
+        return _USAGE, f"{error.filename}: permission denied; give a path that you may use."
     except Exception as error:
         # usage errors of typer, of whichever click it carries; any other error is a bug and keeps its traceback
         describe = getattr(error, "format_message", None)
         if describe is None:
             raise
-        return _USAGE, f"{describe().rstrip('.')}; see globe --help."
+        return _USAGE, f"{describe().rstrip('.')}; {_next_step(error)}."
     # typer turns Ctrl-C into exit code 130
     return code, "interrupted." if code == _INTERRUPTED else ""
+
+
+def _next_step(error: Exception) -> str:
+    """Say where an option belongs that was written before the command."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    commands = getattr(context and context.command, "commands", {})
+    if any(option in found.opts for each in commands.values() for found in each.params):
+        return f"{option} is an option of a command and goes after it: globe COMMAND ... {option}"
+    return f"see {context.command_path if context else 'globe'} --help"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from globe_kernels.format.names import PHIS, SCOPES
 
 SOLVERS = ("varpro", "alternating")
 DEFAULT_RATIO = 0.625
+_PERCENT_FROM = 2  # a larger ratio was meant in percent
 SELF = "self"  # in place of a text to calibrate on: the model writes the text
 SNAPSHOT_MINUTES = 5.0  # between two snapshots
 
@@ -147,6 +148,11 @@ class FitConfig:
         _require("seed", self.seed, int, 0, 2**62)
         if self.ratio is not None:
             _require("ratio", self.ratio, float, 0)
+            if self.ratio >= _PERCENT_FROM:
+                raise RequestError(
+                    f"ratio is {self.ratio:g} and a ratio is a share of the dense bytes; did you mean "
+                    f"{self.ratio / 100:g}?"
+                )
         if self.ratio is not None and self.rank is not None and self.atoms is not None:
             raise RequestError("ratio, rank and atoms are all given; give at most two of them, and the third follows.")
 

@@ -88,9 +88,9 @@ def fit(
     diverged = [family for family, done in fits.items() if not done.completed]
     if diverged:
         advice = f"The fit of {' and '.join(diverged)} diverged and its best state is kept; {_MILDER[config.solver]}."
+        status = FitStatus(False, advice, "diverged")
     else:
-        advice = _advice(history)
-    status = FitStatus(not diverged, advice)
+        status = FitStatus(True, *_advice(history))
     reports = {family: done.report for family, done in fits.items()}
     lost = sum(report["relative_error"] * report["energy"] for report in reports.values())
     codes = (dense_codes(done.factors.code, sizes.num_atoms) for done in fits.values())
@@ -296,10 +296,10 @@ class _Run:
             self.best.copy_(BankState(tensors["best.bank"], tensors["best.codes"], self.best.phi))
 
 
-def _advice(history: list[dict]) -> str:
-    """Advise whether more steps would pay, by the gain of the last tenth of the steps."""
+def _advice(history: list[dict]) -> tuple[str, str]:
+    """Advise whether more steps would pay, by the gain of the last tenth of the steps: (advice, level)."""
     if history[-1]["step"] == 0:
-        return "No step was taken: this is the start of a fit."
+        return "No step was taken: this is the start of a fit.", "unsettled"
     gains = []
     for family in FAMILIES:
         errors = [record["relative_error"] for record in history if record["family"] == family]
@@ -307,5 +307,6 @@ def _advice(history: list[dict]) -> str:
             gains.append(1 - errors[-1] / errors[-1 - max(1, len(errors) // 10)])
     gain = max(gains, default=0.0)
     if gain > 0.01:
-        return f"The last tenth of the steps still lowered the error by {100 * gain:.1f} %: more steps would pay."
-    return "The error has settled; a lower error needs a larger ratio, a larger support or many more steps."
+        still = f"The last tenth of the steps still lowered the error by {100 * gain:.1f} %: more steps would pay."
+        return still, "unsettled"
+    return "The error has settled; a lower error needs a larger ratio, a larger support or many more steps.", "settled"

@@ -51,7 +51,7 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
 def model_card(checkpoint: GlobeCheckpoint, base: ExpertSource, *, dense: bool) -> str:
     """Return the text of README.md of an export of `checkpoint`; `dense`: of the reconstructed dense model."""
     sizes, report = checkpoint.config, checkpoint.report()
-    name, shape = sizes.base.name, {"atoms": sizes.num_atoms, "rank": sizes.rank, "support": sizes.support}
+    name, shape = base.base.name, {"atoms": sizes.num_atoms, "rank": sizes.rank, "support": sizes.support}
     data = ModelCardData(
         base_model=name,
         library_name="transformers",

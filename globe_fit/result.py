@@ -43,6 +43,7 @@ class FitStatus:
 
     completed: bool
     advice: str
+    level: str = ""  # "settled", "unsettled": more steps would pay, "diverged"; empty in reports from before it existed
 
 
 @dataclass(frozen=True, repr=False)

@@ -126,6 +126,20 @@ def test_the_kernels_import_without(package):
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=ROOT, timeout=120)
 
 
+def test_nothing_heavy_is_imported_before_it_is_used():
+    """So help, mistakes in options and `import globe_kernels` cost a tenth of a second, not the seconds of torch."""
+    script = """
+        import sys
+        import globe_kernels, globe_fit, globe_fit.cli.app
+        heavy = {"torch", "transformers", "numpy", "matplotlib", "safetensors"} & {*sys.modules}
+        assert not heavy, heavy
+        from transformers import AutoModelForCausalLM
+        from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+        assert "globe" in AUTO_QUANTIZER_MAPPING
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=ROOT, timeout=120)
+
+
 def test_every_module_and_public_function_says_what_it_is():
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))

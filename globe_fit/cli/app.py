@@ -196,15 +196,16 @@ def eval(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to evaluate on.")] = None,
     base: Annotated[Path | None, typer.Option(help="The dense model to compare with.")] = None,
-    lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-eval, such as arc_easy,hellaswag.")] = None,
+    lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
     lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder with YAML files of other tasks.")] = None,
-    lm_eval_limit: Annotated[int | None, typer.Option(help="Most examples of a task.", min=1)] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(help="Examples of each task (all).", min=1)] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure the quality and the speed of a model.
 
-    Perplexity and tokens/s; with --base also KL and top-1 agreement with the dense model.
+    On a text perplexity and tokens/s; with --base also KL and top-1 agreement with the dense model. On tasks of lm-eval
+    their metrics.
     """
     _run("eval", locals())
 

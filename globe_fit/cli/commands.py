@@ -14,16 +14,16 @@ from transformers.utils import logging
 
 from globe_fit.cli.demo import run_demo
 from globe_fit.cli.plots import plan_figure, save_png
-from globe_fit.cli.report_page import write_report
+from globe_fit.cli.report.page import write_report
 from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes, read_lists, write_rows
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
+    print_evaluation,
     print_export,
     print_fit,
     print_inspection,
     print_plan,
-    print_quality,
     print_sweep,
     print_sweep_estimate,
 )
@@ -33,7 +33,7 @@ from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
 from globe_fit.measure.evaluate import evaluate, record_evaluation
-from globe_fit.measure.harness import run_lm_eval
+from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint, footprint_of
@@ -43,7 +43,13 @@ from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_i
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
-from globe_kernels.format.directories import holds_checkpoint, holds_export, is_earlier_export
+from globe_kernels.format.directories import (
+    holds_checkpoint,
+    holds_export,
+    holds_model,
+    is_earlier_export,
+    refuse_swapped,
+)
 from globe_kernels.format.files import replacing_file
 from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
@@ -105,6 +111,7 @@ def _fit(
     as_json: bool,
     **settings: str | float | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
     if dry_run:
         planned = plan_fit(model_dir, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
@@ -156,6 +163,7 @@ def _sweep(
     as_json: bool,
     **sizes: str | None,
 ) -> None:
+    refuse_swapped(model_dir, out, holds_model, f"globe sweep {out} -o {model_dir}")
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
     caches = read_cache_bytes(s_cache)
     if caches and text is None:
@@ -189,6 +197,7 @@ def _sweep(
 def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
+    refuse_swapped(globe_dir, base, holds_checkpoint, f"globe export {base} --base {globe_dir}")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
     checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
     write = export_dense if dense else export_globe
@@ -212,12 +221,17 @@ def _eval(
     device: str | None,
     as_json: bool,
 ) -> None:
+    if base is not None:
+        refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
+    if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
+        raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
     if text is None and lm_eval is None:
-        raise RequestError("There is nothing to evaluate on; give a text with --text, or tasks with --lm-eval.")
+        raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
     is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
     windows = None if text is None else token_windows(base or model, text)
+    tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
     target = resolve_device(device or "auto")
     models, labels, strategies = {}, {}, ()
     if base is not None:
@@ -230,17 +244,23 @@ def _eval(
         name = "globe" if base is not None else "model"
         models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
     figures: dict[str, Any] = {"labels": labels}
-    with show_progress(as_json) as shown:
-        if windows is not None:
+    if windows is not None:
+        with show_progress(as_json) as shown:
             shown.begin("eval", 1)
             quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
-            figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
-            if base is None:  # no model to compare with
-                figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
-        if lm_eval is not None:
-            options = {"task_dir": lm_eval_tasks, "limit": lm_eval_limit}
-            figures["lm_eval"] = run_lm_eval(models, base or model, lm_eval.split(","), **options)
-    _show(figures, as_json, lambda _: print_quality("" if text is None else text.name, figures))
+        figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
+        if base is None:  # no model to compare with
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+    if tasks is not None:
+        figures["lm_eval"] = run_tasks(
+            models,
+            base or model,
+            tasks,
+            limit=lm_eval_limit,
+            bars=sys.stderr.isatty() and not as_json,
+            on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
+        )
+    _show(figures, as_json, lambda _: print_evaluation(figures, text))
     if is_checkpoint and text is not None:
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}

@@ -1,272 +1,210 @@
-"""Draw the figures of a report, a sweep and a plan with matplotlib, as SVG for a page or as PNG files."""
+"""Draw with matplotlib: the style of all figures, and the figures of a sweep and of a plan."""
 
-import io
-import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.names import FAMILIES
-from globe_kernels.strategies import DENSE
+from globe_kernels.model.patching import PEAK_TOKENS
+from globe_kernels.strategies import DENSE, STRATEGIES
+from globe_kernels.strategies.budget import AUTO
+from globe_kernels.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS: dict[str, str] = dict(zip(FAMILIES, ("#2563eb", "#ea7317"), strict=True))
-_GREY, _FAINT = "#64748b", "#e2e8f0"
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
+_Given = ParamSpec("_Given")
+
+COLOURS: dict[str, str] = dict(zip(FAMILIES, ("#2563eb", "#c2570c"), strict=True))
+INK, SOFT, GREY, EDGE, FAINT = "#0f172a", "#475569", "#64748b", "#94a3b8", "#e2e8f0"
+STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "text.color": SOFT,
+    "axes.titlecolor": SOFT,
+    "axes.titlesize": "medium",
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#475569",
+    "axes.edgecolor": EDGE,
+    "axes.labelcolor": SOFT,
     "axes.grid": True,
     "axes.axisbelow": True,
-    "grid.color": _FAINT,
+    "grid.color": FAINT,
     "grid.linewidth": 0.7,
-    "xtick.color": "#475569",
-    "ytick.color": "#475569",
+    "legend.frameon": False,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "svg.fonttype": "none",
 }
-_WIDTH, _HEIGHT = 5.8, 3.1
-_MOST_BARS = 32
+# Colours that differ in lightness too. A strategy or a rank has the same colour in every panel.
+_SERIES = ("#2563eb", "#c2570c", "#0d9488", "#9333ea", "#ca8a04", "#db2777", "#4d7c0f", "#0e7490")
+_MARKERS = "osD^vPXp"
 
 
-def _figure(rows: int = 1, columns: int = 1, *, width: float = _WIDTH, height: float = _HEIGHT, **axes):
-    """Make (figure, axes (rows, columns)) in the style of the report. Raises RequestError without matplotlib."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError("GloBE draws with matplotlib; run `pip install matplotlib` and try again.") from None
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots(rows, columns, squeeze=False, **axes)
+def styled(draw: "Callable[_Given, Figure]") -> "Callable[_Given, Figure]":
+    """Decorate a function that draws a figure: it draws in the style, and raises RequestError without matplotlib."""
+
+    @wraps(draw)
+    def in_style(*args: "_Given.args", **named: "_Given.kwargs") -> "Figure":
+        try:
+            import matplotlib
+        except ImportError:
+            raise RequestError("GloBE draws with matplotlib; run `pip install matplotlib` and try again.") from None
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **named)
+
+    return in_style
 
 
-def error_curves(history: dict[str, list[dict]], reports: dict[str, dict]) -> "Figure":
-    """Draw the relative error over the steps; dashed: the SVD in the same bytes; dotted: the bound of the rank."""
-    figure, ((axes,),) = _figure()
-    axes.set(xlabel="step", ylabel="relative squared error", yscale="log")
-    for family, records in history.items():
-        steps = [record["step"] for record in records]
-        marker = "o" if len(steps) < 2 else None
-        axes.plot(
-            steps, [record["relative_error"] for record in records], color=COLOURS[family], label=family, marker=marker
-        )
-    styles = (("svd_equal_bytes", "--", "SVD, equal bytes"), ("rank_bound", ":", "lower bound of the rank"))
-    for name, style, label in styles:
-        for family, report in reports.items():
-            if report.get(name, 0) > 1e-9:  # at a full rank there is only rounding
-                axes.axhline(report[name], color=COLOURS[family], linestyle=style, linewidth=1)
-        if any(report.get(name, 0) > 1e-9 for report in reports.values()):
-            axes.plot([], [], color=_GREY, linestyle=style, linewidth=1, label=label)
-    _plain_log(axes)
-    _legend_above(axes)
-    return figure
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **axes):
+    """Make (figure, axes (rows, columns)) of a size in inches; the caller is `styled`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **axes)
 
 
-def _plain_log(axes: "Axes") -> None:
+def plain_log(axes: "Axes") -> None:
     """Label a log axis with 0.03, not 3 x 10^-2, and put ticks between the decades where there are few."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axes.get_ylim()
-    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0,)
-    axes.yaxis.set_major_locator(LogLocator(subs=steps))
+    steps = (1.0, 2.0, 3.0, 5.0) if high / low < 30 else (1.0, 3.0)
+    axes.yaxis.set_major_locator(MaxNLocator(5) if high / low < 4 else LogLocator(subs=steps))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def bars(values: dict[str, dict], xlabel: str, ylabel: str) -> "Figure":
-    """Draw grouped bars {family: {label: value}}, equal labels in each family; lines where there are many labels."""
-    figure, ((axes,),) = _figure()
-    labels = list(next(iter(values.values())))
-    width = 0.8 / len(values)
-    for number, (family, heights) in enumerate(values.items()):
-        if len(labels) > _MOST_BARS:
-            axes.plot(list(heights.values()), color=COLOURS[family], label=family, linewidth=1.4)
-            axes.set_ylim(bottom=0)
-            continue
-        centres = [group + (number - (len(values) - 1) / 2) * width for group in range(len(labels))]
-        axes.bar(centres, list(heights.values()), width=0.92 * width, color=COLOURS[family], label=family)
-    every = -(-len(labels) // 24)
-    axes.set(xlabel=xlabel, ylabel=ylabel, xlim=(-0.7, len(labels) - 0.3))
-    axes.set_xticks(range(0, len(labels), every), labels[::every])
-    _legend_above(axes)
-    axes.grid(axis="x", visible=False)
-    return figure
-
-
-def _legend_above(axes: "Axes") -> None:
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 0.99), ncols=4, frameon=False, columnspacing=1.2)
-
-
-def histograms(values: dict[str, dict[str, list]], xlabel: str, ylabel: str, *, log: bool = False) -> "Figure":
-    """Draw histograms {family: {"counts", "edges"}} as outlines over each other, or as bars for few integers."""
-    bins = [_whole_bins(histogram) for histogram in values.values()]
-    if all(bins):
-        seen = [number for counted in bins for number in counted]
-        shown = range(max(min(seen) - 2, 0), max(seen) + 3)
-        counts = ({str(number): counted.get(number, 0) for number in shown} for counted in bins)
-        return bars(dict(zip(values, counts, strict=True)), xlabel, ylabel)
-    figure, ((axes,),) = _figure()
-    axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-    filled = []  # right edges of the bins that are not empty
-    for family, histogram in values.items():
-        counts, edges = histogram["counts"], histogram["edges"]
-        axes.stairs(counts, edges, fill=True, color=COLOURS[family], alpha=0.18)
-        axes.stairs(counts, edges, color=COLOURS[family], label=family, linewidth=1.4)
-        filled += [edge for edge, count in zip(edges[1:], counts, strict=True) if count]
-    first = min(histogram["edges"][0] for histogram in values.values())
-    last = max(histogram["edges"][-1] for histogram in values.values())
-    axes.set_xlim(first, min(first + 1.1 * (max(filled) - first), last))
-    if log:
-        axes.set_ylim(bottom=0.7)
-        _plain_log(axes)
-    _legend_above(axes)
-    return figure
-
-
-def _whole_bins(histogram: dict[str, list]) -> dict[int, int]:
-    """Return {number: count} of a histogram with a bin per integer; empty for any other histogram."""
-    counts, edges = histogram["counts"], histogram["edges"]
-    if any(edge % 1 != 0.5 for edge in edges) or edges[1] - edges[0] != 1:
-        return {}
-    return {round(edge + 0.5): count for edge, count in zip(edges, counts, strict=False)}
-
-
-def sorted_values(values: dict[str, list[float]], xlabel: str, ylabel: str) -> "Figure":
-    """Draw the values of each family from the largest to the smallest, and the mean of all."""
-    figure, ((axes,),) = _figure()
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    for family, numbers in values.items():
-        axes.stairs(sorted(numbers, reverse=True), baseline=None, color=COLOURS[family], label=family, linewidth=1.6)
-    means = [sum(numbers) / len(numbers) for numbers in values.values()]
-    axes.axhline(sum(means) / len(means), color=_GREY, linestyle=":", linewidth=1, label="mean")
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False)
-    return figure
-
-
-def spectra(checks: dict[str, list[dict]]) -> "Figure":
-    """Draw the singular values of sampled experts, dense and as stored, a row of panels per family."""
-    columns = max(map(len, checks.values()))
-    size = {"width": 2 * _WIDTH + 0.4, "height": 2.1 * len(checks) + 0.3}
-    figure, grid = _figure(len(checks), columns, sharex=True, sharey=True, **size)
-    for row, (family, experts) in zip(grid, checks.items(), strict=True):
-        for axes, check in zip(row, experts, strict=False):
-            dense, stored = check["spectrum_dense"], check["spectrum_stored"]
-            axes.plot(check["number"], dense, color=_GREY, label="dense", linewidth=2.4, alpha=0.45)
-            axes.plot(check["number"], stored, color=COLOURS[family], label=f"{family}, stored", linewidth=1.2)
-            axes.set_title(f"layer {check['layer']}, expert {check['expert']}", fontsize=8.5, color="#475569")
-        row[0].set_ylabel("singular value")
-        row[0].legend(fontsize=8, frameon=False)
-    # values below a thousandth of the largest are rounding, or beyond the rank
-    dense = [check["spectrum_dense"] for experts in checks.values() for check in experts]
-    top, low = max(values[0] for values in dense), min(map(min, dense))
-    grid[0][0].set(yscale="log", ylim=(max(low / 1.5, top / 1000), top * 1.5))
-    _plain_log(grid[0][0])
-    for axes in grid[-1]:
-        axes.set_xlabel("number of the singular value")
-    return figure
-
-
-def curves(history: dict[str, list[dict]], name: str, ylabel: str) -> "Figure":
-    """Draw a metric over the steps."""
-    figure, ((axes,),) = _figure()
-    for family, records in history.items():
-        rows = [record for record in records if record.get(name) is not None]
-        values = [row[name] for row in rows]
-        axes.plot([row["step"] for row in rows], values, color=COLOURS[family], label=family, marker=".", linewidth=1.2)
-    axes.set(xlabel="step", ylabel=ylabel)
-    if ylabel != "share":
-        axes.set_ylim(bottom=0)
-    _legend_above(axes)
-    return figure
-
-
-def sweep(rows: list[dict]) -> "Figure":
-    """Draw the error of the points of a sweep against their bytes on disk, a panel per family.
-
-    Each support and palette has a colour, and lines join the points of equal rank. Dashed: the SVD of every expert in
-    the same bytes.
-    """
-    figure, (panels,) = _figure(1, len(FAMILIES), width=2 * _WIDTH, height=1.2 * _HEIGHT, sharey=True)
-    series: dict[str, dict[int, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: row["bytes"]["globe_on_disk"]):
-        palette = "" if row["palette"] is None else f", palette {row['palette']}"
-        series.setdefault(f"support {row['target_support']}{palette}", {}).setdefault(row["r"], []).append(row)
-    for axes, family in zip(panels, FAMILIES, strict=True):
-        baseline = sorted((row["bytes"]["globe_on_disk"] / 1e6, row["svd_equal_bytes"][family]) for row in rows)
-        axes.plot(*zip(*baseline, strict=True), color=_GREY, linestyle="--", linewidth=1, label="SVD, equal bytes")
-        for number, (name, ranks) in enumerate(series.items()):
-            style: dict[str, Any] = {"color": f"C{number}", "marker": "osD^vP"[number % 6], "markersize": 4}
-            label = name
-            for joined in ranks.values():
-                size = [row["bytes"]["globe_on_disk"] / 1e6 for row in joined]
-                error = [row["relative_error"][family] for row in joined]
-                axes.plot(size, error, label=label, linewidth=1.2, alpha=0.8, **style)
-                label = None  # a single entry of the legend for all ranks
-        axes.set(xlabel="MB on disk", yscale="log")
-        axes.set_title(family, fontsize=9.5, color="#475569")
-    panels[0].set_ylabel("relative squared error")
-    panels[-1].legend(frameon=False, fontsize=8)
-    _plain_log(panels[0])
-    return figure
-
-
-def plan_figure(figures: dict) -> "Figure":
-    """Draw the figures of `globe plan`, a row per point: times relative to the dense experts, bytes by part."""
-    rows = figures["points"]
-    figure, grid = _figure(len(rows), 2, width=2 * _WIDTH, height=1.2 * _HEIGHT * len(rows))
-    for (times, held), point in zip(grid, rows, strict=True):
-        strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
-        dense = strategies["dense"]["us_per_layer"]
-        for name, found in strategies.items():
-            style: dict[str, Any] = {"color": _GREY} if name == DENSE.name else {}
-            style |= {"linewidth": 3, "alpha": 0.35} if name == "auto" else {"linewidth": 1.4}
-            relative = [us / dense[tokens] for tokens, us in found["us_per_layer"].items()]
-            times.plot([int(tokens) for tokens in dense], relative, label=name, **style)
-        times.set(yscale="log", xlabel="tokens", ylabel="time relative to dense")
-        times.set_xscale("log", base=2)
-        _plain_log(times)
-        start = dict.fromkeys(strategies, 0.0)
-        for number, part in enumerate(strategies["dense"]["parts"]):
-            sizes = {name: found["parts"][part] / 1e9 for name, found in strategies.items()}
-            if any(sizes.values()):
-                held.barh(
-                    list(strategies), list(sizes.values()), left=list(start.values()), label=part, color=f"C{number}"
-                )
-                start = {name: start[name] + size for name, size in sizes.items()}
-        held.invert_yaxis()
-        held.set(xlabel="GB on the device")
-        held.set_title(f"rank {point['rank']}, {point['atoms']} atoms", fontsize=9.5, color="#475569")
-        for axes in (times, held):
-            axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=5)
-        held.grid(axis="y", visible=False)
-    return figure
-
-
-def inline_svg(figure: "Figure", name: str) -> str:
-    """Make an <svg> element without addresses, and without ids that another figure of the page could have."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    style: dict[Any, Any] = {**_STYLE, "svg.hashsalt": name}
-    with matplotlib.rc_context(style):
-        figure.savefig(buffer, format="svg", transparent=True)
-    svg = buffer.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    for pattern in (r' xmlns(:\w+)?="[^"]*"', r' id="(?!m|p)[^"]*"', r'(?<=<g) id="[^"]*"'):
-        svg = re.sub(pattern, "", svg)
-    return re.sub(r'<svg width="[^"]*" height="[^"]*"|<svg height="[^"]*" width="[^"]*"', "<svg", svg, count=1)
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def save_png(figure: "Figure", title: str, path: str) -> None:
     """Save a figure with a title to a PNG file."""
     import matplotlib
 
-    figure.suptitle(title, fontsize=11, color="#0f172a")
-    with matplotlib.rc_context(_STYLE):
+    figure.suptitle(title, fontsize=11, color=INK)
+    with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=150, format="png")
+
+
+@styled
+def sweep(rows: list[dict]) -> "Figure":
+    """Draw the error of the points of a sweep against their ratio, a panel per family and a colour per rank.
+
+    A line joins the points of equal rank, support (s) and palette (u), and is labelled where the points of its rank
+    differ in them. Dashed: the SVD of every expert in the same bytes.
+    """
+    figure, (panels,) = new_figure(11.6, 4.6, 1, len(FAMILIES), sharey=True)
+    rows = sorted(rows, key=lambda row: row["ratio"])
+    ranks = sorted({row["r"] for row in rows})
+    lines: dict[tuple, list[dict]] = {}
+    for row in rows:
+        lines.setdefault((row["r"], row["target_support"], row["palette"]), []).append(row)
+    # letter: place in the key of a line, of the sizes that differ within a rank
+    varied = {
+        letter: place
+        for place, letter in ((1, "s"), (2, "u"))
+        if len({(key[0], key[place]) for key in lines}) > len(ranks)
+    }
+    colours = {rank: _SERIES[number % len(_SERIES)] for number, rank in enumerate(ranks)}
+    markers = {rank: _MARKERS[number % len(_MARKERS)] for number, rank in enumerate(ranks)}
+    for axes, family in zip(panels, FAMILIES, strict=True):
+        baseline = [(row["ratio"], row["svd_equal_bytes"][family]) for row in rows]
+        dashed: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1, "marker": "_"}
+        axes.plot(*zip(*baseline, strict=True), label="SVD, equal bytes", **dashed)
+        for (rank, *_), joined in lines.items():
+            ratios, errors = [row["ratio"] for row in joined], [row["relative_error"][family] for row in joined]
+            style: dict[str, Any] = {"color": colours[rank], "label": f"rank {rank}"}
+            axes.plot(ratios, errors, marker=markers[rank], markersize=5, linewidth=0.8, **style)
+        axes.set(xlabel="bytes of gate and up over dense", yscale="log", title=family)
+        axes.margins(x=0.15, y=0.1)
+    plain_log(panels[0])
+    panels[0].set_ylabel("relative squared error")
+    handles = {line.get_label(): line for line in panels[0].get_lines()}
+    names = [*(f"rank {rank}" for rank in ranks), "SVD, equal bytes"]
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=8)
+    figure.draw_without_rendering()  # the places of the labels depend on the layout
+    for axes, family in zip(panels, FAMILIES, strict=True):
+        ends = []
+        for key, joined in lines.items():
+            name = " ".join(f"{letter}{key[place]}" for letter, place in varied.items() if key[place] is not None)
+            end = joined[-1]
+            ends.append((end["ratio"], end["relative_error"][family], name or "no palette", colours[key[0]]))
+        if varied:
+            _label_points(axes, ends)
+    return figure
+
+
+def _label_points(axes: "Axes", points: list[tuple[float, float, str, str]]) -> None:
+    """Write the name of each point (x, y, name, colour) at the nearest free place around it, or not at all."""
+    from matplotlib.transforms import Bbox
+
+    taken: list[Bbox] = []
+    for line in axes.get_lines():
+        for across, up in axes.transData.transform(line.get_xydata()):
+            taken.append(Bbox.from_bounds(across - 5, up - 5, 10, 10))
+    sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))
+    places = [(7 * far * across, 9 * far * up) for far in (1, 2, 3) for across, up in sides]
+    for x, y, name, colour in points:
+        label = axes.annotate(name, (x, y), (0, 0), textcoords="offset points", fontsize=9, color=colour)
+        for across, up in places:
+            ha = ("center", "left", "right")[(across > 0) - (across < 0)]
+            va = ("center", "bottom", "top")[(up > 0) - (up < 0)]
+            label.set(position=(across, up), ha=ha, va=va)
+            box = label.get_window_extent()
+            if axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1) and box.count_overlaps(taken) == 0:
+                taken.append(box)
+                break
+        else:
+            label.remove()
+
+
+@styled
+def plan_figure(figures: dict) -> "Figure":
+    """Draw the figures of `globe plan`, a row per point: times relative to the dense experts, bytes of the model."""
+    points = figures["points"]
+    figure, grid = new_figure(12.6, 3.7 * len(points) + 0.5, len(points), 2)
+    colours = dict(zip(STRATEGIES, _SERIES, strict=False)) | {DENSE.name: GREY, AUTO: INK}
+    for (times, held), point in zip(grid, points, strict=True):
+        strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
+        _relative_times(times, strategies, colours)
+        palette = "" if point["palette"] is None else f", palette {point['palette']}"
+        sizes = f"rank {point['rank']}, {point['atoms']} atoms, support {point['support']}{palette}"
+        times.set_title(f"{sizes}: gate and up {point['ratio']:.2f} of dense", loc="left", color=INK)
+        _model_bytes(held, strategies, figures["outside_bytes"], colours)
+    handles = {line.get_label(): line for times in grid[:, 0] for line in times.get_lines()}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles))
+    return figure
+
+
+def _relative_times(axes: "Axes", strategies: dict[str, dict], colours: dict[str, str]) -> None:
+    dense = strategies[DENSE.name]["us_per_layer"]
+    for name, found in strategies.items():
+        relative = [us / dense[tokens] for tokens, us in found["us_per_layer"].items()]
+        # auto lies on the strategy that it takes
+        style: dict[str, Any] = {"linewidth": 5, "alpha": 0.2} if name == AUTO else {"linewidth": 1.6}
+        axes.plot([int(tokens) for tokens in dense], relative, label=name, color=colours[name], **style)
+    axes.set(yscale="log", xlabel="tokens of a call", ylabel="time of a MoE layer, dense = 1")
+    axes.set_xscale("log", base=4)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.6), max(high, 1.7))
+    axes.margins(x=0)
+    plain_log(axes)
+    beside: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "va": "center"}
+    for text, up in (("slower than dense", 14), ("dense", 0), ("faster than dense", -14)):
+        axes.annotate(text, (1, 1), (6, up), color=INK if up == 0 else SOFT, **beside)
+
+
+def _model_bytes(axes: "Axes", strategies: dict[str, dict], outside: int, colours: dict[str, str]) -> None:
+    for name, found in strategies.items():
+        resident, peak = outside + found["resident"], outside + found["peak"]
+        axes.barh(name, outside / 1e9, color=EDGE)
+        axes.barh(name, found["resident"] / 1e9, left=outside / 1e9, color=colours[name])
+        axes.barh(name, (peak - resident) / 1e9, left=resident / 1e9, color=colours[name], alpha=0.35)
+        text = f"{format_bytes(resident)}, peak {format_bytes(peak)}"
+        axes.annotate(text, (peak / 1e9, name), (5, 0), textcoords="offset points", va="center")
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.45 * max(outside + found["peak"] for found in strategies.values()) / 1e9)  # room for the text
+    axes.set_xlabel(f"GB; pale: temporaries of a call of {PEAK_TOKENS} tokens")
+    axes.set_title("whole model on the device; light grey: all but the experts", loc="left", color=INK)
+    axes.grid(visible=False)  # the bytes are written

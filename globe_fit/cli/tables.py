@@ -218,21 +218,29 @@ def _quality(figures: dict) -> dict[str, str]:
     return {title: write_number(figures[key]) for key, (title, write_number) in _QUALITY.items() if key in figures}
 
 
-def print_quality(title: str, figures: dict) -> None:
-    """Print the figures of an evaluation: a row per model, and a table per task of lm-eval."""
-    labels = figures["labels"]
+def print_evaluation(figures: dict, text: Path | None) -> None:
+    """Print the models, a row per model for the text, and a row per metric for the tasks of lm-eval."""
+    labels, models = figures["labels"], list(figures["labels"])
     for label in labels.values():
         write(label)
-    for task, models in _by_task(figures.get("lm_eval", {})).items():
-        metrics = [name for name in next(iter(models.values())) if not name.endswith("_stderr")]
-        rows = [[name, *(_score(models[model], name) for model in models)] for name in metrics]
-        print_table(f"lm-eval, {task}", ["", *models], rows)
-    if "tokens" not in figures:
-        return
-    columns = {name: _quality(figures[name]) for name in labels}
-    rows = [[label.partition(":")[0], *columns[name].values()] for name, label in labels.items()]
-    title = f"{title}, {format_count(figures['tokens'])} tokens"
-    print_table(title, ["", *next(iter(columns.values()))], rows)
+    if text is not None:
+        columns = {name: _quality(figures[name]) for name in models}
+        rows = [[labels[name].partition(":")[0], *columns[name].values()] for name in models]
+        title = f"{text.name}, {format_count(figures['tokens'])} tokens"
+        print_table(title, ["", *columns[models[0]]], rows)
+    if "lm_eval" in figures:
+        scores = figures["lm_eval"]
+        rows = [
+            [
+                f"{task}, {metric}",
+                str(found.get("samples", "")),
+                *(_score(scores[name][task], metric) for name in models),
+            ]
+            for task, found in scores[models[0]].items()
+            for metric in found
+            if metric != "samples" and "_stderr" not in metric
+        ]
+        print_table("lm-eval, with standard errors", ["", "examples", *models], rows)
 
 
 def print_export(figures: dict) -> None:
@@ -242,16 +250,10 @@ def print_export(figures: dict) -> None:
         print_sizes(figures["sizes"])
 
 
-def _by_task(scores: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
-    tasks = dict.fromkeys(task for found in scores.values() for task in found)
-    return {task: {model: found[task] for model, found in scores.items()} for task in tasks}
-
-
-def _score(scores: dict, metric: str) -> str:
-    value, error = scores[metric], scores.get(f"{metric}_stderr")
-    if value is None:
-        return "-"
-    return f"{value:.4g}" + ("" if error is None else f" +- {error:.2g}")
+def _score(scores: dict[str, float | None], metric: str) -> str:
+    name, comma, variant = metric.partition(",")
+    value, error = scores[metric], scores.get(f"{name}_stderr{comma}{variant}")
+    return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
 def print_inspection(figures: dict, all_layers: bool = False) -> None:

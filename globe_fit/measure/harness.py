@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -21,43 +22,101 @@ OnRun = Callable[[str, str], None]  # a task begins on a model: their names
 Scores = dict[str, float | None]  # metrics, the standard error of each as METRIC_stderr, the number of examples
 
 
-def run_lm_eval(
+@dataclass(frozen=True)
+class Tasks:
+    """Tasks of lm-eval with their data. `parts` holds for a name its group, or its tasks."""
+
+    manager: Any
+    parts: dict[str, list]
+
+
+def load_tasks(names: Sequence[str], task_dir: str | Path | None = None) -> Tasks:
+    """Load tasks, groups or tags of lm-eval by name; tasks in YAML files of `task_dir` win over tasks of lm-eval.
+
+    Raises RequestError without lm-eval, for an unknown name, for a missing folder and for a task that `run_tasks`
+    cannot run, GlobeError when a task cannot be loaded.
+    """
+    try:
+        with _silence():
+            from lm_eval import tasks
+            from lm_eval.models import huggingface  # noqa: F401  # needs accelerate
+    except ModuleNotFoundError as error:
+        package = (error.name or "lm_eval").partition(".")[0].replace("_", "-")
+        raise RequestError(
+            f"{package} is not installed; run `pip install lm-eval accelerate`, or evaluate without --lm-eval."
+        ) from error
+    if task_dir is not None and not Path(task_dir).is_dir():
+        raise RequestError(f"{task_dir} is not a folder; give a folder with YAML files of lm-eval tasks.")
+    with _silence():
+        # lm-eval has thousands of files of tasks; to read them takes seconds, which tasks of the folder do not need
+        manager = tasks.TaskManager(include_path=task_dir, include_defaults=False)
+        if not {*names} <= {*manager.all_subtasks}:
+            manager = tasks.TaskManager(include_path=task_dir)
+        for name in names:
+            if name not in manager.task_index:
+                raise RequestError(_unknown(name, manager.all_tasks))
+        return Tasks(manager, {name: _load(manager, name) for name in names})
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known)
+    return (
+        f"lm-eval has no task {name!r}; "
+        + (f"close names are {', '.join(close)}; " if close else "")
+        + "list its tasks with `lm-eval ls tasks`, and name the folder of other tasks with --lm-eval-tasks."
+    )
+
+
+def _load(manager: Any, name: str) -> list:
+    try:
+        found = manager.load([name])
+    except Exception as error:  # data sets, metrics and the code of a task may raise any exception
+        raise GlobeError(
+            f"lm-eval cannot load the task {name} ({' '.join(str(error).split())}); a data set that is not on this "
+            "machine needs a network the first time."
+        ) from error
+    for part, task in found["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
+            raise RequestError(
+                f"The task {part} needs images or sound, or runs code that the model writes; leave it out."
+            )
+    groups = found.get("groups", {})
+    return [groups[name]] if name in groups else [*found["tasks"].values()]
+
+
+def run_tasks(
     models: Mapping[str, nn.Module],
     tokenizer_dir: str | Path,
-    tasks: Sequence[str],
+    tasks: Tasks,
     *,
-    task_dir: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     bars: bool = False,
     on_run: OnRun | None = None,
 ) -> dict[str, dict[str, Scores]]:
-    """Run tasks, groups or tags of lm-eval on every model and return {model: {task: scores}}.
+    """Run tasks on every model and return {model: {task: scores}}, with the seeds that lm-eval has by default.
 
-    Tasks in the YAML files of `task_dir` win over tasks of lm-eval. `limit` is the number of examples of a task, from
-    its first on; None takes all. A score that is not a finite number is None. The seeds are the defaults of lm-eval.
-    Nothing is printed, except for the progress bars of lm-eval on stderr with `bars`.
-    Raises RequestError without lm-eval, for an unknown task and for a missing folder, GlobeError when a task cannot be
-    loaded.
+    `limit` is the number of examples of a task, from its first on; None takes all. A score that is not a finite number
+    is None. Nothing is printed, except for the progress bars of lm-eval on stderr with `bars`. Raises RequestError when
+    the tokenizer has neither a token for the beginning of a text nor for its end.
     """
-    tokenizer = load_tokenizer(tokenizer_dir)
-    with _silence(bars):
-        try:
-            from lm_eval import simple_evaluate
-            from lm_eval.models.huggingface import HFLM
-        except ModuleNotFoundError as error:
-            package = (error.name or "lm_eval").partition(".")[0].replace("_", "-")
-            raise RequestError(
-                f"{package} is not installed; run `pip install lm-eval accelerate`, or evaluate without --lm-eval."
-            ) from error
-        manager, loaded = _load(list(dict.fromkeys(tasks)), task_dir)
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer: Any = load_tokenizer(tokenizer_dir)
+    if tokenizer.bos_token is None and tokenizer.eos_token is None:
+        raise RequestError(
+            f"The tokenizer in {tokenizer_dir} has no bos_token and no eos_token, and lm-eval needs one of them; name "
+            "one in tokenizer_config.json."
+        )
+    with _silence():
         wrapped = {
             name: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
             for name, model in models.items()
         }
     run: Any = simple_evaluate  # a decorator hides its signature from type checkers
     scores: dict[str, dict[str, Scores]] = {name: {} for name in models}
-    for task, parts in loaded.items():
+    for task, parts in tasks.parts.items():
         for name, harness in wrapped.items():
             if on_run is not None:
                 on_run(task, name)
@@ -65,7 +124,7 @@ def run_lm_eval(
                 outcome = run(
                     harness,
                     tasks=parts,
-                    task_manager=manager,
+                    task_manager=tasks.manager,
                     limit=limit,
                     bootstrap_iters=_RESAMPLES,
                     log_samples=False,
@@ -73,43 +132,6 @@ def run_lm_eval(
             for found, values in outcome["results"].items():
                 scores[name][found] = _scores(values, outcome["n-samples"].get(found))
     return scores
-
-
-def _load(tasks: list[str], task_dir: str | Path | None) -> tuple[Any, dict[str, list]]:
-    """Load tasks and their data: the TaskManager, and {name: [its group], or its tasks}."""
-    from lm_eval.tasks import TaskManager
-
-    if task_dir is not None and not Path(task_dir).is_dir():
-        raise RequestError(f"{task_dir} is not a folder; give a folder with YAML files of lm-eval tasks.")
-    # lm-eval has thousands of files of tasks; to read them takes seconds, which tasks of the folder alone do not need
-    manager = TaskManager(include_path=task_dir, include_defaults=False)
-    if not {*tasks} <= {*manager.all_subtasks}:
-        manager = TaskManager(include_path=task_dir)
-    for task in tasks:
-        if task not in manager.task_index:
-            close = difflib.get_close_matches(task, manager.all_tasks)
-            raise RequestError(
-                f"lm-eval has no task {task!r}; "
-                + (f"close names are {', '.join(close)}; " if close else "")
-                + "list its tasks with `lm-eval ls tasks`, and name the folder of other tasks with --lm-eval-tasks."
-            )
-    loaded = {}
-    for task in tasks:
-        try:
-            found = manager.load([task])
-        except Exception as error:  # data sets, metrics and the code of a task may raise any exception
-            raise GlobeError(
-                f"lm-eval cannot load the task {task} ({' '.join(str(error).split())}); a data set that is not on this "
-                "machine needs a network the first time."
-            ) from error
-        for name, part in found["tasks"].items():
-            if getattr(part, "UNSAFE_CODE", False) or getattr(part, "MULTIMODAL", False):
-                raise RequestError(
-                    f"The task {name} needs images or sound, or runs code that the model writes; leave it out."
-                )
-        groups = found.get("groups", {})
-        loaded[task] = [groups[task]] if task in groups else [*found["tasks"].values()]
-    return manager, loaded
 
 
 def _scores(values: Mapping[str, Any], samples: Mapping[str, int] | None) -> Scores:
@@ -121,7 +143,7 @@ def _scores(values: Mapping[str, Any], samples: Mapping[str, int] | None) -> Sco
 
 
 @contextmanager
-def _silence(bars: bool) -> Iterator[None]:
+def _silence(bars: bool = False) -> Iterator[None]:
     """Drop the lines that lm-eval and its libraries print and log, and without `bars` their progress bars."""
     logged = logging.root.manager.disable
     with ExitStack() as stack:

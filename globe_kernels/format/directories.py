@@ -66,6 +66,8 @@ def _model_config(path: Path) -> dict | None:
     """Return config.json; an empty dict when it is damaged, None when there is none."""
     try:
         config = json.loads((path / MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+    except PermissionError:
+        raise RequestError(f"{path} cannot be read: permission denied; give a directory that you may read.") from None
     except OSError:
         return None
     except ValueError:
@@ -134,6 +136,12 @@ def not_a_checkpoint(path: str | Path) -> RequestError:
     if found.is_dir() and (points := sorted(each.name for each in found.iterdir() if holds_checkpoint(each))):
         return RequestError(f"{start}: it is a sweep. Give one of its points, such as {found / points[0]}.")
     return RequestError(f"{start}; give the directory that `globe fit -o` wrote.")
+
+
+def refuse_swapped(first: Path, second: Path, first_holds: Callable[[Path], bool], usage: str) -> None:
+    """Refuse two paths that were given in the wrong order: the second is what the first should be, as `usage` says."""
+    if first_holds(second) and not first_holds(first):
+        raise RequestError(f"{first} and {second} are in the wrong order; write {usage}.")
 
 
 def require_place(out: str | Path, is_own: Callable[[Path], bool], kind: str) -> None:

@@ -118,9 +118,13 @@ def test_a_model_that_cannot_be_fitted(globe, model_dir, out, tmp_path, damage, 
             ("--ratio", "0.01"),
             "ratio 0.01 cannot be reached on model with support 12; give a ratio from 0.0417 to 1.7656.",
         ),
-        (("--ratio", "7", "--rank", "16"), "ratio 7 cannot be reached on model with support 12, rank 16; give a ratio"),
+        (
+            ("--ratio", "1.9", "--rank", "16"),
+            "ratio 1.9 cannot be reached on model with support 12, rank 16; give a ratio",
+        ),
+        (("--ratio", "62.5"), "ratio is 62.5 and a ratio is a share of the dense bytes; did you mean 0.625?"),
     ],
-    ids=["r > p", "s > m", "m > n", "a ratio that is too small", "a ratio that is too large"],
+    ids=["r > p", "s > m", "m > n", "a ratio that is too small", "a ratio that is too large", "a ratio in percent"],
 )
 def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sentence):
     before = contents(tmp_path)

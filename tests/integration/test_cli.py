@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from globe_fit.cli.demo import shipped_model
-from globe_fit.data.model import load_model, shared_copy
+from globe_fit.data.model import load_model, load_tokenizer, shared_copy
 from globe_kernels import patch
 from globe_kernels.format.names import CONFIG_NAME
 from globe_kernels.model.targets import is_patched
@@ -153,6 +153,34 @@ def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
     assert_refused(globe("eval", save_tiny("qwen3_moe"), "--text", text), 2, "add the tokenizer of the model")
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8" * 300)
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "latin.txt"), 2, "is not UTF-8")
+
+
+def test_evaluation_on_tasks_of_lm_eval(globe, fit_tiny, with_tokenizer):
+    pytest.importorskip("lm_eval")
+    options = ("--lm-eval", "last_word", "--lm-eval-tasks", shipped_model().parent / "lm_eval" / "tasks")
+    assert_refused(
+        globe("eval", with_tokenizer, *options, "--json"), 2, "has no bos_token and no eos_token, and lm-eval"
+    )
+    tokenizer = load_tokenizer(with_tokenizer)
+    tokenizer.eos_token = "?"
+    tokenizer.save_pretrained(with_tokenizer)
+    code, stdout, stderr = globe("eval", fit_tiny()[0], "--base", with_tokenizer, *options, "--lm-eval-limit", 2)
+    assert code == 0 and "last_word, perplexity" in stdout and "globe" in stdout
+    assert "lm-eval runs last_word on the model dense" in stderr and len(stderr.splitlines()) == 2
+    text = ("--text", with_tokenizer / "text.txt")
+    code, stdout, stderr = globe("eval", with_tokenizer, *text, *options, "--lm-eval-limit", 2, "--json")
+    figures = json.loads(stdout, parse_constant=pytest.fail)
+    assert (code, stderr) == (0, "") and set(figures) == {"model", "tokens", "lm_eval"}
+    assert figures["lm_eval"]["model"]["last_word"]["samples"] == 2
+
+
+def test_evaluation_needs_a_text_or_tasks(globe, with_tokenizer, monkeypatch):
+    assert_refused(
+        globe("eval", with_tokenizer), 2, "nothing to measure on; give --text FILE, --lm-eval TASKS, or both"
+    )
+    assert_refused(globe("eval", with_tokenizer, "--lm-eval-limit", 3), 2, "need tasks; name the tasks with --lm-eval")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert_refused(globe("eval", with_tokenizer, "--lm-eval", "arc_easy"), 2, "lm-eval is not installed; run `pip")
 
 
 def test_models_that_do_not_share_a_vocabulary(globe, with_tokenizer, tmp_path):

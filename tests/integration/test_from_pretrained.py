@@ -1,8 +1,13 @@
+import copy
 import json
+import pickle
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from huggingface_hub.repocard import metadata_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -11,7 +16,9 @@ from globe_fit import ExpertSource, export_dense, export_globe
 from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError
 from globe_kernels.format import files
 from globe_kernels.format.architectures import ARCHITECTURES
+from globe_kernels.format.names import EXPORT_GUARD
 from globe_kernels.testing import assert_close, tiny_model
+from globe_kernels.units import format_bytes
 from tests.integration.test_patching import TOKENS, logits
 
 
@@ -227,6 +234,93 @@ def test_export_refuses_another_base_and_a_directory_that_is_not_its_own(save_ti
         export_dense(checkpoint, base, base.model_dir)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(RequestError, match="is not an earlier export"):
+    with pytest.raises(RequestError, match="and no export of GloBE; give a new"):
         export_globe(checkpoint, base, tmp_path / "notes")
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["mine.txt"]
+
+
+def test_without_globe_kernels_transformers_refuses(export_tiny, fit_tiny, tmp_path):
+    """In a process of its own, because this process has imported globe_kernels."""
+    model = load(export_tiny())
+    model.save_pretrained(tmp_path / "again")
+    patched = tiny_model("qwen3_moe")
+    globe_kernels.patch(patched, fit_tiny()[0], keep_dense=True)
+    patched.save_pretrained(tmp_path / "patched")
+    globe_kernels.unpatch(patched)
+    patched.save_pretrained(tmp_path / "unpatched")
+    script = """
+import sys
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
+for path in sys.argv[1:]:
+    for loader in (AutoModelForCausalLM, Qwen3MoeForCausalLM):
+        try:
+            loader.from_pretrained(path)
+            print("loaded")
+        except ValueError as error:
+            print(" ".join(str(error).split()))
+"""
+    paths = [export_tiny(), tmp_path / "again", tmp_path / "patched", fit_tiny()[0], tmp_path / "unpatched"]
+    done = subprocess.run([sys.executable, "-c", script, *map(str, paths)], capture_output=True, text=True, timeout=120)
+    lines = done.stdout.splitlines()
+    assert all("`import globe_kernels` before from_pretrained" in line for line in lines[:6]), done.stderr
+    assert all("call globe_kernels.patch(model, this directory), or run `globe export`" in line for line in lines[6:8])
+    assert lines[8:] == ["loaded", "loaded"]
+
+
+def test_a_configuration_with_the_guard_is_the_same_configuration(export_tiny):
+    config, plain = load(export_tiny()).config, tiny_model("qwen3_moe").config
+    assert type(config).__name__ == type(plain).__name__ and isinstance(config, type(plain))
+    assert config.to_diff_dict()["transformers_weights"] == EXPORT_GUARD
+    assert "transformers_weights" not in config.to_dict()
+    for same in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert same.to_diff_dict() == config.to_diff_dict() and type(same) is type(config)
+
+
+def test_an_export_of_an_earlier_version_still_loads(export_tiny, tmp_path):
+    old = shutil.copytree(export_tiny(), tmp_path / "old")
+    config = json.loads((old / "config.json").read_text())
+    assert config.pop("transformers_weights") == EXPORT_GUARD
+    (old / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(load(old)), logits(load(export_tiny())))
+
+
+def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
+    base_dir = shutil.copytree(save_tiny("qwen3_moe"), tmp_path / "models--Some--Model" / "snapshots" / "abc")
+    (base_dir / "README.md").write_text("---\nlicense: mit\nlanguage: [en]\n---\n# A model\n")
+    for name in ("train.txt", "trainer_state.json", "training_args.bin", "optimizer.pt", "all_results.json"):
+        (base_dir / name).write_text("of the training")
+    for name in ("LICENSE", "tokenizer_config.json", "chat_template.jinja"):
+        (base_dir / name).write_text("{}")
+    checkpoint = shutil.copytree(fit_tiny()[0], tmp_path / "globe")
+    report = json.loads((checkpoint / "fit_report.json").read_text()) | {"command": "globe fit M -o O --steps 3"}
+    (checkpoint / "fit_report.json").write_text(json.dumps(report))
+    figures = {"perplexity": 12.5, "kl": 0.01234, "top1": 0.9512, "tokens_per_s": 1.0}
+    evaluation = {"text": "held.txt", "tokens": 512, "dense": figures | {"perplexity": 12.25}, "globe": figures}
+    (checkpoint / "evaluation.json").write_text(json.dumps(evaluation))
+    export_globe(GlobeCheckpoint(checkpoint), ExpertSource(base_dir), tmp_path / "hf")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == {
+        "README.md",
+        "LICENSE",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+    }
+    card = (tmp_path / "hf" / "README.md").read_text()
+    data = metadata_load(tmp_path / "hf" / "README.md")
+    assert data["base_model"] == "Some/Model" and data["license"] == "mit" and data["library_name"] == "transformers"
+    source = ExpertSource(base_dir)
+    for part in (
+        f"| whole model on disk | {format_bytes(source.facts['bytes'])} |",
+        "| perplexity, held.txt | 12.250 | 12.500 | |",
+        "| KL(dense, this), nats per token | 0 | 0.01234 | |",
+        "| same next token as the base | 100 % | 95.1% | |",
+        "globe fit M -o O --steps 3",
+        "import globe_kernels",
+        "--dense",
+    ):
+        assert part in card, part
+    export_dense(GlobeCheckpoint(checkpoint), source, tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "import globe_kernels" not in card and "whole model on disk" not in card and "12.500" in card

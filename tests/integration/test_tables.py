@@ -158,7 +158,7 @@ def test_the_demo(printed):
 def test_labels_of_an_evaluation_stand_above_its_table(printed):
     labels = {"dense": f"dense: {'/a/long/directory' * 3}", "globe": "dense, reconstructed from GloBE: out/dense"}
     figures = {"labels": labels, "tokens": 123456, **dict.fromkeys(labels, QUALITY | {"tokens_per_s": 123456.0})}
-    text = printed(lambda: tables.print_quality("heldout.txt", figures))
+    text = printed(lambda: tables.print_evaluation(figures, Path("heldout.txt")))
     assert text.splitlines()[:2] == list(labels.values())
     assert "heldout.txt, 123,456 tokens" in text and "123,456" in text and "95.10 %" in text
 

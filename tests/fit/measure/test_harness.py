@@ -1,5 +1,6 @@
 """lm-eval measures the models of GloBE: its scores agree with the logits, its errors are one sentence."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 
 from globe_fit import FitConfig, VarProConfig, compress
 from globe_fit.data.model import load_model, load_tokenizer, shared_copy
-from globe_fit.measure.harness import run_lm_eval
+from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_kernels import patch
 from globe_kernels.errors import GlobeError, RequestError
 
@@ -72,8 +73,8 @@ def test_the_scores_agree_with_the_logits(lm_eval, models, capfd):
     with torch.inference_mode():
         before = {name: model(token).logits for name, model in models.items()}
     runs = []
-    options = {"task_dir": TASKS, "limit": LIMIT, "on_run": lambda *run: runs.append(run)}
-    scores = run_lm_eval(models, SHIPPED, ["last_word", "last_word_choice"], **options)
+    tasks = load_tasks(["last_word", "last_word_choice"], TASKS)
+    scores = run_tasks(models, SHIPPED, tasks, limit=LIMIT, on_run=lambda *run: runs.append(run))
     assert capfd.readouterr() == ("", "")
     assert runs == [(task, model) for task in ("last_word", "last_word_choice") for model in ("dense", "globe")]
     for name, model in models.items():
@@ -87,13 +88,13 @@ def test_the_scores_agree_with_the_logits(lm_eval, models, capfd):
             assert torch.equal(model(token).logits, before[name])  # the harness leaves the models as they are
     assert scores["dense"]["last_word"]["acc"] > 0
     assert scores["globe"]["last_word"]["perplexity"] != scores["dense"]["last_word"]["perplexity"]
-    again = run_lm_eval({"globe": models["globe"]}, SHIPPED, ["last_word"], task_dir=TASKS, limit=LIMIT)
+    again = run_tasks({"globe": models["globe"]}, SHIPPED, load_tasks(["last_word"], TASKS), limit=LIMIT)
     assert again["globe"]["last_word"] == scores["globe"]["last_word"]
 
 
 def test_a_score_that_does_not_exist_is_null(lm_eval, models):
-    """An example has no standard error, and a perplexity of it may be too large for JSON."""
-    scores = run_lm_eval({"dense": models["dense"]}, SHIPPED, ["last_word"], task_dir=TASKS, limit=1)
+    """A single example has no standard error."""
+    scores = run_tasks({"dense": models["dense"]}, SHIPPED, load_tasks(["last_word"], TASKS), limit=1)
     assert scores["dense"]["last_word"]["perplexity_stderr"] is None
     json.dumps(scores, allow_nan=False)
 
@@ -101,33 +102,32 @@ def test_a_score_that_does_not_exist_is_null(lm_eval, models):
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RequestError, match="^lm-eval is not installed; run `pip install lm-eval accelerate`, or"):
-        run_lm_eval({}, SHIPPED, ["last_word"])
+        load_tasks(["last_word"])
 
 
 def test_a_task_that_does_not_exist(lm_eval, monkeypatch, tmp_path):
-    from lm_eval import tasks
-
+    tasks = importlib.import_module("lm_eval.tasks")
     # the thousands of tasks of lm-eval take seconds to read
     monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     with pytest.raises(RequestError, match="no task 'last_wrd'; close names are last_word, last_word_choice; list its"):
-        run_lm_eval({}, SHIPPED, ["last_wrd"], task_dir=TASKS)
+        load_tasks(["last_wrd"], TASKS)
     with pytest.raises(RequestError, match="no task 'zebra'; list its tasks with `lm-eval ls tasks`"):
-        run_lm_eval({}, SHIPPED, ["last_word", "zebra"], task_dir=TASKS)
+        load_tasks(["last_word", "zebra"], TASKS)
     with pytest.raises(RequestError, match="missing is not a folder; give a folder with YAML files"):
-        run_lm_eval({}, SHIPPED, ["last_word"], task_dir=tmp_path / "missing")
+        load_tasks(["last_word"], tmp_path / "missing")
 
 
 def test_a_task_that_cannot_run(lm_eval, tmp_path):
     remote = "output_type: loglikelihood\ntest_split: test\ndoc_to_text: text\ndoc_to_target: word\n"
     (tmp_path / "remote.yaml").write_text(f"task: remote\ndataset_path: globe-moe/no-such-data\n{remote}")
     with pytest.raises(GlobeError, match=r"cannot load the task remote \(.*\); a data set that is not on this machine"):
-        run_lm_eval({}, SHIPPED, ["remote"], task_dir=tmp_path)
+        load_tasks(["remote"], tmp_path)
     for name in ("dataset.py", "last_word.jsonl", "last_word.yaml"):
         (tmp_path / name).write_text((TASKS / name).read_text(encoding="utf-8"), encoding="utf-8")
     with (tmp_path / "last_word.yaml").open("a", encoding="utf-8") as file:
         file.write("unsafe_code: true\n")
     with pytest.raises(RequestError, match="The task last_word needs images or sound, or runs code that the model"):
-        run_lm_eval({}, SHIPPED, ["last_word"], task_dir=tmp_path)
+        load_tasks(["last_word"], tmp_path)
 
 
 def test_the_script_writes_the_rows():

@@ -1,7 +1,7 @@
 """Generate text with a dense model, and again after a GloBE checkpoint took the place of its experts.
 
-python examples/compress.py       first: makes out/example
-python examples/run.py
+python examples/compress/compress.py              first: makes out/compress
+python examples/patch_and_generate/run.py
 """
 
 import argparse
@@ -12,14 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import globe_kernels
+from globe_kernels.units import format_bytes
 
-SHIPPED = Path(__file__).parent / "tiny_moe"
+SHIPPED = Path(__file__).resolve().parent.parent / "tiny_moe"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", default=SHIPPED, help="the model that was compressed")
-    parser.add_argument("--globe", type=Path, default=Path("out/example"), help="directory of the GloBE checkpoint")
+    parser.add_argument("--globe", type=Path, default=Path("out/compress"), help="directory of the GloBE checkpoint")
     parser.add_argument("--strategy", default="auto", help="auto, composed, bank_first, cached or scratch")
     parser.add_argument("--prompt", default="Return a new list containing")
     parser.add_argument("--tokens", type=int, default=24, help="new tokens")
@@ -38,9 +39,7 @@ def main() -> None:
     print("dense:", generate())
     report = globe_kernels.patch(model, args.globe, strategy=args.strategy)
     print("GloBE:", generate())
-    before, after, peak = (
-        f"{size / 1e6:.2f} MB" for size in (report.bytes_before, report.bytes_after, report.bytes_peak)
-    )
+    before, after, peak = map(format_bytes, (report.bytes_before, report.bytes_after, report.bytes_peak))
     print(f"Experts: {before} dense, {after} as GloBE, {peak} at the peak of a long call (predicted).")
     print(globe_kernels.explain(model, tokens=1))
 

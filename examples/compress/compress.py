@@ -1,9 +1,9 @@
 """Compress the experts of a Mixture-of-Experts model and save the GloBE checkpoint.
 
-    python examples/compress.py                                          the shipped model, in seconds
-    python examples/compress.py MODEL_DIR --out OUT --steps 1500 --calibrate self
+    python examples/compress/compress.py                                 the shipped model, in seconds
+    python examples/compress/compress.py MODEL_DIR --out OUT --steps 1500 --calibrate self
 
-`examples/run.py` runs the result.
+`examples/patch_and_generate/run.py` runs the result.
 """
 
 import argparse
@@ -11,14 +11,16 @@ from pathlib import Path
 
 from globe_fit import FitConfig, compress
 
-SHIPPED = Path(__file__).parent / "tiny_moe"
+SHIPPED = Path(__file__).resolve().parent.parent / "tiny_moe"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", default=SHIPPED, help="local directory of a model")
-    parser.add_argument("--out", type=Path, default=Path("out/example"), help="directory for the checkpoint")
-    parser.add_argument("--config", type=Path, help="TOML file of settings, such as examples/calibrated.toml")
+    parser.add_argument("--out", type=Path, default=Path("out/compress"), help="directory for the checkpoint")
+    parser.add_argument(
+        "--config", type=Path, help="TOML file of settings, such as examples/calibrated/calibrated.toml"
+    )
     parser.add_argument("--steps", type=int, help="more steps lower the error (50, or the steps of --config)")
     parser.add_argument("--calibrate", help="a text file, or self: the model writes the text")
     args = parser.parse_args()

@@ -1,0 +1,66 @@
+"""The recipes run: the commands that their README.md files give for the model that ships here, with fewer steps."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+RECIPES = sorted(path.parent.name for path in EXAMPLES.glob("*/README.md") if path.parent.name != "tiny_moe")
+NEEDS_MORE = "lm_eval"  # the lm-eval harness and its tasks
+RUN_ALL = """
+import json, runpy, sys
+from globe_fit.__main__ import main
+
+for program, *arguments in json.load(sys.stdin):
+    try:
+        if program == "globe":
+            sys.argv = ["globe", *arguments]
+            main()
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as stopped:
+        assert not stopped.code, arguments
+"""
+
+
+def commands(recipe: str, block: int) -> list[list[str]]:
+    """The commands of a shell block of a recipe, as words."""
+    text = (EXAMPLES / recipe / "README.md").read_text(encoding="utf-8")
+    lines = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[block].splitlines()
+    return [line.partition(" #")[0].split() for line in lines]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_in_the_index_and_has_a_command_for_a_model_of_the_user(recipe):
+    assert f"({recipe}/README.md)" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert all(words[0] in ("globe", "python") for words in commands(recipe, -1))
+    assert any("MODEL_DIR" in words for words in commands(recipe, -1))
+
+
+def test_the_commands_for_the_shipped_model_run(tmp_path):
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    text = (EXAMPLES / "tiny_moe" / "heldout.txt").read_text(encoding="utf-8")
+    (tmp_path / "TEXT").write_text(text[:8000], encoding="utf-8")
+    given = [words for recipe in RECIPES if recipe != NEEDS_MORE for words in commands(recipe, 0)]
+    fits = [words for words in given if words[1] in ("fit", "sweep") or words[1].endswith("compress.py")]
+    assert len(given) >= 6 and len(fits) >= 5
+    # the last of two values wins; the model would write a text for a minute
+    shortened = [[*words, "--steps", "3"] if words in fits else words for words in given]
+    shortened = [["TEXT" if word == "self" else word for word in words] for words in shortened]
+    # one process for all: an import takes as long as most of these commands
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        cwd=tmp_path,
+        input=json.dumps(shortened),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    written = {path.parent.name for path in (tmp_path / "out").glob("**/globe_config.json")}
+    assert {"compress", "calibrated", "fast", "patched"} <= written and len(written) == 8
