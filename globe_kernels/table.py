@@ -38,7 +38,11 @@ class Table:
                 parts.append([])
             parts[-1].append(number)
         blocks = ("\n".join(self._block([0, *part], widths)) for part in parts)
-        title = (part for line in self.title.split("\n") for part in wrap(line, width, break_long_words=False))
+        title = (
+            part
+            for line in self.title.split("\n")
+            for part in wrap(line, width, break_long_words=False, break_on_hyphens=False)
+        )
         return "\n".join([*title, "\n\n".join(blocks)])
 
     def _block(self, columns: list[int], widths: list[int]) -> Iterable[str]:
