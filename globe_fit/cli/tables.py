@@ -96,6 +96,8 @@ def _print_planned(point: dict, machine: str) -> None:
         f"{format_bytes(point['budget'])} of experts on the device."
     )
     print_sizes(point["sizes"])
+    if bank := point["strategies"]["auto"].get("host"):
+        write(f"Beside these bytes, auto keeps {format_bytes(bank)} of the bank in host memory.")
     strategies = {name: found for name, found in point["strategies"].items() if "refused" not in found}
     figures = list(strategies.values())
     sizes = {
@@ -110,7 +112,10 @@ def _print_planned(point: dict, machine: str) -> None:
     rows += [
         ["fits", *("yes" if found["fits"] else "no" for found in figures)],
         [f"sequences of {format_count(CONTEXT)}", *(format_count(found["batch"]) for found in figures)],
-        ["longest, k tokens", *(three_digits(found["kv_tokens"] / 1000) for found in figures)],
+        [
+            "longest, k tokens",
+            *(three_digits(found["kv_tokens"] / 1000) if found["kv_tokens"] else "0" for found in figures),
+        ],
     ]
     title = f"Experts, and room for the KV cache on {point['cards']} x {machine}"
     print_table(title, ["", *strategies], rows)

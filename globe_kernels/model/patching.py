@@ -29,7 +29,7 @@ from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.budget import workspace
 from globe_kernels.table import Table, bytes_table
-from globe_kernels.units import parse_bytes
+from globe_kernels.units import format_bytes, parse_bytes
 
 PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
@@ -65,7 +65,10 @@ class PatchReport:
             f"whole model {resident}": (self.bytes_before + rest, self.bytes_after + rest),
             f"whole model {peak}": (self.bytes_peak_before + rest, self.bytes_peak + rest),
         }
-        title = f"GloBE experts in {len(self.replaced)} layers, which run by {' or '.join(self.strategies)}"
+        title = (
+            f"GloBE experts in {len(self.replaced)} layers, which run by {' or '.join(self.strategies)}; the "
+            f"checkpoint takes {format_bytes(self.bytes_on_disk)} on disk"
+        )
         if self.skipped:
             title += f"; {len(self.skipped)} modules of experts stay as they are"
         return bytes_table(title, sizes)
