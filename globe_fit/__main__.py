@@ -29,7 +29,7 @@ def _run() -> tuple[int, str]:
     from globe_kernels.errors import GlobeError
 
     try:
-        code = app(standalone_mode=False) or 0
+        code = app(standalone_mode=False, prog_name="globe") or 0
     except GlobeError as error:
         return error.exit_code, str(error)
     except PermissionError as error:

@@ -29,10 +29,11 @@ def footprint(
     but gate and up experts, and the experts per token. Without them only `gate_up` is known, and the others are None.
     `palettes` are expected where they are not given.
     """
-    gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}
     if base is None or base["top_k"] is None:
+        gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}  # dense in bf16
         return {"gate_up": gate_up, "model": None, "resident": None, "peak": None, "strategies": None}
     whole, rest, top_k = base["bytes"], base["rest_bytes"], base["top_k"]
+    gate_up = {"dense": whole - rest, "globe": sizes.tensor_bytes}
     place, item_size = torch.device(device), sizes.torch_dtype.itemsize
     usual = layer_sizes(sizes, next(iter(sizes.base.num_experts)), top_k, item_size, palettes)
     choice = choose_residents(sizes, usual, machine_for(place), palettes=palettes)

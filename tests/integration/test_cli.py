@@ -170,7 +170,7 @@ def test_evaluation_on_tasks_of_lm_eval(globe, fit_tiny, with_tokenizer):
     text = ("--text", with_tokenizer / "text.txt")
     code, stdout, stderr = globe("eval", with_tokenizer, *text, *options, "--lm-eval-limit", 2, "--json")
     figures = json.loads(stdout, parse_constant=pytest.fail)
-    assert (code, stderr) == (0, "") and set(figures) == {"model", "tokens", "lm_eval"}
+    assert (code, stderr) == (0, "") and set(figures) == {"labels", "model", "tokens", "lm_eval"}
     assert figures["lm_eval"]["model"]["last_word"]["samples"] == 2
 
 
@@ -212,7 +212,7 @@ def test_a_fit_that_diverges_saves_the_best_state_and_exits_1(globe, model_dir, 
 def test_the_demo_does_not_write_over_the_work_of_others(globe, fit_tiny, tmp_path):
     shutil.copytree(fit_tiny()[0], tmp_path / "globe")
     before = (tmp_path / "globe" / CONFIG_NAME).read_text()
-    assert_refused(globe("demo", "-o", tmp_path), 2, "holds a checkpoint of")
+    assert_refused(globe("demo", "-o", tmp_path), 2, "holds a finished fit with other settings")
     assert (tmp_path / "globe" / CONFIG_NAME).read_text() == before
 
 
