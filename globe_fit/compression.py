@@ -18,8 +18,8 @@ from globe_fit.run.snapshots import differences, discard_snapshots
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_unfinished_fit
-from globe_kernels.format.names import CONFIG_NAME, METRICS_NAME, REPORT_NAME
+from globe_kernels.format.directories import holds_checkpoint, holds_unfinished_fit
+from globe_kernels.format.names import METRICS_NAME, REPORT_NAME
 
 
 def compress(
@@ -122,10 +122,16 @@ def finished_fit(
 ) -> GlobeCheckpoint | None:
     """Open the checkpoint in `out` if it is the finished fit of this request; None when `out` holds no checkpoint.
 
-    Raises RequestError, with the settings that differ, when it is the fit of another request.
+    Raises RequestError, with the settings that differ, when it is the fit of another request or lacks its report.
     """
-    if not all((Path(out) / name).is_file() for name in (CONFIG_NAME, REPORT_NAME, METRICS_NAME)):
+    if not holds_checkpoint(Path(out)):
         return None
+    for name in (REPORT_NAME, METRICS_NAME):
+        if not (Path(out) / name).is_file():
+            raise RequestError(
+                f"{out} holds a checkpoint without its {name}, so nothing tells whether it is this fit; give another "
+                "directory, or fit over it (--restart, in Python resume=False)."
+            )
     checkpoint = GlobeCheckpoint(out)
     provenance = checkpoint.config.provenance
     calibration = provenance.get("calibration") or {}

@@ -31,7 +31,7 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_fit, holds_model, require_place
+from globe_kernels.format.directories import holds_fit, holds_model, is_empty, require_place
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.format.names import FAMILIES, METRICS_NAME
 from globe_kernels.model.patching import patch
@@ -229,11 +229,10 @@ def _cached(globe: nn.Module, cache_bytes: int, window: torch.Tensor) -> dict:
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether `directory` holds a sweep, finished or not, and nothing else."""
-    return not holds_model(directory) and all(
-        path.name in (ROWS_NAME, PLOT_NAME) or (path.is_dir() and (holds_fit(path) or not any(path.iterdir())))
-        for path in directory.iterdir()
-        if not path.name.startswith(".")
+    """Whether `directory` holds a sweep: its rows, or before there are rows nothing but the fits of points."""
+    return not holds_model(directory) and (
+        (directory / ROWS_NAME).is_file()
+        or all(path.is_dir() and (holds_fit(path) or is_empty(path)) for path in directory.glob("[!.]*"))
     )
 
 

@@ -139,7 +139,7 @@ class Snapshots:
                 at = "its end" if reached.get(family) == math.inf else f"step {reached.get(family, 0)} of {family}"
                 why = f"interrupted; {again} goes on from {at} (snapshot in {self.directory})"
             elif self.directory.exists():
-                why = f"interrupted before the first snapshot; {again} begins from the start"
+                why = "interrupted before the first snapshot; the same command begins from the start"
             else:
                 why = "interrupted; nothing was written"
             raise KeyboardInterrupt(why) from stopped

@@ -35,8 +35,8 @@ def holds_checkpoint(path: Path) -> bool:
 
 
 def holds_unfinished_fit(path: Path) -> bool:
-    """Whether `path` has the snapshots of a fit that goes on with the same command."""
-    return (path / SNAPSHOT_DIRECTORY).is_dir()
+    """Whether `path` has a snapshot of a fit that goes on with the same command."""
+    return any((path / SNAPSHOT_DIRECTORY).glob("*.safetensors"))
 
 
 def holds_model(path: Path) -> bool:
@@ -60,6 +60,11 @@ def is_earlier_export(path: Path) -> bool:
 def holds_fit(path: Path) -> bool:
     """Whether `path` belongs to `globe fit`, finished or not, and to nobody else."""
     return not holds_model(path) and (holds_checkpoint(path) or holds_unfinished_fit(path))
+
+
+def is_empty(path: Path) -> bool:
+    """Whether the directory `path` has no files but hidden files."""
+    return not _names(path)
 
 
 def _model_config(path: Path) -> dict | None:
@@ -108,9 +113,8 @@ def not_a_model(path: str | Path) -> RequestError:
         )
     if holds_unfinished_fit(found):
         return RequestError(f"{text} holds an unfinished fit; give the dense model that is fitted there.")
-    return RequestError(
-        f"{text} holds no {MODEL_CONFIG_NAME} but {_names(found)}; give the local directory of a Hugging Face model."
-    )
+    held = "is empty" if is_empty(found) else f"holds no {MODEL_CONFIG_NAME} but {_names(found)}"
+    return RequestError(f"{text} {held}; give the local directory of a Hugging Face model.")
 
 
 def not_a_checkpoint(path: str | Path) -> RequestError:
@@ -150,8 +154,9 @@ def require_place(out: str | Path, is_own: Callable[[Path], bool], kind: str) ->
     A directory that is absent, or empty but for hidden files, is fine. Raises RequestError.
     """
     out = Path(out)
-    if not out.is_dir() or is_own(out) or not (names := _names(out)):
+    if not out.is_dir() or is_empty(out) or is_own(out):
         return
+    names = _names(out)
     if holds_model(out):
         raise RequestError(f"{out} is the directory of a model ({names}); give a new directory for the {kind}.")
     raise RequestError(f"{out} holds other files ({names}) and no {kind} of GloBE; give a new directory.")

@@ -103,6 +103,7 @@ def test_what_is_no_model_is_named(globe, export_tiny, fit_tiny, model_dir, tmp_
     monkeypatch.chdir(tmp_path)
     unfinished = named(tmp_path, "unfinished")
     (unfinished / ".snapshot").mkdir()
+    (unfinished / ".snapshot" / "gate-3-0.safetensors").touch()
     sentences = {
         "Qwen/Qwen3-30B-A3B": "`hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`, then give Qwen3-30B-A3B",
         "/nowhere/at/all": "/nowhere/at/all does not exist; give the local directory",
@@ -113,6 +114,7 @@ def test_what_is_no_model_is_named(globe, export_tiny, fit_tiny, model_dir, tmp_
         fit_tiny()[0]: "is a GloBE checkpoint without the rest of its model; give the dense model",
         unfinished: "holds an unfinished fit; give the dense model",
         named(tmp_path, "notes", a__txt="", b__txt=""): "holds no config.json but a.txt, b.txt",
+        named(tmp_path, "nothing"): "is empty; give the local directory",
     }
     for path, sentence in sentences.items():
         assert_refused(globe("fit", path, "-o", tmp_path / "new", *QUICK), 2, sentence)
@@ -125,6 +127,7 @@ def test_what_is_no_checkpoint_is_named(globe, export_tiny, fit_tiny, model_dir,
     dense, unfinished, sweep = tmp_path / "dense", named(tmp_path, "unfinished"), named(tmp_path, "sweep")
     assert globe("export", fit_tiny()[0], "--base", model_dir, "-o", dense, "--dense")[0] == 0
     (unfinished / ".snapshot").mkdir()
+    (unfinished / ".snapshot" / "gate-3-0.safetensors").touch()
     shutil.copytree(fit_tiny()[0], sweep / "r16-m8-s4")
     sentences = {
         export_tiny(): "it is the whole model that `globe export` wrote. Load it with from_pretrained after `import",
@@ -176,3 +179,34 @@ def test_the_evaluation_stays_beside_the_checkpoint(globe, fit_tiny, with_tokeni
     }
     assert printed["labels"]["globe"].startswith(f"GloBE: checkpoint {checkpoint} in {with_tokenizer}, by ")
     assert globe("inspect", checkpoint, "--verify")[0] == 0
+
+
+def test_a_checkpoint_without_its_report_is_not_overwritten(globe, model_dir, tmp_path):
+    out = tmp_path / "out"
+    compress(model_dir, out, CONFIG)
+    (out / "metrics.jsonl").unlink()
+    before = contents(out)
+    assert_refused(globe("fit", model_dir, "-o", out, *QUICK), 2, "holds a checkpoint without its metrics.jsonl")
+    assert contents(out) == before
+    assert globe("fit", model_dir, "-o", out, *QUICK, "--restart")[0] == 0
+
+
+def test_a_fit_that_was_killed_early_does_not_unlock_a_finished_fit(globe, model_dir, tmp_path):
+    """--restart over a finished fit, killed before its first snapshot; then another fit without --restart."""
+    out = tmp_path / "out"
+    compress(model_dir, out, CONFIG)
+    (out / ".snapshot").mkdir()
+    (out / ".snapshot" / "metrics.jsonl").write_text("")
+    before = contents(out)
+    assert_refused(globe("fit", model_dir, "-o", out, *QUICK, "--seed", "5"), 2, "holds a finished fit with other")
+    assert contents(out) == before
+
+
+def test_a_sweep_that_was_killed_early_goes_on(globe, model_dir, tmp_path):
+    out = tmp_path / "sweep"
+    (out / "r16-m8-s4" / ".snapshot").mkdir(parents=True)
+    options = ("--rank", "16", "--atoms", "8", "--support", "4", "--steps", "2", "--device", "cpu")
+    assert globe("sweep", model_dir, "-o", out, *options)[0] == 0
+    (out / "notes.txt").write_text("mine")
+    assert globe("sweep", model_dir, "-o", out, *options)[0] == 0
+    assert (out / "notes.txt").read_text() == "mine"
