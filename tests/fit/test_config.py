@@ -66,7 +66,7 @@ def test_rank_and_atoms_need_no_ratio():
     ("config", "sentence"),
     [
         (FitConfig(ratio=0.0001), r"ratio 0.0001 cannot be reached .* from 0\.\d+ to 1\.\d+"),
-        (FitConfig(ratio=5), "ratio 5 cannot be reached"),
+        (FitConfig(ratio=1.9), "ratio 1.9 cannot be reached"),
         (FitConfig(ratio=0.2, rank=768), r"support 12, rank 768; give a ratio from 0\.37"),
         (FitConfig(rank=769), "rank is 769 and the experts of planned are 768 x 2048; give a rank of at most 768"),
         (FitConfig(atoms=6145), "atoms is 6145 and planned has 6144 experts"),
@@ -83,7 +83,7 @@ def test_sizes_that_cannot_be_had(config, sentence):
 
 def test_the_printed_range_can_be_reached():
     with pytest.raises(RequestError) as caught:
-        resolve_sizes(base(), FitConfig(ratio=99))
+        resolve_sizes(base(), FitConfig(ratio=1.99))
     low, high = str(caught.value).rstrip(".").split("from ")[1].split(" to ")
     for ratio in (float(low), float(high)):
         resolve_sizes(base(), FitConfig(ratio=ratio))
@@ -99,6 +99,7 @@ def test_the_printed_range_can_be_reached():
         ({"rank": True}, "rank is True; expected a whole number"),
         ({"ratio": "0.5"}, "ratio is '0.5'; expected a number of at least 0"),
         ({"ratio": float("nan")}, "ratio is nan; expected a number"),
+        ({"ratio": 62.5}, r"ratio is 62.5 and a ratio is a share of the dense bytes; did you mean 0.625\?"),
         ({"seed": 10**30}, "expected a whole number from 0 to"),
         ({"solver": "adam"}, "solver is 'adam'; expected one of varpro, alternating"),
         (

@@ -78,7 +78,7 @@ def grown_by(imports: str, warm_up: str, measured: str) -> int:
             global highest
             while not stop:
                 highest = max(highest, anonymous())
-                time.sleep(0.0005)
+                time.sleep(0.002)
 
         {warm_up}  # libraries and their buffers
         before, highest, stop = anonymous(), 0, False
