@@ -169,8 +169,8 @@ def _index() -> str:
 
 * Bytes are of the whole model on disk: the experts, and all other weights in bf16. GloBE is fitted with
   `--palette {PALETTE_SIZE}`, where a palette makes it faster.
-* The *peak* is what the weights hold on the devices, and the temporaries of a call of 4096 tokens. The KV cache comes
-  on top.
+* The *peak* is what the weights hold on the devices, and the temporaries of calls of up to 4096 tokens. The KV cache
+  comes on top.
 * *Cards*: dense / GloBE at their peaks / experts in 8 bits, the weights alone.
 * The *speed* is of the experts alone on an H100, over dense experts in bf16: above 1, GloBE is faster.
 * **Experts in 8 bits**, by plain rounding, take fewer bytes than GloBE on every line, and on the shipped model
@@ -201,8 +201,8 @@ def _page(model: Model) -> str:
 
 {_bytes_table(model)}
 
-* *Resident* is what the weights hold on the devices, *peak* adds the temporaries of a call of 4096 tokens. Both are for
-  the {model.dense_cards(PLANNED)} x {PLANNED} GB that the dense model needs.
+* *Resident* is what the weights hold on the devices, *peak* adds the temporaries of calls of up to 4096 tokens. Both
+  assume as many {PLANNED} GB cards as the dense model needs: {model.dense_cards(PLANNED)}.
 * The last columns count the cards that hold the peak, as if they were one memory and without a KV cache; for 8 bits,
   the weights alone. *more*: more cards than the dense model needs.
 

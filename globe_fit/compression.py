@@ -10,6 +10,7 @@ from globe_fit.config import SNAPSHOT_MINUTES, FitConfig
 from globe_fit.export import save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
+from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import FitResult, stored_fit
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.loggers import MetricStream, WandbRun
@@ -19,7 +20,7 @@ from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import holds_checkpoint, holds_unfinished_fit
-from globe_kernels.format.names import METRICS_NAME, REPORT_NAME
+from globe_kernels.format.names import EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
 
 
 def compress(
@@ -83,7 +84,9 @@ def compress(
         done = finished_fit(out, plan.sizes, config, calibrated_on)
         if done is not None:
             shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
-            return stored_fit(done)
+            result = stored_fit(done)
+            result.report["sizes"] = footprint_of(done)
+            return result
     snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
 
     with snapshots.explaining_interrupts(resume), ExitStack() as stack:
@@ -113,7 +116,10 @@ def compress(
     if ranks.leads:
         result.report.update(base=source.facts, command=command)
         save_fit(result, source, out)
+        for name in (EVALUATION_NAME, PAGE_NAME):  # of the fit that this fit replaces
+            (Path(out) / name).unlink(missing_ok=True)
         discard_snapshots(out)
+        result.report["sizes"] = footprint_of(GlobeCheckpoint(out))
     return result
 
 
@@ -136,7 +142,9 @@ def finished_fit(
     provenance = checkpoint.config.provenance
     calibration = provenance.get("calibration") or {}
     found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
-    if changes := differences(_identity(*found), _identity(asdict(config), sizes, calibrated_on)):
+    wanted = asdict(config), sizes, calibrated_on
+    if differences(_identity(*found), _identity(*wanted)):
+        changes = differences(*({"ratio": each[0].get("ratio"), **_identity(*each)} for each in (found, wanted)))
         raise RequestError(
             f"{out} holds a finished fit with other settings ({changes}); give another directory, or fit over it "
             "(--restart, in Python resume=False)."

@@ -161,6 +161,11 @@ class FitConfig:
         """Steps of the chosen solver."""
         return (self.varpro if self.solver == "varpro" else self.alternating).steps
 
+    @property
+    def usual_steps(self) -> int:
+        """Steps of the chosen solver by default."""
+        return VarProConfig.steps if self.solver == "varpro" else AlternatingConfig.steps
+
     @classmethod
     def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":
         """Read the settings of a TOML file, which has a table for each solver; `options` that are not None win.

@@ -90,7 +90,7 @@ def fit(
         advice = f"The fit of {' and '.join(diverged)} diverged and its best state is kept; {_MILDER[config.solver]}."
         status = FitStatus(False, advice, "diverged")
     else:
-        status = FitStatus(True, *_advice(history))
+        status = FitStatus(True, *_advice(history, config))
     reports = {family: done.report for family, done in fits.items()}
     lost = sum(report["relative_error"] * report["energy"] for report in reports.values())
     codes = (dense_codes(done.factors.code, sizes.num_atoms) for done in fits.values())
@@ -296,10 +296,17 @@ class _Run:
             self.best.copy_(BankState(tensors["best.bank"], tensors["best.codes"], self.best.phi))
 
 
-def _advice(history: list[dict]) -> tuple[str, str]:
-    """Advise whether more steps would pay, by the gain of the last tenth of the steps: (advice, level)."""
-    if history[-1]["step"] == 0:
+def _advice(history: list[dict], config: FitConfig) -> tuple[str, str]:
+    """Advise whether more steps would pay: (advice, level).
+
+    A short fit can always gain, whatever its curve says: its learning rate has ended early too. A fit of the usual
+    length is judged by the gain of the last tenth of its steps.
+    """
+    taken, usual = history[-1]["step"], config.usual_steps
+    if taken == 0:
         return "No step was taken: this is the start of a fit.", "unsettled"
+    if config.steps < usual and taken == config.steps:
+        return f"The fit took {taken} steps and {usual} are the default: more steps would pay.", "unsettled"
     gains = []
     for family in FAMILIES:
         errors = [record["relative_error"] for record in history if record["family"] == family]

@@ -20,7 +20,7 @@ expert, phi {phi}. The model runs from this compressed form.
 
 ## Load it
 
-With transformers (`pip install globe-moe`); the import comes first:
+With transformers, where GloBE is installed (`pip install .` in a clone of its repository); the import comes first:
 
 ```python
 import globe_kernels
@@ -84,7 +84,7 @@ def _costs(checkpoint: GlobeCheckpoint, report: dict, base: ExpertSource, dense:
     if errors:
         found = " / ".join(f"{errors[family]['relative_error']:.4f}" for family in FAMILIES)
         rows.append(f"| relative squared error of gate / up | 0 | {found} | |")
-    measured = read_evaluation(checkpoint.path)
+    measured = read_evaluation(checkpoint)
     if measured is not None:
         before, after = measured["dense"], measured["globe"]
         rows += [

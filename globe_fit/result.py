@@ -62,11 +62,8 @@ class FitResult:
     report: dict
 
     def _tables(self) -> list[Table]:
-        dense, globe = self.config.base.dense_bytes, self.config.tensor_bytes
-        sizes = {"gate and up on disk": (dense, globe)}
-        if base := self.report.get("base"):
-            sizes["whole model on disk"] = (base["bytes"], base["rest_bytes"] + globe)
-        return [error_table(self.report["families"], self.config.rank), bytes_table("Bytes", sizes)]
+        tables = [error_table(self.report["families"], self.config.rank)]
+        return [*tables, sizes_table(sizes)] if (sizes := self.report.get("sizes")) else tables
 
     def __repr__(self) -> str:
         return "\n\n".join([*map(str, self._tables()), self.status.advice])
@@ -74,6 +71,21 @@ class FitResult:
     def _repr_html_(self) -> str:
         tables = "".join(table._repr_html_() for table in self._tables())
         return f"{tables}<p>{escape(self.status.advice)}</p>"
+
+
+_SIZES = {
+    "gate_up": "gate and up on disk",
+    "model": "whole model on disk",
+    "resident": "whole model in memory",
+    "peak": "whole model at its peak, predicted",
+}
+
+
+def sizes_table(sizes: dict) -> Table:
+    """Lay out the figures of globe_fit.plan.footprint that are known."""
+    return bytes_table(
+        "Bytes", {label: (found["dense"], found["globe"]) for name, label in _SIZES.items() if (found := sizes[name])}
+    )
 
 
 def error_table(families: dict, rank: int) -> Table:

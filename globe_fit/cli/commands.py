@@ -48,6 +48,7 @@ from globe_kernels.format.directories import (
     holds_export,
     holds_model,
     is_earlier_export,
+    not_a_model,
     refuse_swapped,
 )
 from globe_kernels.format.files import replacing_file
@@ -141,7 +142,6 @@ def _fit(
         "rank": checkpoint.config.rank,
         "atoms": checkpoint.config.num_atoms,
         "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
-        "sizes": footprint_of(checkpoint),
     }
     _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice))
     if not result.status.completed:
@@ -230,6 +230,8 @@ def _eval(
     is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
+    if not holds_model(base or model):
+        raise not_a_model(base or model)
     windows = None if text is None else token_windows(base or model, text)
     tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
     target = resolve_device(device or "auto")
@@ -250,7 +252,7 @@ def _eval(
             quality = evaluate(models, windows, on_batch=lambda done, total: shown.advance(done / total))
         figures |= {name: asdict(value) for name, value in quality.items()} | {"tokens": windows.numel()}
         if base is None:  # no model to compare with
-            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s")}
+            figures["model"] = {key: figures["model"][key] for key in ("perplexity", "tokens_per_s", "timed_batches")}
     if tasks is not None:
         figures["lm_eval"] = run_tasks(
             models,
@@ -265,7 +267,7 @@ def _eval(
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
         try:
-            record_evaluation(model, kept | {name: figures[name] for name in models})
+            record_evaluation(GlobeCheckpoint(model), kept | {name: figures[name] for name in models})
         except GlobeError as error:  # the figures are printed already
             say(f"The report of {model} will not have these figures: {error}")
 

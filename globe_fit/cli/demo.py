@@ -91,7 +91,7 @@ def _figures(
             "dense_experts": base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
-            "dense_peak": base.dense_bytes + peak_workspace(model, (DENSE.name,)),
+            "dense_peak": base.dense_bytes + peak_workspace(model, DENSE.name),
             "peak": resident + peak_workspace(model),
         },
         "sizes": footprint_of(checkpoint),

@@ -160,7 +160,9 @@ class Sweep:
             for point in self.points:
                 shutil.rmtree(self._out / point.name, ignore_errors=True)
         for number, point in enumerate(self.points, start=1):
-            if point.name not in self.finished:
+            if point.name in self.finished:
+                progress.tell(f"point {point.name} is finished")
+            else:
                 self._fit(point, progress, f"{point.name} ({number} of {len(self.points)})")
             discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]

@@ -8,37 +8,29 @@ from statistics import median_low
 from globe_fit.cli.console import print_table, show_table
 from globe_fit.plan.fitting import per_rank
 from globe_fit.plan.serving import CONTEXT
-from globe_fit.result import error_table
+from globe_fit.result import error_table, sizes_table
 from globe_fit.run.display import write
 from globe_fit.sizes import left_dense_note
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import STRATEGIES
-from globe_kernels.table import bytes_table
 from globe_kernels.units import format_bytes, format_count, format_seconds, in_one_unit, three_digits
 
 _PAIR = " / ".join(FAMILIES)
-_SIZES = {
-    "gate_up": "gate and up on disk",
-    "model": "whole model on disk",
-    "resident": "whole model in memory",
-    "peak": f"whole model at the peak, T = {PEAK_TOKENS}",
-}
 
 
 def print_sizes(sizes: dict) -> None:
     """Print the bytes of gate and up and of the whole model, dense and as GloBE, as far as they are known."""
-    known = {label: (found["dense"], found["globe"]) for name, label in _SIZES.items() if (found := sizes[name])}
-    show_table(bytes_table("Bytes", known))
+    show_table(sizes_table(sizes))
     _say_what_sizes_mean([sizes])
 
 
 def _say_what_sizes_mean(sizes: Sequence[dict]) -> None:
     if _are_known("peak", sizes):
         held = ", ".join(dict.fromkeys(name for found in sizes for name in found["strategies"]))
-        write(f"The peak is predicted, of a call with T = {PEAK_TOKENS} tokens; auto holds the tensors of {held}.")
-    if unknown := [label for name, label in _SIZES.items() if not _are_known(name, sizes)]:
-        write(f"Not known, because the sizes of the rest of the model are not recorded here: {', '.join(unknown)}.")
+        write(f"The peak is of calls with up to {PEAK_TOKENS} tokens; auto holds the tensors of {held}.")
+    else:
+        write("The whole model is not counted: its other sizes are not recorded here.")
 
 
 def _are_known(name: str, sizes: Sequence[dict]) -> bool:
@@ -81,7 +73,8 @@ def print_plan(figures: dict) -> None:
     write(
         f"Predictions, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
         f"multiplies at {machine['matmul_tflop_per_s']:g} TFLOP/s, takes {machine['launch_us']:g} us per launch, has "
-        f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform."
+        f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform, weights have "
+        f"{8 * machine['item_size']} bits."
     )
     for point in figures["points"]:
         _print_planned(point, machine["name"])
@@ -110,7 +103,7 @@ def _print_planned(point: dict, machine: str) -> None:
     count = len(strategies)
     rows = [[f"{label}, {unit}", *numbers[number * count : (number + 1) * count]] for number, label in enumerate(sizes)]
     rows += [
-        ["fits", *("yes" if found["fits"] else "no" for found in figures)],
+        ["within the budget", *("yes" if found["fits"] else "no" for found in figures)],
         [f"sequences of {format_count(CONTEXT)}", *(format_count(found["batch"]) for found in figures)],
         [
             "longest, k tokens",
@@ -166,7 +159,7 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
         table = [[*cells, *quality.values()] for cells, quality in zip(table, found, strict=True)]
         dense = _quality({"perplexity": points[0]["dense_perplexity"], "kl": 0.0, "top1": 1.0})
         table = [["dense", "", "", *dense.values()], *table]
-    print_table(f"Largest palette of a layer, {_PAIR}, and time of the fit", header, table)
+    print_table(f"Largest palette of a layer ({_PAIR}), time of the fit, quality", header, table)
     if cached := [row for row in rows if row.get("S_cache") is not None]:
         lines = [
             [row["point"], format_bytes(row["S_cache"]), format_count(row["slots"]), f"{100 * row['hit_rate']:.1f} %"]
@@ -273,12 +266,11 @@ def print_inspection(figures: dict, all_layers: bool = False) -> None:
         write(left_dense_note(figures["shape"], figures["left_dense"]))
     print_sizes(figures["sizes"])
     held, peak = figures["bytes"]["resident"], figures["bytes"]["peak"]
-    rows = [
-        [name + (", without its pool" if STRATEGIES[name].takes_pool else ""), format_bytes(held[name])]
-        + [format_bytes(peak[name])]
-        for name in held
-    ]
-    title = f"Gate and up by strategy; the peak is of a call with {format_count(figures['bytes']['peak_rows'])} rows"
+    without_pool = {name for name, strategy in STRATEGIES.items() if strategy.takes_pool}
+    labels = {name: f"{name}, without its pool" if name in without_pool else name for name in held}
+    rows = [[label, format_bytes(held[name]), format_bytes(peak[name])] for name, label in labels.items()]
+    routed = format_count(figures["bytes"]["peak_rows"])
+    title = f"Gate and up by strategy; the peak is of a call with {routed} routed rows"
     print_table(title, ["", "in memory", "at the peak"], rows)
     families = figures["families"]
     names = {

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 
 from globe_fit.data.model import load_tokenizer
 from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import read_json, replacing_file
+from globe_kernels.format.names import EVALUATION_NAME
 
 _BATCH = 16
-_EVALUATION_NAME = "evaluation.json"  # in the directory of a checkpoint
 
 OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
@@ -29,6 +31,7 @@ class Quality:
     kl: float
     top1: float  # share of positions where both models prefer the same next token
     tokens_per_s: float
+    timed_batches: int
 
 
 @torch.inference_mode()
@@ -37,8 +40,8 @@ def evaluate(
 ) -> dict[str, Quality]:
     """Evaluate every model on the same windows (N, T); the first model is the reference of `kl` and `top1`.
 
-    The models take turns batch by batch, so that throughput is measured side by side. Of several batches the first
-    warms up and is not timed. Raises RequestError when vocabularies differ.
+    The models take turns batch by batch, so that throughput is measured side by side: the median over the batches, of
+    which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ.
     """
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
     if len(set(vocabularies.values())) > 1 or int(windows.max()) >= min(vocabularies.values()):
@@ -48,7 +51,8 @@ def evaluate(
             "compare a model with its own base and tokenizer."
         )
     batches = windows.split(_BATCH)
-    totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0, "seconds": 0.0, "timed": 0.0} for name in models}
+    totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0} for name in models}
+    speeds: dict[str, list[float]] = {name: [] for name in models}
     count = windows.shape[0] * (windows.shape[1] - 1)
     for number, batch in enumerate(batches):
         reference: torch.Tensor | None = None
@@ -60,8 +64,7 @@ def evaluate(
                 torch.cuda.synchronize(device)
             total = totals[name]
             if number > 0 or len(batches) == 1:
-                total["seconds"] += time.perf_counter() - began
-                total["timed"] += batch.numel()
+                speeds[name].append(batch.numel() / (time.perf_counter() - began))
             compared = _compare(logits[:, :-1], batch[:, 1:].to(device), reference)
             for key, value in compared.items():
                 total[key] += value
@@ -74,22 +77,27 @@ def evaluate(
             perplexity=math.exp(min(total["nll"] / count, 700.0)),
             kl=total["kl"] / count,
             top1=total["top1"] / count,
-            tokens_per_s=total["timed"] / total["seconds"],
+            tokens_per_s=median(speeds[name]),
+            timed_batches=len(speeds[name]),
         )
         for name, total in totals.items()
     }
 
 
-def record_evaluation(directory: Path, evaluation: dict) -> None:
+def record_evaluation(checkpoint: GlobeCheckpoint, evaluation: dict) -> None:
     """Keep the figures of `globe eval` beside the checkpoint, for its report and its model card."""
-    with replacing_file(directory / _EVALUATION_NAME) as path:
-        path.write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    with replacing_file(checkpoint.path / EVALUATION_NAME) as path:
+        kept = {"fingerprint": checkpoint.fingerprint, **evaluation}
+        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def read_evaluation(directory: Path) -> dict | None:
-    """Return the figures of the last `globe eval` of a checkpoint, as commands.py wrote them; None without one."""
-    path = directory / _EVALUATION_NAME
-    return read_json(path, "remove it and run globe eval again") if path.is_file() else None
+def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
+    """Return the figures of the last `globe eval` of this checkpoint; None without one, or of a fit before it."""
+    path = checkpoint.path / EVALUATION_NAME
+    if not path.is_file():
+        return None
+    kept = read_json(path, "remove it and run globe eval again")
+    return kept if kept.get("fingerprint") == checkpoint.fingerprint else None
 
 
 def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:

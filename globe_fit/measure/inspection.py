@@ -7,9 +7,10 @@ from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
 from globe_kernels.format.names import FAMILIES
+from globe_kernels.model.patching import PEAK_TOKENS
+from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.budget import palettes_of, resident, strategies_of, workspace
 
-_PEAK_ROWS = 4096  # routed rows, tokens times top_k: a checkpoint does not know top_k
 _SAMPLED_LAYERS = 4
 _SPREAD = ("min", "median", "max")
 
@@ -42,12 +43,15 @@ def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
     """Return the bytes of gate and up by strategy, resident and at the peak of a call; cached without its pool."""
     sizes, palettes = checkpoint.config, palettes_of(checkpoint)
     item_size = sizes.torch_dtype.itemsize
+    # a checkpoint of before its report had the facts about its base does not know top_k
+    top_k = (checkpoint.report().get("base") or {}).get("top_k") or 1
     held, peak = {}, {}
-    for strategy in strategies_of(sizes):
+    for strategy in (DENSE.name, *strategies_of(sizes)):
         of_experts = resident(sizes, (strategy,), item_size=item_size, palettes=palettes)
         held[strategy] = of_experts.total - of_experts.down
-        peak[strategy] = held[strategy] + workspace(sizes, (strategy,), _PEAK_ROWS, 1, item_size, palettes)
-    return {"resident": held, "peak": peak, "peak_rows": _PEAK_ROWS}
+        temporary = workspace(sizes, lambda _, name=strategy: name, PEAK_TOKENS, top_k, item_size, palettes)
+        peak[strategy] = held[strategy] + temporary
+    return {"resident": held, "peak": peak, "peak_rows": PEAK_TOKENS * top_k}
 
 
 def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:

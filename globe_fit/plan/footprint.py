@@ -3,7 +3,7 @@
     gate_up    gate and up experts on disk: all that a checkpoint replaces
     model      the whole model on disk
     resident   the whole model in memory, where the experts run by `auto`
-    peak       resident, and the largest temporaries of one layer in a call of PEAK_TOKENS tokens
+    peak       resident, and the largest temporaries of one layer in calls of up to PEAK_TOKENS tokens
 
 Resident bytes and peak are predictions of globe_kernels.strategies.budget.
 """
@@ -36,18 +36,20 @@ def footprint(
     gate_up = {"dense": whole - rest, "globe": sizes.tensor_bytes}
     place, item_size = torch.device(device), sizes.torch_dtype.itemsize
     usual = layer_sizes(sizes, next(iter(sizes.base.num_experts)), top_k, item_size, palettes)
-    choice = choose_residents(sizes, usual, machine_for(place), palettes=palettes)
+    machine = machine_for(place)
+    choice = choose_residents(sizes, usual, machine, palettes=palettes)
     held = resident(sizes, choice.strategies, item_size=item_size, cache_bytes=choice.cache_bytes, palettes=palettes)
-    in_memory = {"dense": whole, "globe": rest + held.total - held.down}
-    call = (PEAK_TOKENS, top_k, item_size, palettes)
     on_gpu = place.type == "cuda"
+    in_memory = {"dense": whole, "globe": rest + held.total - held.down + (0 if on_gpu else held.host)}
+    policy = choice.policy(sizes, usual, machine)
+    call = (PEAK_TOKENS, top_k, item_size, palettes)
     return {
         "gate_up": gate_up,
         "model": {"dense": whole, "globe": rest + sizes.tensor_bytes},
         "resident": in_memory,
         "peak": {
-            "dense": in_memory["dense"] + workspace(sizes, (DENSE.name,), *call, on_gpu=on_gpu),
-            "globe": in_memory["globe"] + workspace(sizes, choice.strategies, *call, on_gpu=on_gpu),
+            "dense": in_memory["dense"] + workspace(sizes, lambda _: DENSE.name, *call, on_gpu=on_gpu),
+            "globe": in_memory["globe"] + workspace(sizes, policy.strategy, *call, on_gpu=on_gpu),
         },
         "strategies": list(choice.strategies),
     }

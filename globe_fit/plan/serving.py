@@ -19,6 +19,7 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.directories import not_a_model
 from globe_kernels.format.files import read_json
 from globe_kernels.format.names import CONFIG_NAME
 from globe_kernels.strategies import DENSE, STRATEGIES
@@ -36,7 +37,7 @@ from globe_kernels.strategies.budget import (
     workspace,
 )
 from globe_kernels.strategies.composed import break_even_rank
-from globe_kernels.strategies.cost import Machine, Policy, predict, switch_points
+from globe_kernels.strategies.cost import Machine, predict
 
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
 CURVE_TOKENS = tuple(2**power for power in range(15))  # in the plot
@@ -57,7 +58,7 @@ class ModelSizes:
 def read_model(path: Path) -> ModelSizes:
     """Read the sizes of a model directory or of its config.json. Raises RequestError for a model without experts."""
     if not path.exists():
-        raise RequestError(f"{path} does not exist; give the directory of a model or its config.json.")
+        raise not_a_model(path)
     where = path / "config.json" if path.is_dir() else path
     config = read_config(path) if path.is_dir() else read_json(path, "give the config.json of a model")
     base = configured_base(config, where)
@@ -216,19 +217,21 @@ class Planner:
         pool = choice.pool(sizes, item)
         ((usual, _),) = kinds.most_common(1)
         strategies = {name: DENSE if name == DENSE.name else STRATEGIES[name] for name in choice.strategies}
-        policy = Policy(switch_points(strategies.values(), usual, self.machine, pool))
+        policy = choice.policy(sizes, usual, self.machine)
 
         def us(tokens: int) -> float:
             strategy = strategies[policy.strategy(tokens)]
             return sum(n * predict(strategy, kind, tokens, self.machine, pool).us for kind, n in kinds.items()) / layers
 
         calls = (TOKENS[-1], self.model.top_k, item, palettes)
-        temporary = workspace(sizes, choice.strategies, *calls, on_gpu=self.machine.references is None)
+        on_gpu = self.machine.references is None
+        temporary = workspace(sizes, policy.strategy, *calls, on_gpu=on_gpu)
+        in_memory = held.total if on_gpu else held.total + held.host  # a CPU has one memory
         return {
-            "resident": held.total,
+            "resident": in_memory,
             "parts": held.parts,
             "host": held.host,
-            "peak": held.total + temporary,
+            "peak": in_memory + temporary,
             "us_per_layer": {str(tokens): us(tokens) for tokens in CURVE_TOKENS},
             "tokens_per_s": {str(tokens): 1e6 * tokens / (layers * us(tokens)) for tokens in TOKENS},
             "path": {str(tokens): policy.strategy(tokens) for tokens in TOKENS},

@@ -10,16 +10,20 @@ from importlib.util import find_spec
 from typing import TextIO
 
 from globe_fit.run.progress import Progress
+from globe_kernels.table import WIDTH
 
 _SECONDS = 10  # between two lines of progress in a pipe
 _MINUTE = 60  # seconds, and minutes of an hour
 
 
 def write(text: str, stream: TextIO | None = None) -> None:
-    """Print a text, to stdout by default: on a terminal wrapped at words, elsewhere a sentence stays on one line."""
+    """Print a text, to stdout by default, wrapped at words: to the width of a terminal, stdout elsewhere to WIDTH.
+
+    A line of stderr that is no terminal stays whole, for a log.
+    """
     where = sys.stdout if stream is None else stream
-    if where.isatty():
-        width = shutil.get_terminal_size().columns
+    if where.isatty() or stream is None:
+        width = shutil.get_terminal_size().columns if where.isatty() else WIDTH
         words = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(words.fill(line) for line in text.split("\n"))
     print(text, file=where, flush=True)

@@ -199,7 +199,7 @@ class GlobeCheckpoint:
         data = read_json(config_path, "restore the file or fit again")
         self.config = GlobeConfig.from_dict(data, str(config_path))
         self._files: dict[str, str] = data.get("files", {})
-        self._fingerprint = data.get("fingerprint")
+        self.fingerprint: str | None = data.get("fingerprint")
         self._handles = {name: self._open(name) for name in self._files}
         self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
@@ -216,7 +216,7 @@ class GlobeCheckpoint:
             raise GlobeError(
                 f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); copy it again or fit again."
             ) from error
-        if (handle.metadata() or {}).get("fingerprint") != self._fingerprint:
+        if (handle.metadata() or {}).get("fingerprint") != self.fingerprint:
             raise GlobeError(
                 f"{path} was not written together with the {CONFIG_NAME} beside it; restore both from one fit, or "
                 "fit again."

@@ -6,6 +6,8 @@ FAMILIES = ("gate", "up")
 CONFIG_NAME = "globe_config.json"
 REPORT_NAME = "fit_report.json"
 METRICS_NAME = "metrics.jsonl"
+EVALUATION_NAME = "evaluation.json"  # of `globe eval`, beside a checkpoint
+PAGE_NAME = "report.html"  # of `globe report`, beside a checkpoint
 QUANT_METHOD = "globe"
 BANK_NAME = "globe_bank"  # the bank's module, and its keys, at the root of a model
 PHIS = ("identity", "silu", "tanh")
@@ -21,8 +23,8 @@ CARD_MARK = "Compressed with GloBE"  # in the model card of an export
 # sentences. The quantizer of globe_kernels takes EXPORT_GUARD away before the weights are looked up.
 GUARD_KEY = "transformers_weights"
 EXPORT_GUARD = (
-    "this directory is a model that GloBE compressed, and transformers alone would give it random experts; run `pip "
-    "install globe-moe` and `import globe_kernels` before from_pretrained"
+    "this directory is a model that GloBE compressed, and transformers alone would give it random experts; install "
+    "GloBE and run `import globe_kernels` before from_pretrained"
 )
 CHECKPOINT_GUARD = (
     "a GloBE checkpoint, which has only the gate and up experts of its model; load the model itself and call "

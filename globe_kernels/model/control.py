@@ -29,7 +29,7 @@ class StrategyCost:
     strategy: str
     us: float  # microseconds of one layer
     bytes: float  # moved
-    state: str  # "taken", "held" or "not held"
+    state: str  # "taken", "held", "not held"; "-" for the dense experts, beside which the strategies stand
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class LayerCosts:
         return next(cost.strategy for cost in self.costs if cost.state == "taken")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """The strategies that a call with `tokens` tokens can take, by groups of layers; prints as text, shows as HTML."""
 
@@ -56,13 +56,15 @@ class Explanation:
 
     def _tables(self) -> Iterator[Table]:
         for group in self.groups:
-            title = f"{self.tokens} tokens, {len(group.layers)} layers such as {group.layers[0]}: {group.taken}"
+            title = f"T = {self.tokens}: {group.taken}, in each of {len(group.layers)} layers such as {group.layers[0]}"
             rows = [(cost.strategy, f"{cost.us:,.1f}", format_bytes(cost.bytes), cost.state) for cost in group.costs]
             origin = f"predicted for {group.machine} ({group.origin})"
-            yield Table(f"{title}\n{origin}", ("strategy", "us", "bytes moved", "state"), rows)
+            yield Table(f"{title}\n{origin}", ("a layer by", "us", "bytes moved", "state"), rows)
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self._tables()))
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return "".join(table._repr_html_() for table in self._tables())
@@ -122,8 +124,9 @@ def explain(model: nn.Module, tokens: int) -> Explanation:
             if strategy.takes_pool and pool is None:
                 continue
             cost = predict(strategy, sizes, tokens, machine, pool)
-            is_held = strategy is DENSE or strategy.name in first.strategies
-            state = "taken" if strategy.name == chosen else "held" if is_held else "not held"
+            state = "taken" if strategy.name == chosen else "held" if strategy.name in first.strategies else "not held"
+            if strategy is DENSE:
+                state = "-"
             costs.append(StrategyCost(strategy.name, cost.us, cost.bytes, state))
         names = tuple(name for name, _ in members)
         found.append(LayerCosts(names, machine.name, machine.origin, tuple(costs)))

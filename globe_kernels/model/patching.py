@@ -35,15 +35,15 @@ PEAK_TOKENS = 4096
 _DENSE_NAME = "_globe_dense_experts"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PatchReport:
     """The outcome of `patch`.
 
     `replaced` and `skipped` are names of modules, `strategies` the names of the strategies by which calls may run.
     Bytes are those of the experts of the replaced layers (gate, up, down and biases). Before: the dense experts. After:
     the tensors on the devices of the model, bank, bases and cache included. Peak: these and the predicted temporaries
-    of a call with PEAK_TOKENS tokens; before: of the dense experts. On disk: the checkpoint, which has no down. Rest:
-    all other tensors of the model, so the whole model held bytes_before + bytes_rest and holds bytes_after +
+    of calls with up to PEAK_TOKENS tokens; before: of the dense experts. On disk: the checkpoint, which has no down.
+    Rest: all other tensors of the model, so the whole model held bytes_before + bytes_rest and holds bytes_after +
     bytes_rest. Prints as a table, and shows as HTML in a notebook.
     """
 
@@ -75,6 +75,8 @@ class PatchReport:
 
     def __str__(self) -> str:
         return str(self._table())
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         return self._table()._repr_html_()
@@ -128,7 +130,7 @@ def patch(
     replaced = tuple(target.name for target in targets)
     skipped = tuple(name for name, _ in model.named_modules() if name.endswith("experts") and name not in replaced)
     after = resident_bytes(model)
-    peak, peak_before = after + peak_workspace(model), before + peak_workspace(model, (DENSE.name,))
+    peak, peak_before = after + peak_workspace(model), before + peak_workspace(model, DENSE.name)
     strategies = modules[0].strategies
     return PatchReport(replaced, skipped, strategies, before, after, peak, checkpoint.bytes_on_disk, peak_before, rest)
 
@@ -159,16 +161,16 @@ def resident_bytes(model: nn.Module) -> int:
     return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
-def peak_workspace(model: nn.Module, strategies: tuple[str, ...] | None = None) -> int:
-    """Predict the bytes of the temporaries of one layer's call with PEAK_TOKENS tokens.
+def peak_workspace(model: nn.Module, strategy: str | None = None) -> int:
+    """Predict the bytes of the largest temporaries of one layer, over calls with up to PEAK_TOKENS tokens.
 
-    `strategies`: names, by default of the strategies by which the model may run; ("dense",) for the dense experts.
+    `strategy`: a name, "dense" for the dense experts; by default the strategy that each call takes.
     """
     modules = list(globe_modules(model).values())
     adapter, palettes = modules[0].gate_adapter, {module.layer: module.palettes for module in modules}
     return workspace(
         getattr(model, BANK_NAME).config,
-        strategies or modules[0].strategies,
+        modules[0].strategy if strategy is None else lambda _: strategy,
         PEAK_TOKENS,
         top_k_of(model),
         adapter.element_size(),

@@ -12,6 +12,7 @@ M atoms, C support, U palette:
     pool          slots of (2R, D), and the maps of the cache                            cached
 """
 
+from collections.abc import Callable
 from functools import reduce
 from math import ceil
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from globe_kernels.format.names import FAMILIES
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.base import LayerSizes, Palettes, Pool, Residents, Storage, Strategy
 from globe_kernels.strategies.cached import pool_bytes, pool_slots
-from globe_kernels.strategies.cost import Machine, switch_points
+from globe_kernels.strategies.cost import Machine, Policy, switch_points
 from globe_kernels.units import format_bytes
 
 AUTO = "auto"
@@ -113,7 +114,7 @@ def resident(
 
 def workspace(
     config: GlobeConfig,
-    names: tuple[str, ...],
+    strategy_of: Callable[[int], str],
     tokens: int,
     top_k: int,
     item_size: int,
@@ -121,12 +122,14 @@ def workspace(
     *,
     on_gpu: bool = True,
 ) -> int:
-    """Return the bytes of the largest temporaries of one layer's call, over the strategies of `names`.
+    """Return the bytes of the largest temporaries of one layer, over calls with up to `tokens` tokens.
 
-    Bytes at the peak are the resident bytes and these.
+    `strategy_of` says which strategy a call with so many tokens takes. Bytes at the peak are the resident bytes and
+    these.
     """
     storage = Storage(config, item_size, palettes or expected_palettes(config))
-    return max(strategy.workspace(storage, tokens, top_k, on_gpu=on_gpu) for strategy in _named(names))
+    counts = {2**power for power in range(tokens.bit_length())} | {tokens}
+    return max(_named((strategy_of(count),))[0].workspace(storage, count, top_k, on_gpu=on_gpu) for count in counts)
 
 
 class Choice(NamedTuple):
@@ -141,6 +144,11 @@ class Choice(NamedTuple):
             return None
         slots = pool_slots(config, self.cache_bytes, item_size)
         return Pool(slots, config.base.total_experts, miss_rate)
+
+    def policy(self, config: GlobeConfig, sizes: LayerSizes, machine: Machine) -> Policy:
+        """Return the strategy of a call by its tokens, in layers of `sizes`."""
+        pool = self.pool(config, sizes.item_size)
+        return Policy(switch_points(_named(self.strategies), sizes, machine, pool))
 
 
 def choose_residents(

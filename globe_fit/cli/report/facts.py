@@ -59,7 +59,7 @@ def collect(directory: Path, base: Path | None) -> Facts:
         newest[family] |= sparsity(codes, config.base) | {"palette_sizes": palette_sizes(codes, config.base)}
         if source is not None:
             newest[family]["spot_checks"] = _spot_checks(checkpoint, source, family)
-    measured = read_evaluation(directory)
+    measured = read_evaluation(checkpoint)
     return Facts(directory, base, history, newest, checkpoint, report, footprint_of(checkpoint), measured, use)
 
 

@@ -13,14 +13,15 @@ from globe_fit.cli.report.facts import Facts, collect
 from globe_fit.cli.report.figures import inline_svg
 from globe_kernels.errors import RequestError
 from globe_kernels.format.files import replacing_file, require_room
+from globe_kernels.format.names import PAGE_NAME
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.units import format_bytes, format_count
 from globe_kernels.version import __version__
 
-PAGE_NAME = "report.html"
 _GENERATOR = "globe report"  # marks a page that a report may replace
 _MARKED_BYTES = 1024  # the mark is in these first bytes of a page
-_SAME_SPEED = 0.03  # a smaller difference is noise
+_SAME_SPEED = 0.05  # a smaller difference is noise
+_ENOUGH_BATCHES = 3  # whose median says something about speed
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _tiles(facts: Facts) -> list[_Tile]:
             ("model", "Whole model on disk", ""),
             ("gate_up", "Gate and up on disk", ""),
             ("resident", "Resident in memory", by),
-            ("peak", "Peak in memory", f"predicted, a call of {PEAK_TOKENS} tokens"),
+            ("peak", "Peak in memory", f"predicted, calls of up to {PEAK_TOKENS} tokens"),
         ):
             if (size := sizes[key]) is not None:
                 detail = f"dense {format_bytes(size['dense'])}, ratio {_ratio(size)}"
@@ -164,6 +165,8 @@ def _ratio(size: dict[str, int]) -> str:
 
 def _speed(measured: dict) -> _Tile:
     ratio = measured["globe"]["tokens_per_s"] / measured["dense"]["tokens_per_s"]
+    if measured["globe"].get("timed_batches", 0) < _ENOUGH_BATCHES:
+        return _Tile("Speed", "Not known", f"the text is too short to time; {ratio:.2f} of the dense speed in one go")
     verdict = "As fast" if abs(ratio - 1) < _SAME_SPEED else "Faster" if ratio > 1 else "Slower"
     return _Tile("Speed", verdict, f"{ratio:.2f} of the dense speed in prefill, {_where(measured)} (measured)")
 
