@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 # No module has the name of a function here: to import the module would put it in the place of the function.
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "ExpertSource": "data.source",

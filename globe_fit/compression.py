@@ -6,8 +6,9 @@ from pathlib import Path
 
 from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
-from globe_fit.config import SNAPSHOT_MINUTES, FitConfig
-from globe_fit.export import save_fit
+from globe_fit.config import SNAPSHOT_MINUTES, SOLVERS, FitConfig
+from globe_fit.data.source import ExpertSource
+from globe_fit.export import WEIGHTS_KEY, require_same_weights, save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint_of
@@ -81,7 +82,7 @@ def compress(
         ranks.every(0)  # before a rank writes there
     calibrated_on = None if calibrate is None else identity(calibrate)
     if resume and not holds_unfinished_fit(Path(out)):
-        done = finished_fit(out, plan.sizes, config, calibrated_on)
+        done = finished_fit(out, source, plan.sizes, config, calibrated_on)
         if done is not None:
             shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
             result = stored_fit(done)
@@ -114,7 +115,7 @@ def compress(
         stages.begin()
         result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
     if ranks.leads:
-        result.report.update(base=source.facts, command=command)
+        result.report.update(base={**source.facts, WEIGHTS_KEY: source.weights_sha256}, command=command)
         save_fit(result, source, out)
         for name in (EVALUATION_NAME, PAGE_NAME):  # of the fit that this fit replaces
             (Path(out) / name).unlink(missing_ok=True)
@@ -124,7 +125,7 @@ def compress(
 
 
 def finished_fit(
-    out: str | Path, sizes: GlobeConfig, config: FitConfig, calibrated_on: str | None = None
+    out: str | Path, source: ExpertSource, sizes: GlobeConfig, config: FitConfig, calibrated_on: str | None = None
 ) -> GlobeCheckpoint | None:
     """Open the checkpoint in `out` if it is the finished fit of this request; None when `out` holds no checkpoint.
 
@@ -132,16 +133,18 @@ def finished_fit(
     """
     if not holds_checkpoint(Path(out)):
         return None
-    for name in (REPORT_NAME, METRICS_NAME):
-        if not (Path(out) / name).is_file():
+    checkpoint = GlobeCheckpoint(out)
+    recorded = {REPORT_NAME: "status" in checkpoint.report(), METRICS_NAME: (Path(out) / METRICS_NAME).is_file()}
+    for name, is_there in recorded.items():
+        if not is_there:
             raise RequestError(
                 f"{out} holds a checkpoint without its {name}, so nothing tells whether it is this fit; give another "
                 "directory, or fit over it (--restart, in Python resume=False)."
             )
-    checkpoint = GlobeCheckpoint(out)
-    provenance = checkpoint.config.provenance
+    provenance = checkpoint.config.provenance or {}
     calibration = provenance.get("calibration") or {}
     found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
+    require_same_weights(checkpoint, source)
     wanted = asdict(config), sizes, calibrated_on
     if differences(_identity(*found), _identity(*wanted)):
         changes = differences(*({"ratio": each[0].get("ratio"), **_identity(*each)} for each in (found, wanted)))
@@ -154,6 +157,7 @@ def finished_fit(
 
 def _identity(settings: dict, sizes: GlobeConfig, calibrated_on: str | None) -> dict:
     """Collect the settings that decide the result. Ratio, rank and atoms count as the sizes that follow from them."""
-    decided = {name: value for name, value in settings.items() if name not in ("device", "ratio")}
+    unused = {"device", "ratio", *SOLVERS} - {settings.get("solver")}
+    decided = {name: value for name, value in settings.items() if name not in unused}
     resolved = {"rank": sizes.rank, "atoms": sizes.num_atoms}
     return decided | resolved | {"model": asdict(sizes.base), "calibration": calibrated_on}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.data.source import INDEX_NAME, ExpertSource, read_config
+from globe_fit.data.source import ExpertSource, read_config
 from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
 from globe_kernels.errors import GlobeError, RequestError
@@ -44,8 +44,12 @@ _COPIED = (
     "LICENCE*",
     "NOTICE*",
 )
+# Not the name that transformers looks for: without globe_kernels no option of from_pretrained finds the weights.
+_GLOBE_STEM = "globe-model"
 # The router chooses by small differences of this tensor: bf16 would turn them into ties.
 _NEVER_CAST = "e_score_correction_bias"
+
+WEIGHTS_KEY = "weights_sha256"  # in fit_report.json, among the facts about the base
 
 OnTensor = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -75,6 +79,7 @@ def export_globe(
     when the checkpoint is of another model.
     """
     require_same_model(checkpoint.config, base)
+    require_same_weights(checkpoint, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
@@ -107,6 +112,7 @@ def export_dense(
 ) -> None:
     """Write the reconstructed dense model in the layout of the base, for engines that do not know GloBE."""
     require_same_model(checkpoint.config, base)
+    require_same_weights(checkpoint, base)
     banks = {family: checkpoint.bank(family) for family in FAMILIES}
     keys = list(base.files.weight_map)
 
@@ -162,6 +168,16 @@ def _bytes(base: ExpertSource, keys: list[str]) -> int:
     return sum(base.files.num_bytes(key) for key in keys)
 
 
+def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
+    """Raises RequestError when a checkpoint was fitted on other weights, as far as its report records them."""
+    recorded = (checkpoint.report().get("base") or {}).get(WEIGHTS_KEY)
+    if recorded is not None and recorded != base.weights_sha256:
+        raise RequestError(
+            f"{checkpoint.path} was fitted on other weights than the weights of {base.model_dir}: the experts have "
+            "changed since; give the model that it was fitted on, or fit again with --restart."
+        )
+
+
 def require_same_model(sizes: GlobeConfig, base: ExpertSource) -> None:
     """Raises RequestError when a checkpoint of `sizes` was not fitted on a model like `base`."""
     for name in ("model_type", "hidden_size", "intermediate_size", "num_experts", "left_dense"):
@@ -191,26 +207,29 @@ def _write_model(
     require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
     config = read_config(base.model_dir)
     config.pop("quantization_config", None)
-    if quantization is not None:
-        config |= {"quantization_config": quantization, GUARD_KEY: EXPORT_GUARD}
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
-    stale = {path.name for path in out.glob("model*.safetensors*")}  # of the export that is replaced
+    stem = "model" if quantization is None else _GLOBE_STEM
+    stale = {path.name for each in ("model", _GLOBE_STEM) for path in out.glob(f"{each}*.safetensors*")}
     with staged_directory(out, last=MODEL_CONFIG_NAME) as staging:
         for path in base.model_dir.iterdir():
             if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
                 shutil.copyfile(path, staging / path.name)
-        shards = ShardWriter(staging, "model", {"format": "pt"})
+        shards = ShardWriter(staging, stem, {"format": "pt"})
         for done, (key, tensor) in enumerate(tensors, start=1):
             shards.add(key, _cast(key, tensor, dtype))
             if on_tensor is not None:
                 on_tensor(done, count)
         weight_map = shards.finish()
         written = set(weight_map.values())
+        entry = f"{stem}.safetensors"
         if len(written) > 1:
-            written.add(INDEX_NAME)
+            entry = f"{stem}.safetensors.index.json"
+            written.add(entry)
             index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-            (staging / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            (staging / entry).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        if quantization is not None:
+            config |= {"quantization_config": quantization | {"weights": entry}, GUARD_KEY: EXPORT_GUARD}
         (staging / CARD_NAME).write_text(card, encoding="utf-8")
         (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in stale - written:

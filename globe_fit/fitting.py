@@ -116,7 +116,7 @@ def open_snapshots(
     Raises RequestError when `out` holds the snapshots of a fit with other settings.
     """
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
-    identity["calibration"] = calibrated_on
+    identity |= {"calibration": calibrated_on, "weights": source.weights_sha256}
     return Snapshots(out, identity, minutes, ranks)
 
 

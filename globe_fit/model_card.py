@@ -74,7 +74,7 @@ def _licence(base_dir: Path) -> dict:
         stated = metadata_load(card) if card.is_file() else None
     except Exception:  # a front matter that is no YAML: the export is worth more than its licence line
         stated = None
-    return {key: stated[key] for key in _LICENCE if key in stated} if stated else {}
+    return {key: value for key in _LICENCE if isinstance(value := (stated or {}).get(key), (str, list))}
 
 
 def _costs(checkpoint: GlobeCheckpoint, report: dict, base: ExpertSource, dense: bool) -> str:
@@ -86,9 +86,9 @@ def _costs(checkpoint: GlobeCheckpoint, report: dict, base: ExpertSource, dense:
         rows.append(f"| relative squared error of gate / up | 0 | {found} | |")
     measured = read_evaluation(checkpoint)
     if measured is not None:
-        before, after = measured["dense"], measured["globe"]
+        before, after, text = measured["dense"], measured["globe"], measured["text"].replace("|", " ")
         rows += [
-            f"| perplexity, {measured['text']} | {before['perplexity']:.3f} | {after['perplexity']:.3f} | |",
+            f"| perplexity, {text} | {before['perplexity']:.3f} | {after['perplexity']:.3f} | |",
             f"| KL(dense, this), nats per token | 0 | {after['kl']:.5f} | |",
             f"| same next token as the base | 100 % | {after['top1']:.1%} | |",
         ]

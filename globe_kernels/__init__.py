@@ -33,7 +33,7 @@ __all__ = [
     "warm_cache",
 ]
 
-__getattr__ = lazy_names(
+__getattr__, __dir__ = lazy_names(
     __name__,
     {
         "BaseModel": "format.checkpoint",

@@ -13,15 +13,15 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 
-def lazy_names(package: str, homes: dict[str, str]) -> Callable[[str], Any]:
-    """Return the __getattr__ of `package`: {public name: module inside the package that defines the name}."""
+def lazy_names(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return __getattr__ and __dir__ of `package`; `homes`: {public name: module of the package that defines it}."""
 
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         return getattr(import_module(f"{package}.{homes[name]}"), name)
 
-    return get
+    return get, lambda: sorted({*vars(sys.modules[package]), *homes})
 
 
 def after_import(module: str, action: Callable[[], object]) -> None:
@@ -36,19 +36,24 @@ class _After(importlib.abc.MetaPathFinder):
     """Finds one module as the finders behind it do, and adds an action to the end of its import."""
 
     def __init__(self, module: str, action: Callable[[], object]):
-        self._module, self._action = module, action
+        self._module, self._action, self._is_looking = module, action, False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname != self._module:
+        if fullname != self._module or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_looking = False
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module
 
         def run_and_act(module: Any) -> None:
             run(module)
+            if self in sys.meta_path:  # an import that failed may be tried again
+                sys.meta_path.remove(self)
             self._action()
 
         spec.loader.exec_module = run_and_act

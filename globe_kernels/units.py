@@ -32,7 +32,7 @@ def parse_bytes(size: str | float) -> int:
 
 def format_bytes(size: float) -> str:
     """Write bytes in the unit that leaves three digits, such as 5.90 MB."""
-    if size < 1000:
+    if size < 999.5:
         return f"{size:.0f} B"
     power = 1
     while size / 1000**power >= 999.5 and power < len(_PREFIXES):

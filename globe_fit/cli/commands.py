@@ -225,15 +225,18 @@ def _eval(
         refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
     if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
         raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
+    if lm_eval is not None and not lm_eval.strip(" ,"):
+        raise RequestError("--lm-eval names no task; name tasks separated by commas, such as arc_easy,hellaswag.")
     if text is None and lm_eval is None:
         raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
     is_checkpoint = holds_checkpoint(model)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    if not holds_model(base or model):
+    if not holds_model(base or model) or (base is not None and holds_export(base)):
         raise not_a_model(base or model)
     windows = None if text is None else token_windows(base or model, text)
-    tasks = None if lm_eval is None else load_tasks([name.strip() for name in lm_eval.split(",")], lm_eval_tasks)
+    names = [name for word in (lm_eval or "").split(",") if (name := word.strip())]
+    tasks = load_tasks(names, lm_eval_tasks) if names else None
     target = resolve_device(device or "auto")
     models, labels, strategies = {}, {}, ()
     if base is not None:

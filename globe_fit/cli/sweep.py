@@ -6,7 +6,6 @@ unfinished point from its snapshots, so the same sweep after an interruption end
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +119,7 @@ class Sweep:
     """The points of a sweep in the directory `out`.
 
     Raises RequestError when `out` holds other files or a point with other settings, GlobeError when the disk has no
-    room for all points. With `restart` the directories of the points count as absent, and `run` removes them.
+    room for all points. With `restart` the fits of the points count as absent, and `run` fits over them.
     """
 
     def __init__(self, source: ExpertSource, points: list[Point], out: Path, *, restart: bool, minutes: float):
@@ -135,7 +134,7 @@ class Sweep:
         require_room(out, sum(point.sizes.tensor_bytes for point in missing))
 
     def _is_finished(self, point: Point) -> bool:
-        return finished_fit(self._out / point.name, point.sizes, point.config) is not None
+        return finished_fit(self._out / point.name, self._source, point.sizes, point.config) is not None
 
     def _snapshots(self, point: Point) -> Snapshots:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
@@ -156,9 +155,6 @@ class Sweep:
 
     def run(self, progress: Progress) -> list[dict]:
         """Fit the points that are not finished; returns a row per point."""
-        if self._restart:
-            for point in self.points:
-                shutil.rmtree(self._out / point.name, ignore_errors=True)
         for number, point in enumerate(self.points, start=1):
             if point.name in self.finished:
                 progress.tell(f"point {point.name} is finished")
@@ -192,7 +188,8 @@ class Sweep:
         of_point = replace(progress, say=SILENT.say)  # the command has said its sentences about the model already
         model_dir, out = self._source.model_dir, self._out / point.name
         try:
-            compress(model_dir, out, point.config, snapshot_minutes=self._minutes, progress=of_point)
+            options = {"resume": not self._restart, "snapshot_minutes": self._minutes}
+            compress(model_dir, out, point.config, progress=of_point, **options)
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error
         except KeyboardInterrupt as stopped:

@@ -4,6 +4,7 @@ Both layouts are read: a 2-D tensor per expert (`experts.{e}.gate_proj.weight`) 
 (`experts.gate_up_proj`, laid out as the architecture says). Nothing is read before the caller asks for it.
 """
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -93,7 +94,7 @@ class TensorFiles:
             )
         try:
             return safe_open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise GlobeError(
                 f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
             ) from error
@@ -321,6 +322,18 @@ class ExpertSource:
         """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
         whole = sum(map(self.files.num_bytes, self.files.weight_map))
         return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self._top_k}
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Hash gate and up of the first expert of every layer: models whose experts differ anywhere differ here.
+
+        A training changes every expert, and the hash reads one of them.
+        """
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            for family in FAMILIES:
+                digest.update(self.read(layer, family, range(1)).numpy().data)
+        return digest.hexdigest()
 
     def require_finite(self, layer: ExpertLayer, family: str, experts: range, weights: torch.Tensor) -> None:
         """Raises GlobeError that names the expert when a value of `weights`, of `experts`, is NaN or infinite."""

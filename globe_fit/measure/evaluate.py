@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from globe_fit.data.model import load_tokenizer
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import read_json, replacing_file
 from globe_kernels.format.names import EVALUATION_NAME
@@ -41,7 +41,8 @@ def evaluate(
     """Evaluate every model on the same windows (N, T); the first model is the reference of `kl` and `top1`.
 
     The models take turns batch by batch, so that throughput is measured side by side: the median over the batches, of
-    which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ.
+    which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ,
+    GlobeError when a model gives NaN.
     """
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
     if len(set(vocabularies.values())) > 1 or int(windows.max()) >= min(vocabularies.values()):
@@ -72,6 +73,9 @@ def evaluate(
                 reference = logits[:, :-1]
         if on_batch is not None:
             on_batch(number + 1, len(batches))
+    for name, total in totals.items():
+        if not math.isfinite(total["nll"]):
+            raise GlobeError(f"The {name} model gives NaN or infinite logits on this text; restore its files.")
     return {
         name: Quality(
             perplexity=math.exp(min(total["nll"] / count, 700.0)),
@@ -96,7 +100,10 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
     path = checkpoint.path / EVALUATION_NAME
     if not path.is_file():
         return None
-    kept = read_json(path, "remove it and run globe eval again")
+    try:
+        kept = read_json(path, "run globe eval again")
+    except GlobeError:  # an export and a report are worth more than these figures
+        return None
     return kept if kept.get("fingerprint") == checkpoint.fingerprint else None
 
 

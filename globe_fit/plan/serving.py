@@ -57,7 +57,7 @@ class ModelSizes:
 
 def read_model(path: Path) -> ModelSizes:
     """Read the sizes of a model directory or of its config.json. Raises RequestError for a model without experts."""
-    if not path.exists():
+    if not path.exists() or path.suffix == ".gguf":
         raise not_a_model(path)
     where = path / "config.json" if path.is_dir() else path
     config = read_config(path) if path.is_dir() else read_json(path, "give the config.json of a model")

@@ -212,7 +212,7 @@ class GlobeCheckpoint:
             raise GlobeError(f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again.")
         try:
             handle = safe_open(path, framework="pt", device="cpu")
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise GlobeError(
                 f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); copy it again or fit again."
             ) from error

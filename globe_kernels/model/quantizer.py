@@ -32,6 +32,7 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **data: Any):
         data.pop("quant_method", None)
+        self.weights: str | None = data.pop("weights", None)  # file of an export, None where the name is the usual
         self.quant_method: Any = QUANT_METHOD
         self.globe = GlobeConfig.from_dict(data, "quantization_config in config.json")
 
@@ -40,6 +41,10 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     to_diff_dict = to_dict
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Read a field as of config.json: transformers does so when a loaded configuration is given again."""
+        return self.to_dict().get(key, default)
+
 
 @register_quantizer(QUANT_METHOD)
 class GlobeHfQuantizer(HfQuantizer):
@@ -47,12 +52,14 @@ class GlobeHfQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.globe = quantization_config.globe
+        self.globe, self.weights = quantization_config.globe, quantization_config.weights
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Take away the sentence that stops a transformers without globe_kernels, before the weights are looked up."""
-        if getattr(config, GUARD_KEY, None) == EXPORT_GUARD:
-            delattr(config, GUARD_KEY)
+        """Put the file of the weights in the place of the sentence that stops a transformers without globe_kernels."""
+        if self.weights is not None:
+            setattr(config, GUARD_KEY, self.weights)
+        else:
+            _take_away(config)
         return config
 
     update_tp_plan = update_attn_implementation  # the hook of transformers before 5.20
@@ -83,6 +90,7 @@ class GlobeHfQuantizer(HfQuantizer):
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
         model.is_quantized = False
+        _take_away(model.config)
         model.config.__class__ = _guarded(type(model.config))
         return model
 
@@ -96,6 +104,11 @@ class GlobeHfQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _take_away(config: Any) -> None:
+    if hasattr(config, GUARD_KEY):
+        delattr(config, GUARD_KEY)
 
 
 def _bring(bank: GlobeBank) -> None:

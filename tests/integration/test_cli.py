@@ -52,7 +52,7 @@ def test_the_whole_way(globe, with_tokenizer, tmp_path):
     assert figures["checkpoint"]["globe"]["kl"] > 1e-7
     assert figures["checkpoint"]["globe"]["perplexity"] > 1
     code, stdout, _ = globe("eval", hf, "--text", text, "--json")
-    assert set(json.loads(stdout)["model"]) == {"perplexity", "tokens_per_s"}
+    assert set(json.loads(stdout)["model"]) == {"perplexity", "tokens_per_s", "timed_batches"}
     assert "perplexity" in globe("eval", hf, "--text", text)[1]
 
     code, stdout, _ = globe("inspect", out, "--verify", "--json")

@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import globe_kernels
 from globe_fit import FitConfig, VarProConfig, compress
+from globe_fit.measure.evaluate import read_evaluation
 from globe_kernels import GlobeCheckpoint, RequestError
 from globe_kernels.format import directories
 from globe_kernels.testing import tiny_model
@@ -200,6 +202,63 @@ def test_a_fit_that_was_killed_early_does_not_unlock_a_finished_fit(globe, model
     before = contents(out)
     assert_refused(globe("fit", model_dir, "-o", out, *QUICK, "--seed", "5"), 2, "holds a finished fit with other")
     assert contents(out) == before
+
+
+def test_experts_that_changed_are_another_model(globe, model_dir, tmp_path):
+    """The same shapes and the same name, as after a fine-tune in place."""
+    out, unfinished = tmp_path / "out", tmp_path / "unfinished"
+    assert globe("fit", model_dir, "-o", out, *QUICK)[0] == 0
+
+    def stop(record):
+        if (record["family"], record["step"]) == ("up", 1):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(model_dir, unfinished, CONFIG, on_step=stop, snapshot_minutes=0)
+    for shard in model_dir.glob("*.safetensors"):
+        tensors = {name: tensor * 1.01 for name, tensor in load_file(shard).items()}
+        save_file(tensors, shard, {"format": "pt"})
+    before = contents(out)
+    sentence = "the experts have changed since"
+    assert_refused(globe("fit", model_dir, "-o", out, *QUICK), 2, sentence)
+    assert_refused(globe("export", out, "--base", model_dir, "-o", tmp_path / "hf"), 2, sentence)
+    assert_refused(
+        globe("fit", model_dir, "-o", unfinished, *QUICK), 2, "holds an unfinished fit with other settings (we"
+    )
+    assert contents(out) == before and not (tmp_path / "hf").exists()
+
+
+def test_an_evaluation_belongs_to_its_fit(globe, with_tokenizer, tmp_path):
+    out, text = tmp_path / "out", with_tokenizer / "text.txt"
+    assert globe("fit", with_tokenizer, "-o", out, *QUICK)[0] == 0
+    assert globe("eval", out, "--base", with_tokenizer, "--text", text, "--device", "cpu")[0] == 0
+    old = (out / "evaluation.json").read_text()
+    assert read_evaluation(GlobeCheckpoint(out)) is not None
+    assert globe("report", out)[0] == 0 and (out / "report.html").is_file()
+    assert globe("fit", with_tokenizer, "-o", out, *QUICK, "--seed", "4", "--restart")[0] == 0
+    assert not (out / "evaluation.json").exists() and not (out / "report.html").exists()
+    for text in (old, "{", "{}"):
+        (out / "evaluation.json").write_text(text)
+        assert read_evaluation(GlobeCheckpoint(out)) is None
+
+
+def test_a_sweep_that_begins_again_keeps_files_and_finished_fits(globe, model_dir, tmp_path, monkeypatch):
+    out = tmp_path / "sweep"
+    options = ("--rank", "16", "--atoms", "8", "--support", "4", "--steps", "2", "--device", "cpu")
+    assert globe("sweep", model_dir, "-o", out, *options)[0] == 0
+    point = out / "r16-m8-s4"
+    (point / "notes.txt").write_text("mine")
+    before = contents(point)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("globe_fit.compression.fit", interrupt)
+        assert globe("sweep", model_dir, "-o", out, *options, "--restart")[0] == 130
+    assert contents(point) == before
+    assert globe("sweep", model_dir, "-o", out, *options, "--restart")[0] == 0
+    assert (point / "notes.txt").read_text() == "mine"
 
 
 def test_a_sweep_that_was_killed_early_goes_on(globe, model_dir, tmp_path):

@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import globe_kernels
 from globe_fit import ExpertSource, export_dense, export_globe
+from globe_fit.measure.evaluate import record_evaluation
 from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError
 from globe_kernels.format import files
 from globe_kernels.format.architectures import ARCHITECTURES
@@ -51,7 +52,7 @@ def test_export_load_save_load(model_type, export_tiny, fit_tiny, tmp_path):
 
 
 def test_the_bank_is_stored_once(export_tiny, fit_tiny):
-    keys = load_file(export_tiny() / "model.safetensors")
+    keys = load_file(export_tiny() / "globe-model.safetensors")
     banks = [name for name in keys if "bank" in name]
     assert sorted(banks) == ["globe_bank.gate", "globe_bank.up"]
     assert keys["globe_bank.up"].shape == fit_tiny()[1].config.bank_shape()
@@ -84,7 +85,7 @@ def test_generates(export_tiny):
 
 def test_everything_else_of_the_base_is_copied(save_tiny, export_tiny):
     base = ExpertSource(save_tiny("qwen3_moe"))
-    exported = load_file(export_tiny() / "model.safetensors")
+    exported = load_file(export_tiny() / "globe-model.safetensors")
     kept = [key for key in base.files.weight_map if ".experts." not in key or "down_proj" in key]
     assert len(kept) > 20
     for key in kept:
@@ -125,7 +126,7 @@ def test_a_sharded_export_and_another_dtype(save_tiny, fit_tiny, tmp_path, monke
     # a second, unsharded export into the same directory leaves nothing of the first
     monkeypatch.undo()
     export_globe(checkpoint, base, tmp_path / "hf")
-    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["globe-model.safetensors"]
     assert load(tmp_path / "hf") is not None
 
 
@@ -138,7 +139,7 @@ def test_a_cast_spares_what_decides_between_experts_and_refuses_what_it_cannot_h
     tensors[name] = 8 + torch.linspace(0, 0.02, len(tensors[name]))
     save_file(tensors, shard, {"format": "pt"})
     export_globe(checkpoint, ExpertSource(base_dir), tmp_path / "hf", dtype=torch.bfloat16)
-    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    exported = load_file(tmp_path / "hf" / "globe-model.safetensors")
     assert torch.equal(exported[name], tensors[name])
     assert exported["lm_head.weight"].dtype == torch.bfloat16
 
@@ -177,9 +178,9 @@ def exported(export_tiny, tmp_path):
 
 
 def rewrite(path, change) -> None:
-    tensors = load_file(path / "model.safetensors")
+    tensors = load_file(path / "globe-model.safetensors")
     change(tensors)
-    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    save_file(tensors, path / "globe-model.safetensors", {"format": "pt"})
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,19 @@ for path in sys.argv[1:]:
     assert lines[8:] == ["loaded", "loaded"]
 
 
+def test_no_option_of_from_pretrained_gives_random_experts(export_tiny, save_tiny):
+    loaded, path = load(export_tiny()), export_tiny()
+    again = AutoModelForCausalLM.from_pretrained(path, config=loaded.config).eval()
+    assert torch.equal(logits(again), logits(loaded))
+    for options in ({"config": tiny_model("qwen3_moe").config}, {"transformers_weights": None}):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+        except OSError as refused:
+            assert "model.safetensors" in str(refused)
+        else:
+            assert torch.equal(logits(model.eval()), logits(loaded)), options
+
+
 def test_a_configuration_with_the_guard_is_the_same_configuration(export_tiny):
     config, plain = load(export_tiny()).config, tiny_model("qwen3_moe").config
     assert type(config).__name__ == type(plain).__name__ and isinstance(config, type(plain))
@@ -278,8 +292,10 @@ def test_a_configuration_with_the_guard_is_the_same_configuration(export_tiny):
 
 def test_an_export_of_an_earlier_version_still_loads(export_tiny, tmp_path):
     old = shutil.copytree(export_tiny(), tmp_path / "old")
+    (old / "globe-model.safetensors").rename(old / "model.safetensors")
     config = json.loads((old / "config.json").read_text())
     assert config.pop("transformers_weights") == EXPORT_GUARD
+    assert config["quantization_config"].pop("weights") == "globe-model.safetensors"
     (old / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(load(old)), logits(load(export_tiny())))
 
@@ -296,7 +312,7 @@ def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
     (checkpoint / "fit_report.json").write_text(json.dumps(report))
     figures = {"perplexity": 12.5, "kl": 0.01234, "top1": 0.9512, "tokens_per_s": 1.0}
     evaluation = {"text": "held.txt", "tokens": 512, "dense": figures | {"perplexity": 12.25}, "globe": figures}
-    (checkpoint / "evaluation.json").write_text(json.dumps(evaluation))
+    record_evaluation(GlobeCheckpoint(checkpoint), evaluation)
     export_globe(GlobeCheckpoint(checkpoint), ExpertSource(base_dir), tmp_path / "hf")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {
         "README.md",
@@ -304,7 +320,7 @@ def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
-        "model.safetensors",
+        "globe-model.safetensors",
         "tokenizer_config.json",
     }
     card = (tmp_path / "hf" / "README.md").read_text()

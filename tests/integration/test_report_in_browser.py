@@ -11,6 +11,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 from globe_fit.cli.report.page import write_report
 from globe_fit.measure.evaluate import record_evaluation
+from globe_kernels import GlobeCheckpoint
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 OPTIONS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
@@ -99,10 +100,12 @@ def pages(fit_tiny, save_tiny, tmp_path_factory) -> dict[str, Path]:
     report["base"] = {"bytes": 300_000, "rest_bytes": 100_000, "top_k": 2}
     report["command"] = "globe fit models/Qwen3-30B-A3B-Instruct-2507 -o out/globe --ratio 0.625 --palette 32"
     (measured / "fit_report.json").write_text(json.dumps(report))
-    quality = {"perplexity": 30.3, "kl": 0.0047, "top1": 0.951, "tokens_per_s": 6240.0}
+    quality = {"perplexity": 30.3, "kl": 0.0047, "top1": 0.951, "tokens_per_s": 6240.0, "timed_batches": 5}
     facts = {"text": "heldout.txt", "tokens": 12345, "device": "cpu", "threads": 2, "strategies": ["scratch"]}
     dense = {"perplexity": 30.21, "tokens_per_s": 8000.0}
-    record_evaluation(measured, facts | {"command": "globe eval out/globe", "dense": dense, "globe": quality})
+    record_evaluation(
+        GlobeCheckpoint(measured), facts | {"command": "globe eval out/globe", "dense": dense, "globe": quality}
+    )
     write_report(measured, written["measured"], base=save_tiny("qwen3_moe"))
 
     diverged = Path(shutil.copytree(directory, folder / "diverged"))

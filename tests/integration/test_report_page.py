@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from globe_fit.cli.report.page import write_report
+from globe_fit.measure.evaluate import record_evaluation
 from globe_fit.run.metrics import METRICS
+from globe_kernels import GlobeCheckpoint
 from globe_kernels.errors import RequestError
 
 _VOID = {"meta", "br", "link", "img"}
@@ -24,7 +26,7 @@ EVALUATION = {
     "strategies": ["scratch"],
     "command": "globe eval out/globe --base model --text heldout.txt",
     "dense": {"perplexity": 30.21, "tokens_per_s": 8000.0},
-    "globe": {"perplexity": 30.3, "kl": 0.0047, "top1": 0.951, "tokens_per_s": 6240.0},
+    "globe": {"perplexity": 30.3, "kl": 0.0047, "top1": 0.951, "tokens_per_s": 6240.0, "timed_batches": 5},
 }
 
 
@@ -81,7 +83,7 @@ def changed(directory: Path, out: Path, change, *, evaluation: dict | None = Non
     change(report)
     (out / "fit_report.json").write_text(json.dumps(report))
     if evaluation is not None:
-        (out / "evaluation.json").write_text(json.dumps(evaluation))
+        record_evaluation(GlobeCheckpoint(out), evaluation)
     return out
 
 
@@ -227,3 +229,10 @@ def test_names_from_a_checkpoint_are_text(fit_tiny, tmp_path):
     (directory / "globe_config.json").write_text(json.dumps(config))
     write_report(directory)
     assert read(directory / "report.html").tags["script"] == 0
+
+
+def test_a_text_that_is_too_short_says_nothing_about_speed(fit_tiny, tmp_path):
+    short = EVALUATION | {"globe": EVALUATION["globe"] | {"timed_batches": 1}}
+    write_report(changed(fit_tiny()[0], tmp_path / "globe", lambda _: None, evaluation=short))
+    text = read(tmp_path / "globe" / "report.html").text
+    assert "Not knownthe text is too short to time; 0.78 of the dense speed in one go" in text

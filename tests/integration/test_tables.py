@@ -18,7 +18,7 @@ from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK
 from tests.integration.test_plan import CONFIGS
 
-WHOLE = ("gate and up on disk", "whole model on disk", "whole model in memory", "whole model at the peak, T = 4096")
+WHOLE = ("gate and up on disk", "whole model on disk", "whole model in memory", "whole model at its peak, predicted")
 SIZES = {
     "gate_up": {"dense": 5_898_240, "globe": 3_663_360},
     "model": {"dense": 10_909_568, "globe": 8_674_688},
@@ -76,7 +76,7 @@ def command(globe, printed, monkeypatch):
 
 
 def assert_whole_model(text: str) -> None:
-    assert all(row in text for row in WHOLE) and "Not known" not in text, text
+    assert all(row in text for row in WHOLE) and "is not counted" not in text, text
 
 
 def test_every_command_on_a_tiny_model(command, with_tokenizer, tmp_path):
@@ -90,7 +90,7 @@ def test_every_command_on_a_tiny_model(command, with_tokenizer, tmp_path):
     estimate = command("sweep", model, "-o", tmp_path / "sweep", *sizes, "--dry-run")
     swept = command("sweep", model, "-o", tmp_path / "sweep", *sizes)
     for found in (estimate, swept):
-        assert "whole model" in found and "Not known" not in found and "r48-m8-s4-u6" in found
+        assert "whole model" in found and "is not counted" not in found and "r48-m8-s4-u6" in found
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_sweep_of_long_names(printed):
         assert part in text
     mixed = [rows[0], rows[1] | {"completed": False, "sizes": UNKNOWN}]
     text = printed(lambda: tables.print_sweep("2 points on a model", mixed, Path("out/sweep.jsonl"), None))
-    assert "diverged" in text and "Not known" in text
+    assert "diverged" in text and "is not counted" in text
     assert "34.3 hours" in printed(lambda: tables.print_sweep_estimate("2 points on a model", rows[:2]))
 
 
@@ -167,7 +167,8 @@ def test_labels_of_an_evaluation_stand_above_its_table(printed):
 def test_a_checkpoint_that_knows_only_its_experts(printed):
     text = printed(partial(tables.print_sizes, UNKNOWN))
     assert WHOLE[0] in text and "0.621" in text
-    assert text.splitlines()[-1].startswith("Not known, ") and text.endswith(f": {', '.join(WHOLE[1:])}.\n")
+    assert not any(row in text for row in WHOLE[1:])
+    assert text.splitlines()[-1] == "The whole model is not counted: its other sizes are not recorded here."
 
 
 def test_a_table_that_is_too_wide_goes_on_below():
@@ -185,10 +186,9 @@ def test_html_is_escaped_and_complete():
 
 def test_the_results_of_a_notebook(fit_tiny):
     path, result = fit_tiny()
-    base = {"bytes": 1_000_000, "rest_bytes": 500_000, "top_k": 2}
-    fitted: FitResult = replace(result, report=result.report | {"base": base})
+    fitted: FitResult = replace(result, report=result.report | {"sizes": SIZES})
     for text in (str(fitted), repr(fitted), fitted._repr_html_()):
-        assert "SVD, equal bytes" in text and "whole model on disk" in text and result.status.advice in text
+        assert "SVD, equal bytes" in text and all(row in text for row in WHOLE) and result.status.advice in text
     assert "tensor(" not in repr(fitted)
 
     model = tiny_model("qwen3_moe")
