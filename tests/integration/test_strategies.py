@@ -223,12 +223,10 @@ def test_auto_takes_the_strategy_that_explain_names(fit_tiny):
     report = globe_kernels.patch(model, path, cache_bytes="1MB")
     assert set(report.strategies) == {"bank_first", "cached", "scratch"}
     for tokens in (1, 16, 256):
-        text = str(globe_kernels.explain(model, tokens))
-        name = text.splitlines()[0].rpartition(" ")[2]
-        assert (
-            name in report.strategies
-            and f"{tokens} tokens, 3 layers such as model.layers.0.mlp.experts: {name}" in text
-        )
+        explained = globe_kernels.explain(model, tokens)
+        name, text = explained.groups[0].taken, str(explained)
+        assert name in report.strategies
+        assert text.startswith(f"T = {tokens}: {name}, in each of 3 layers such as model.layers.0.mlp.experts\n")
         assert all(f"\n{other} " in text for other in ("dense", *STRATEGIES))
         assert "not held" in next(line for line in text.splitlines() if line.startswith("composed"))
         before = globe_kernels.call_counts().get(f"{OPS[name]}_ref", 0)

@@ -211,7 +211,7 @@ SMALL_CONFIG = json.dumps(
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "holds no config.json"),
+        ({}, "is empty; give the local directory"),
         ({"config.json": "{"}, "not valid JSON"),
         ({"config.json": "[]"}, "holds a list and GloBE expects an object"),
         ({"config.json": '{"model_type": "qwen3_moe", "num_experts": 4}'}, "not a complete qwen3_moe configuration"),
