@@ -16,7 +16,8 @@ from torch import nn
 from globe_fit.data.model import load_tokenizer
 from globe_kernels.errors import GlobeError, RequestError
 
-_RESAMPLES = 10_000  # of the examples, for the standard error of a perplexity, which they give to 1 %
+_RESAMPLES = 1000  # of the examples, for the standard error of a perplexity, which they give to 2 %
+_ALONE = "DISABLE_MULTIPROC"  # of lm-eval: its resampling forks, and a process with the threads of torch must not fork
 
 OnRun = Callable[[str, str], None]  # a task begins on a model: their names
 Scores = dict[str, float | None]  # metrics, the standard error of each as METRIC_stderr, the number of examples
@@ -149,6 +150,9 @@ def _silence(bars: bool = False) -> Iterator[None]:
     with ExitStack() as stack:
         nothing = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(redirect_stdout(nothing))
+        if _ALONE not in os.environ:
+            os.environ[_ALONE] = "1"
+            stack.callback(os.environ.pop, _ALONE)
         if not bars:
             stack.enter_context(redirect_stderr(nothing))
         logging.disable()
