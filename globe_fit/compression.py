@@ -62,8 +62,8 @@ def compress(
     Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
     little memory, a text that is missing or too short, a fit with other settings or other files in `out`. Raises
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
-    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, which says where the same
-    call goes on; the snapshot is complete then.
+    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, which says where the same call goes on; the snapshot is
+    complete then.
     """
     if not isinstance(config, FitConfig):
         raise RequestError(

@@ -36,7 +36,7 @@ from globe_fit.measure.evaluate import evaluate, record_evaluation
 from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
-from globe_fit.plan.footprint import footprint, footprint_of
+from globe_fit.plan.footprint import footprint
 from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
@@ -225,7 +225,8 @@ def _eval(
         refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
     if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
         raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
-    if lm_eval is not None and not lm_eval.strip(" ,"):
+    names = [name for word in (lm_eval or "").split(",") if (name := word.strip())]
+    if lm_eval is not None and not names:
         raise RequestError("--lm-eval names no task; name tasks separated by commas, such as arc_easy,hellaswag.")
     if text is None and lm_eval is None:
         raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
@@ -235,7 +236,6 @@ def _eval(
     if not holds_model(base or model) or (base is not None and holds_export(base)):
         raise not_a_model(base or model)
     windows = None if text is None else token_windows(base or model, text)
-    names = [name for word in (lm_eval or "").split(",") if (name := word.strip())]
     tasks = load_tasks(names, lm_eval_tasks) if names else None
     target = resolve_device(device or "auto")
     models, labels, strategies = {}, {}, ()
@@ -283,8 +283,7 @@ def _kind(model: Path) -> str:
 
 def _inspect(globe_dir: Path, verify: bool, layers: bool, as_json: bool) -> None:
     checkpoint = GlobeCheckpoint(globe_dir, verify=verify)
-    figures = inspect_checkpoint(checkpoint) | {"sizes": footprint_of(checkpoint)}
-    _show(figures, as_json, lambda _: print_inspection(figures, layers))
+    _show(inspect_checkpoint(checkpoint), as_json, lambda figures: print_inspection(figures, layers))
 
 
 def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:

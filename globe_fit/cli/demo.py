@@ -12,7 +12,6 @@ from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_globe
 from globe_fit.measure.baselines import stored_svd
 from globe_fit.measure.evaluate import Quality, continue_text, evaluate
-from globe_fit.plan.footprint import footprint_of
 from globe_fit.run.progress import Progress
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
@@ -94,7 +93,7 @@ def _figures(
             "dense_peak": base.dense_bytes + peak_workspace(model, DENSE.name),
             "peak": resident + peak_workspace(model),
         },
-        "sizes": footprint_of(checkpoint),
+        "sizes": report["sizes"],
         "paths": list(modules[0].strategies),
         "tokens_per_s": {name: quality[name].tokens_per_s for name in ("dense", "globe")},
         "continuation": {"prompt": PROMPT, **texts},

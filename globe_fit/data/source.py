@@ -317,7 +317,7 @@ class ExpertSource:
         per_value = sum(layer.num_experts * self.stored_dtype(layer, family).itemsize for layer in self.layers)
         return per_value * self.base.intermediate_size * self.base.hidden_size
 
-    @property
+    @cached_property
     def facts(self) -> dict[str, int | None]:
         """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
         whole = sum(map(self.files.num_bytes, self.files.weight_map))

@@ -103,8 +103,7 @@ def plan_fit(
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
 
     Raises RequestError for sizes out of range, a combination that no fit supports, too little memory and an `out` with
-    other files, GlobeError for
-    damaged files and too little room on the disk of `out`.
+    other files, GlobeError for damaged files and too little room on the disk of `out`.
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)

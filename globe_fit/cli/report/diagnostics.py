@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from globe_fit.cli.report import figures
 from globe_fit.cli.report.facts import Facts
 from globe_fit.run.metrics import METRICS
+from globe_kernels.table import Table
 from globe_kernels.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -24,15 +25,6 @@ class Plot:
     caption: str
     figure: "Figure"
     small: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table of text; the first cell of a row is its header."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
 
 
 @dataclass(frozen=True)
