@@ -14,7 +14,7 @@ from measure import summarise
 from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
-from globe_kernels.format.architectures import architecture_of
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.model.cache import BasisCache
@@ -75,7 +75,7 @@ def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
     """Return {name: routing}; the inputs of all are the inputs of the model's layers on its tokens."""
     tokens = _WARM_UP + _COUNTED
     seen: Routing = []
-    names = [name for _, name in architecture_of(subject.dense.config.model_type).live_experts(subject.dense)]
+    names = [experts.name for experts in routed_experts(subject.dense).values()]
     hooks = [
         subject.dense.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
         for name in names

@@ -45,7 +45,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from globe_kernels import cache_stats, call_counts
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import architecture_of
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.targets import globe_modules, is_patched
@@ -189,7 +189,7 @@ def _routed(model: Any, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor,
 @contextmanager
 def _routes(model: Any) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    names = [name for _, name in architecture_of(model.config.model_type).live_experts(model)]
+    names = [experts.name for experts in routed_experts(model).values()]
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for name in names
     ]

@@ -18,10 +18,10 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.cli.demo import shipped_model
 from globe_fit.data.model import load_model, token_windows
 from globe_fit.result import LayerFactors, reconstruct
-from globe_kernels.format.architectures import architecture_of
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.checkpoint import BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
 from globe_kernels.format.names import BANK_NAME, FAMILIES
-from globe_kernels.model.targets import is_patched, remove_bank
+from globe_kernels.model.targets import globe_modules, is_patched, remove_bank
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.base import Palettes
 from globe_kernels.strategies.budget import palettes_of, resident, strategies_of
@@ -132,9 +132,9 @@ def random(name: str, layers: int, rank: int | None, palette: int | None, direct
     with torch.device(device):
         dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         tokens = torch.randint(_VOCABULARY, (2**15,))
-    for _, path in architecture_of("qwen3_moe").live_experts(dense):
+    for experts in routed_experts(dense).values():
         # outputs of order one: the experts must matter to the logits that are compared
-        nn.init.normal_(dense.get_submodule(path).down_proj, std=shape.intermediate**-0.5)
+        nn.init.normal_(experts.module.down_proj, std=shape.intermediate**-0.5)
     used = palette or max(_SUPPORT, shape.experts // 4)
     _write_random(name, layers, rank or shape.intermediate // 2, used, directory, device)
     return _reconstructed(name, dense, directory, tokens, is_text=False)
@@ -171,9 +171,8 @@ def _reconstructed(name: str, dense: Any, path: Path, tokens: torch.Tensor, is_t
         code = Code(factors.code.index.to(dense.device), factors.code.value.to(dense.device))
         return reconstruct(LayerFactors(factors.adapter.to(dense.device), code), banks[family], "identity")
 
-    for layer, experts_path in architecture_of(dense.config.model_type).live_experts(dense):
-        fused = dense.get_submodule(experts_path).gate_up_proj
-        fused.data.copy_(torch.cat([weights(layer, family) for family in FAMILIES], dim=1))
+    for layer, experts in routed_experts(dense).items():
+        experts.module.gate_up_proj.data.copy_(torch.cat([weights(layer, family) for family in FAMILIES], dim=1))
     return Subject(name, dense, path, tokens, is_text)
 
 
@@ -214,8 +213,11 @@ def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tu
     _touch(model)
     before = _held_bytes(device)
     if is_patched(model):
+        paths = list(globe_modules(model))
         remove_bank(model)
-    for _, path in list(architecture_of(model.config.model_type).live_experts(model)):
+    else:
+        paths = [experts.name for experts in routed_experts(model).values()]
+    for path in paths:
         model.set_submodule(path, nn.Identity())
     return before - _held_bytes(device), planned
 

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import torch
 
+from globe_fit.data.disk_names import ExpertKey
 from globe_fit.data.source import ExpertSource, read_config
 from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import ExpertKey
 from globe_kernels.format.checkpoint import (
     GlobeCheckpoint,
     GlobeConfig,
     LayerFactors,
     exported_bank_key,
-    exported_key,
     writing_checkpoint,
 )
 from globe_kernels.format.directories import is_earlier_export, require_place
 from globe_kernels.format.files import ShardWriter, require_room, staged_directory
+from globe_kernels.format.layout import BIASES, DOWN, GATE_UP
 from globe_kernels.format.names import CARD_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, MODEL_CONFIG_NAME, QUANT_METHOD
 
 # An export takes over the files of the base that a model needs to run, and its licence; neither weights in other
@@ -81,6 +81,8 @@ def export_globe(
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
+    paths = {layer: experts.name for layer, experts in base.outline.experts.items()}
+    _require_loadable(base, list(paths.values()))
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
@@ -90,11 +92,11 @@ def export_globe(
         for layer in checkpoint.config.base.num_experts:
             for family in FAMILIES:
                 factors = checkpoint.layer(layer, family)
-                yield exported_key(layer, f"{family}_adapter"), factors.adapter
-                yield exported_key(layer, f"{family}_code_index"), factors.code.index
-                yield exported_key(layer, f"{family}_code_value"), factors.code.value
+                yield f"{paths[layer]}.{family}_adapter", factors.adapter
+                yield f"{paths[layer]}.{family}_code_index", factors.code.index
+                yield f"{paths[layer]}.{family}_code_value", factors.code.value
 
-    split = sum(key.matrix == "gate_up_bias" for key in base.expert_keys.values())
+    split = sum(key.matrix == BIASES[GATE_UP] for key in base.expert_keys.values())
     count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
     needed = _bytes(base, kept) + checkpoint.bytes_on_disk
@@ -131,8 +133,8 @@ def export_dense(
             key, original = base.expert_keys.get(name), base.files.read(name)
             if key is not None and _is_compressed(key):
                 original = torch.empty_like(original)
-                for family in FAMILIES if key.matrix == "gate_up" else (key.matrix,):
-                    part = original[None] if key.expert is not None else base.architecture.part(original, family)
+                for family in FAMILIES if key.matrix == GATE_UP else (key.matrix,):
+                    part = original[None] if key.expert is not None else key.layout.part(original, family)
                     part.copy_(dense(key, family))
             yield name, original
 
@@ -141,7 +143,7 @@ def export_dense(
 
 
 def _is_compressed(key: ExpertKey | None) -> bool:
-    return key is not None and key.matrix in ("gate", "up", "gate_up")
+    return key is not None and key.matrix in (*FAMILIES, GATE_UP)
 
 
 def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -150,9 +152,21 @@ def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
     if parsed is None or parsed.expert is not None:
         yield key, tensor
         return
-    prefix, _, name = key.rpartition(".")
-    for kept_name, view in base.architecture.kept(name, tensor).items():
-        yield f"{prefix}.{kept_name}", view
+    # under the path in the live model: transformers may rename what has the prefix of the file
+    path = base.outline.experts[parsed.layer].name
+    for kept_name, view in parsed.layout.kept(parsed.matrix, tensor).items():
+        yield f"{path}.{kept_name}", view
+
+
+def _require_loadable(base: ExpertSource, paths: list[str]) -> None:
+    """Raises RequestError when transformers would load the tensors of an export under other names."""
+    for path in paths:
+        for name in ("gate_adapter", "up_code_index", DOWN):
+            if (live := base.names.live_key(f"{path}.{name}")) != f"{path}.{name}":
+                raise RequestError(
+                    f"transformers loads {path}.{name} as {live}, so an export could not be loaded; patch the live "
+                    "model with the checkpoint instead."
+                )
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

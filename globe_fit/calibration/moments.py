@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from globe_fit.data.source import ExpertSource
-from globe_kernels.format.architectures import Architecture
 from globe_kernels.format.names import FAMILIES
-from globe_kernels.model.targets import activation_of
-from globe_kernels.ops.activations import GATED_ACTIVATIONS
+from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
+from globe_kernels.ops.activations import gated_activation
 
 _CHUNK = 4096  # tokens that are summed together, which bounds the memory
 
@@ -53,23 +52,24 @@ def collect(
 @contextmanager
 def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dict[int, Sums]]:
     """Yield {layer id: sums}; while the block runs, every call of the experts of `model` adds to them."""
-    activation = activation_of(model)
-    experts_of = {layer.layer: layer.num_experts for layer in source.layers}
+    count_of = {layer.layer: layer.num_experts for layer in source.layers}
     width, inner = source.base.hidden_size, source.base.intermediate_size
     # fp32 on a GPU: fp64 is slow there, and a finite text errs more than fp32 sums do
     dtype = torch.float64 if device == "cpu" else torch.float32
     totals: dict[int, Sums] = {}
     removers = []
-    for layer, name in source.architecture.live_experts(model):
-        rows = {family: torch.zeros(experts_of[layer], inner, dtype=dtype, device=device) for family in FAMILIES}
+    for layer, dense in routed_experts(model).items():
+        rows = {family: torch.zeros(count_of[layer], inner, dtype=dtype, device=device) for family in FAMILIES}
         totals[layer] = Sums(torch.zeros(width, width, dtype=dtype, device=device), rows)
 
-        def add(experts: Any, inputs: tuple, total: Sums = totals[layer]) -> None:
+        def add(
+            inputs: tuple, total: Sums = totals[layer], dense: DenseExperts = dense, spec: str = activation_of(dense)
+        ) -> None:
             hidden, index, router_weight = inputs
             _add_moment(total.moment, hidden)
-            _add_sensitivities(total.rows, source.architecture, experts, activation, hidden, index, router_weight)
+            _add_sensitivities(total.rows, dense, spec, hidden, index, router_weight)
 
-        removers.append(_before_forward(model.get_submodule(name), add))
+        removers.append(_before_forward(dense.module, add))
     try:
         yield totals
     finally:
@@ -77,16 +77,16 @@ def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dic
             remove()
 
 
-def _before_forward(experts: Any, action: Callable[[Any, tuple], None]) -> Callable[[], object]:
-    """Call `action` with the module, its weights loaded, and its inputs before every call; return a remover."""
+def _before_forward(experts: Any, action: Callable[[tuple], None]) -> Callable[[], object]:
+    """Call `action` with the inputs before every call of a module, its weights loaded; return a remover."""
     if not hasattr(experts, "_hf_hook"):
-        return experts.register_forward_pre_hook(action).remove
+        return experts.register_forward_pre_hook(lambda _, inputs: action(inputs)).remove
     # offloaded: the hook of accelerate loads the weights inside the call, so the action must come after that hook
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 
     class ActionHook(ModelHook):
         def pre_forward(self, module: Any, *args: Any, **kwargs: Any) -> tuple[tuple, dict]:
-            action(module, args)
+            action(args)
             return args, kwargs
 
     add_hook_to_module(experts, ActionHook(), append=True)
@@ -101,8 +101,7 @@ def _add_moment(total: torch.Tensor, hidden: torch.Tensor) -> None:
 
 def _add_sensitivities(
     totals: dict[str, torch.Tensor],
-    architecture: Architecture,
-    experts: Any,
+    dense: DenseExperts,
     activation: str,
     hidden: torch.Tensor,
     index: torch.Tensor,
@@ -113,13 +112,14 @@ def _add_sensitivities(
     ids, order = index.flatten().sort()
     squares = router_weight.flatten().float().square()
     bounds = torch.searchsorted(ids, torch.arange(count + 1, dtype=ids.dtype, device=ids.device)).tolist()
-    down = architecture.kept("down_proj", experts.down_proj)["down_proj"]
+    experts, layout = dense.module, dense.layout
+    down = layout.canonical(experts.down_proj)
     for expert, (start, stop) in enumerate(pairwise(bounds)):
         if start == stop:
             continue
-        matrices = {f: architecture.part(experts.gate_up_proj, f)[expert].float() for f in FAMILIES}
+        matrices = {f: layout.part(experts.gate_up_proj, f)[expert].float() for f in FAMILIES}
         biases = {
-            f: architecture.part(experts.gate_up_proj_bias, f)[expert].float() if architecture.has_bias else None
+            f: layout.part(experts.gate_up_proj_bias, f)[expert].float() if layout.has_bias else None
             for f in FAMILIES
         }
         reach = down[expert].float().square().sum(0)  # (P,) ||V[:, k]||^2
@@ -134,4 +134,4 @@ def _slopes(activation: str, outputs: list[torch.Tensor]) -> tuple[torch.Tensor,
     """Return the derivatives of the activation, which is elementwise, by the outputs of gate and of up."""
     with torch.enable_grad():
         inputs = [output.requires_grad_() for output in outputs]
-        return torch.autograd.grad(GATED_ACTIVATIONS[activation](*inputs).sum(), inputs)
+        return torch.autograd.grad(gated_activation(activation)(*inputs).sum(), inputs)

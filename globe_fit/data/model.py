@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from globe_fit.data.outline import model_class, read_transformers_config
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_model, not_a_model
 from globe_kernels.format.names import FAMILIES
+from globe_kernels.model.discovery import routed_experts
 
 WINDOW = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -34,13 +36,14 @@ def load_model(
     path = Path(path)
     if not holds_model(path):
         raise not_a_model(path)
+    whole = model_class(read_transformers_config(path))
     try:
         if offload_folder is not None:
             on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
             device_map = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
             options = {"device_map": device_map, "offload_folder": offload_folder}
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options).eval()
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            return whole.from_pretrained(path, dtype=dtype, **options).eval()
+        model: Any = whole.from_pretrained(path, dtype=dtype)
     except GlobeError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -61,11 +64,11 @@ def with_experts(
 ) -> nn.Module:
     """Load the dense model of `source` and set its gate and up experts (E, P, D) to `weights(layer, family)`."""
     model = load_model(source.model_dir, device)
-    live = dict(source.architecture.live_experts(model))
+    live = routed_experts(model)
     for layer in source.layers:
-        experts: Any = model.get_submodule(live[layer.layer])
+        experts = live[layer.layer]
         for family in FAMILIES:
-            source.architecture.part(experts.gate_up_proj.data, family).copy_(weights(layer, family))
+            experts.layout.part(experts.module.gate_up_proj.data, family).copy_(weights(layer, family))
     return model
 
 

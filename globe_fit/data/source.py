@@ -1,7 +1,7 @@
 """Stream the experts of a Hugging Face checkpoint from its safetensors files, one layer at a time.
 
 Both layouts are read: a 2-D tensor per expert (`experts.{e}.gate_proj.weight`) and fused 3-D tensors
-(`experts.gate_up_proj`, laid out as the architecture says). Nothing is read before the caller asks for it.
+(`experts.gate_up_proj`, in any layout that transformers reads). Nothing is read before the caller asks for it.
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from globe_fit.data.disk_names import DiskNames, ExpertKey
+from globe_fit.data.outline import Outline, shape_of_most
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import ExpertKey, architecture_of
-from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.format.directories import holds_export, holds_model, not_a_model
 from globe_kernels.format.files import read_json
+from globe_kernels.format.layout import GATE_UP
 from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -32,35 +33,6 @@ def read_config(model_dir: Path) -> dict:
     if not holds_model(model_dir) or holds_export(model_dir):
         raise not_a_model(model_dir)
     return read_json(model_dir / MODEL_CONFIG_NAME, "download it again")
-
-
-def configured_base(config: dict, where: Path) -> BaseModel:
-    """Return the sizes that a config.json, at path `where`, gives the experts; no weight is read.
-
-    Raises RequestError when the model is not a known MoE model, GlobeError when sizes are missing.
-    """
-    architecture = architecture_of(config.get("model_type"))
-    try:
-        num_experts = architecture.num_experts(config)
-        return BaseModel(
-            name=_model_name(where.absolute().parent) if where.name == MODEL_CONFIG_NAME else where.stem,
-            model_type=architecture.model_type,
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=architecture.intermediate_size(config),
-            num_experts=dict.fromkeys(architecture.moe_layers(config), num_experts),
-        )
-    except (KeyError, TypeError) as error:
-        raise GlobeError(
-            f"{where} is not a complete {architecture.model_type} configuration ({error}); download it again."
-        ) from error
-
-
-def _model_name(directory: Path) -> str:
-    """Name a model by its directory; in the cache of the Hub by its id there, organisation/name."""
-    for part in directory.parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return directory.resolve().name
 
 
 class TensorFiles:
@@ -132,23 +104,33 @@ class ExpertLayer:
     num_experts: int
     keys: dict[str, list[str]]  # matrix (as in ExpertKey) -> a key per expert, or the key of the fused tensor
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up of all experts are one tensor."""
+        return GATE_UP in self.keys
+
+    def gate_or_up(self, family: str) -> list[str]:
+        """Return the keys of the tensors that hold a family."""
+        return self.keys[GATE_UP if self.is_fused else family]
+
 
 class ExpertSource:
     """The gate and up experts of every MoE layer of a checkpoint on disk.
 
-    `base` has the sizes, which are read from the tensors and checked against config.json. A bank needs one shape
-    (P, D): where layers differ, the source has the layers of the shape that holds the most weights, and
-    `base.left_dense` alone names the others. `read` returns the experts of one layer and family, and keeps nothing.
+    `base` has the sizes, which are read from the tensors and checked against the model that config.json describes. A
+    bank needs one shape (P, D): where layers differ, the source has the layers of the shape that holds the most
+    weights, and `base.left_dense` alone names the others. `read` returns the experts of one layer and family, and
+    keeps nothing.
     """
 
     def __init__(self, model_dir: str | Path):
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
-        config = read_config(self.model_dir)
-        self._top_k: int | None = config.get("num_experts_per_tok")
-        configured = configured_base(config, self.model_dir / MODEL_CONFIG_NAME)
-        self.architecture = architecture_of(configured.model_type)
+        read_config(self.model_dir)
+        self.outline = Outline.read(self.model_dir)
+        configured = self.outline.base
         self.files = TensorFiles(self.model_dir)
+        self.names = DiskNames(self.outline)
         self.expert_keys: dict[str, ExpertKey] = {}
         for key in self.files.weight_map:
             if ".experts." in key and key.endswith(("_blocks", "_scales")):
@@ -157,13 +139,13 @@ class ExpertSource:
                     "the model in transformers with Mxfp4Config(dequantize=True) and save it with "
                     "save_original_format=False."
                 )
-            parsed = self.architecture.parse_key(key)
-            # layers past num_hidden_layers are prediction heads that transformers does not load
-            if parsed is not None and parsed.layer < config["num_hidden_layers"]:
+            # a tensor that the model does not have, such as a prediction head, is no expert of it
+            parsed = self.names.parse(key, self._shape(key))
+            if parsed is not None:
                 self.expert_keys[key] = parsed
-        self.layers = self._group(self.architecture.num_experts(config), list(configured.num_experts))
-        shapes = self._shapes(configured.intermediate_size, configured.hidden_size)
-        inner, width = _shape_of_most(self.layers, shapes)
+        self.layers = self._group({layer: experts.sizes[0] for layer, experts in self.outline.experts.items()})
+        shapes = self._shapes()
+        inner, width = shape_of_most({layer.layer: (layer.num_experts, *shapes[layer.layer]) for layer in self.layers})
         left_dense = {layer: shape for layer, shape in shapes.items() if shape != (inner, width)}
         self.layers = [layer for layer in self.layers if layer.layer not in left_dense]
         self.expert_keys = {key: e for key, e in self.expert_keys.items() if e.layer not in left_dense}
@@ -175,27 +157,28 @@ class ExpertSource:
             left_dense=left_dense,
         )
 
-    def _group(self, configured: int, expected_layers: list[int]) -> list[ExpertLayer]:
+    def _group(self, configured: dict[int, int]) -> list[ExpertLayer]:
+        """Group the keys by layer; `configured` is {layer id: E} of the model that config.json describes."""
         found: dict[int, dict[tuple[str, int | None], str]] = {}
         for key, parsed in self.expert_keys.items():
             found.setdefault(parsed.layer, {})[parsed.matrix, parsed.expert] = key
         if not found:
             raise RequestError(
                 f"{self.model_dir} has no routed experts among its {len(self.files.weight_map)} tensors; expected "
-                f"the names of {self.architecture.model_type}, such as layers.0.mlp.experts.0."
-                f"{self.architecture.gate}.weight or layers.0.mlp.experts.gate_up_proj."
+                f"tensors that transformers reads as {next(iter(self.outline.experts.values())).name}.{GATE_UP}."
             )
-        if sorted(found) != expected_layers:
+        if sorted(found) != sorted(configured):
             raise GlobeError(
-                f"{self.model_dir} has experts in layers {sorted(found)} and config.json says {expected_layers}; the "
-                "checkpoint is incomplete or of another model, download it again."
+                f"{self.model_dir} has experts in layers {sorted(found)} and config.json says {sorted(configured)}; "
+                "the checkpoint is incomplete or of another model, download it again."
             )
-        counts = {layer: self._count(found[layer]) for layer in expected_layers}
-        if configured not in counts.values():  # the configuration of another model, not layers that differ
-            counts = {}
+        routers = self._routers()
+        counts = {layer: self._count(found[layer], routers.get(layer)) for layer in configured}
+        if not any(counts[layer] == count for layer, count in configured.items()):
+            counts = {}  # the configuration of another model, not layers that differ
         layers = []
-        for layer in expected_layers:
-            num_experts = counts.get(layer) or configured
+        for layer, expected in configured.items():
+            num_experts = counts.get(layer) or expected
             keys: dict[str, list[str]] = {}
             for (matrix, expert), _ in found[layer].items():
                 if matrix not in keys:
@@ -207,7 +190,7 @@ class ExpertSource:
                             f"({len(missing)} of {num_experts} missing); download the checkpoint again."
                         )
                     keys[matrix] = [found[layer][matrix, e] for e in experts]
-            if not ({"gate", "up"} <= keys.keys() or "gate_up" in keys):
+            if not ({*FAMILIES} <= keys.keys() or GATE_UP in keys):
                 raise GlobeError(f"Layer {layer} of {self.model_dir} lacks gate or up experts; download it again.")
             surplus = [e for _, e in found[layer] if e is not None and e >= num_experts]
             if surplus:
@@ -218,36 +201,50 @@ class ExpertSource:
             layers.append(ExpertLayer(layer, num_experts, keys))
         return layers
 
-    def _count(self, found: dict[tuple[str, int | None], str]) -> int | None:
+    def _routers(self) -> dict[int, str]:
+        """Return {layer id: key on disk of the router's weights (E, D)}, which stand beside the experts."""
+        layers = {}
+        for layer, experts in self.outline.experts.items():
+            block = experts.name.rpartition(".")[0]
+            count, _, width = experts.sizes
+            for name, parameter in self.outline.model.get_submodule(block).named_parameters():
+                if parameter.shape == (count, width):
+                    layers[f"{block}.{name}"] = layer
+                    break
+        live_keys = {key: self.names.live_key(key) for key in self.files.weight_map if key not in self.expert_keys}
+        return {layers[live]: key for key, live in live_keys.items() if live in layers}
+
+    def _count(self, found: dict[tuple[str, int | None], str], router: str | None) -> int | None:
         """Return E of one layer, where the layer has as many experts as its router has rows; else None."""
-        (_, expert), key = next(iter(found.items()))
-        router = self.architecture.router_key(key)
-        if router not in self.files.weight_map:
+        if router is None:
             return None
+        (_, expert), key = next(iter(found.items()))
         held = max(e for _, e in found if e is not None) + 1 if expert is not None else self._shape(key)[0]
         return held if held == self._shape(router)[0] else None
 
     def _shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.files.view(key).get_shape())
 
-    def _shapes(self, inner: int, width: int) -> dict[int, tuple[int, int]]:
-        """Read {layer id: (P, D) of its gate and up experts} from the headers; config.json says (inner, width).
+    def _shapes(self) -> dict[int, tuple[int, int]]:
+        """Read {layer id: (P, D) of its gate and up experts} from the headers.
 
         Raises RequestError when the experts of one layer differ, GlobeError when no layer is as config.json says.
         """
         for layer in self.layers:
-            for key in (key for matrix in ("gate", "up", "gate_up") for key in layer.keys.get(matrix, ())):
+            for key in (key for matrix in (*FAMILIES, GATE_UP) for key in layer.keys.get(matrix, ())):
                 if (dtype := self.files.view(key).get_dtype()) not in _READABLE:
                     raise RequestError(
                         f"{key} is stored as {dtype} and GloBE reads {', '.join(_READABLE)}; convert the model to bf16 "
                         "first."
                     )
+        configured = {layer: experts.sizes[1:] for layer, experts in self.outline.experts.items()}
         shapes = {}
         for layer in self.layers:
-            read_shape = self._fused_shape if "gate_up" in layer.keys else self._separate_shape
-            shapes[layer.layer] = read_shape(layer, inner, width)
-        if (inner, width) not in shapes.values():
-            rows, columns = next(iter(shapes.values()))
+            read_shape = self._fused_shape if layer.is_fused else self._separate_shape
+            shapes[layer.layer] = read_shape(layer, *configured[layer.layer])
+        if not any(shapes[layer] == shape for layer, shape in configured.items()):
+            layer, (rows, columns) = next(iter(shapes.items()))
+            inner, width = configured[layer]
             raise GlobeError(
                 f"The experts of {self.model_dir} are {rows} x {columns} and config.json says {inner} x {width}; "
                 "the files are of different models, download them again."
@@ -256,7 +253,7 @@ class ExpertSource:
 
     def _separate_shape(self, layer: ExpertLayer, *_: int) -> tuple[int, int]:
         found: dict[tuple[int, ...], str] = {}
-        for matrix in ("gate", "up", "down"):
+        for matrix in (*FAMILIES, "down"):
             for key in layer.keys.get(matrix, ()):
                 shape = self._shape(key)
                 found.setdefault(shape[::-1] if matrix == "down" else shape, key)
@@ -271,22 +268,23 @@ class ExpertSource:
 
     def _fused_shape(self, layer: ExpertLayer, inner: int, width: int) -> tuple[int, int]:
         """Return (P, D) as config.json says, or another shape when all fused tensors of the layer agree on it."""
-        found = {
-            name: [self._shape(key) for key in layer.keys.get(name.replace("_proj", ""), ())]
-            for name in self.architecture.fused_shapes(layer.num_experts, inner, width)
-        }
-        _, *matrix = found["gate_up_proj"][0]
-        rows, columns = matrix[::-1] if self.architecture.transposed else matrix
+        layouts = {matrix: self.expert_keys[keys[0]].layout for matrix, keys in layer.keys.items()}
+        found = {matrix: self._shape(keys[0]) for matrix, keys in layer.keys.items()}
+
+        def expected(inner: int, width: int) -> dict[str, tuple[int, ...]]:
+            usual = self.outline.experts[layer.layer].layout
+            names = usual.shapes(layer.num_experts, inner, width)
+            return {name: layouts.get(name, usual).shapes(layer.num_experts, inner, width)[name] for name in names}
+
+        matrix = found[GATE_UP][1:]
+        rows, columns = matrix[::-1] if layouts[GATE_UP].transposed else matrix
         for shape in ((inner, width), (rows // 2, columns)):
-            expected = self.architecture.fused_shapes(layer.num_experts, *shape)
-            if all(found[name] == [wanted] for name, wanted in expected.items()):
+            if found == expected(*shape):
                 return shape
-        expected = self.architecture.fused_shapes(layer.num_experts, inner, width)
-        name = next(name for name, shape in expected.items() if found[name] != [shape])
+        name, wanted = next((name, wanted) for name, wanted in expected(inner, width).items() if found.get(name) != wanted)
         raise GlobeError(
-            f"{name} of the experts of layer {layer.layer} in {self.model_dir} is "
-            f"{', '.join(map(str, found[name])) or 'missing'} and config.json says {expected[name]}; the files are "
-            "incomplete or of different models, download them again."
+            f"{name} of the experts of layer {layer.layer} in {self.model_dir} is {found.get(name, 'missing')} and "
+            f"config.json says {wanted}; the files are incomplete or of different models, download them again."
         )
 
     def read(
@@ -308,8 +306,7 @@ class ExpertSource:
 
     def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
         """Return the dtype of the experts of one layer and family on disk; float32 where they differ."""
-        keys = layer.keys.get(family) or layer.keys["gate_up"]
-        found = {self.files.view(key).get_dtype() for key in keys}
+        found = {self.files.view(key).get_dtype() for key in layer.gate_or_up(family)}
         return _READABLE[found.pop()] if len(found) == 1 else torch.float32
 
     def stored_bytes(self, family: str) -> int:
@@ -321,7 +318,7 @@ class ExpertSource:
     def facts(self) -> dict[str, int | None]:
         """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
         whole = sum(map(self.files.num_bytes, self.files.weight_map))
-        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self._top_k}
+        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self.outline.top_k}
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -341,24 +338,25 @@ class ExpertSource:
         if torch.isfinite(weights.abs().sum()):
             return
         expert = experts[int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])]
-        keys = layer.keys.get(family) or layer.keys["gate_up"]
+        keys = layer.gate_or_up(family)
         raise GlobeError(
             f"Expert {expert} of layer {layer.layer} has NaN or infinity in its {family} matrix "
             f"({keys[min(expert, len(keys) - 1)]} in {self.model_dir}); repair or download the checkpoint again."
         )
 
     def _matrices(self, layer: ExpertLayer, family: str, experts: range, columns: slice) -> Iterator[torch.Tensor]:
-        if family in layer.keys:
+        if not layer.is_fused:
             for expert in experts:
                 yield self.files.view(layer.keys[family][expert])[:, columns]
             return
-        view = self.files.view(layer.keys["gate_up"][0])
-        start = 0 if family == "gate" else self.base.intermediate_size
+        (key,) = layer.keys[GATE_UP]
+        view, layout = self.files.view(key), self.expert_keys[key].layout
+        start = FAMILIES.index(family) * self.base.intermediate_size
         for expert in experts:
-            if self.architecture.transposed:  # (D, 2P) on disk
-                yield self.architecture.part(view[expert : expert + 1, columns], family)[0]
-            elif self.architecture.interleaved:  # rows that are not contiguous: both families are read
-                yield self.architecture.part(view[expert : expert + 1, :, columns], family)[0]
+            if layout.transposed:  # (D, 2P) on disk
+                yield layout.part(view[expert : expert + 1, columns], family)[0]
+            elif layout.interleaved:  # rows that are not contiguous: both families are read
+                yield layout.part(view[expert : expert + 1, :, columns], family)[0]
             else:
                 yield view[expert, start : start + self.base.intermediate_size, columns]
 
@@ -370,12 +368,3 @@ class ExpertSource:
             spans.append((layer, slice(start, start + layer.num_experts)))
             start += layer.num_experts
         return spans
-
-
-def _shape_of_most(layers: list[ExpertLayer], shapes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Return the (P, D) of the most weights; of two equal counts, the shape that comes first."""
-    weights: dict[tuple[int, int], int] = {}
-    for layer in layers:
-        shape = shapes[layer.layer]
-        weights[shape] = weights.get(shape, 0) + layer.num_experts * math.prod(shape)
-    return max(weights, key=lambda shape: weights[shape])

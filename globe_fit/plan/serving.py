@@ -11,13 +11,12 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from globe_fit.config import FitConfig
-from globe_fit.data.source import configured_base, read_config
+from globe_fit.data.outline import Outline
+from globe_fit.data.source import read_config
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import not_a_model
 from globe_kernels.format.files import read_json
@@ -59,23 +58,11 @@ def read_model(path: Path) -> ModelSizes:
     """Read the sizes of a model directory or of its config.json. Raises RequestError for a model without experts."""
     if not path.exists() or path.suffix == ".gguf":
         raise not_a_model(path)
-    where = path / "config.json" if path.is_dir() else path
-    config = read_config(path) if path.is_dir() else read_json(path, "give the config.json of a model")
-    base = configured_base(config, where)
-    if not base.num_experts:
-        raise RequestError(f"{where} describes no layer with routed experts; give a Mixture-of-Experts model.")
-    # the sizes do not depend on the quantization, and its libraries may be missing
-    wanted = {name: value for name, value in config.items() if name != "quantization_config"}
-    try:
-        full = AutoConfig.for_model(**wanted)
-        with torch.device("meta"):
-            live = AutoModelForCausalLM.from_config(full)
-        top_k = architecture_of(base.model_type).top_k(config)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise GlobeError(f"transformers cannot build the model of {where} ({error}); download it again.") from error
-    experts = {name for _, name in architecture_of(base.model_type).live_experts(live)}
-    outside = (p.numel() for name, p in live.named_parameters() if name.rpartition(".")[0] not in experts)
-    return ModelSizes(base, top_k, sum(outside), _kv_values(full))
+    read_config(path) if path.is_dir() else read_json(path, "give the config.json of a model")
+    outline = Outline.read(path)
+    experts = {each.name for each in outline.experts.values()}
+    outside = (p.numel() for name, p in outline.model.named_parameters() if name.rpartition(".")[0] not in experts)
+    return ModelSizes(outline.base, outline.top_k, sum(outside), _kv_values(outline.model.config.get_text_config()))
 
 
 def _kv_values(config) -> int:

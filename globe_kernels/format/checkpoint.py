@@ -13,8 +13,8 @@ A directory with
     config.json          a sentence, for a person who gives the directory to from_pretrained
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
-index 0 and value 0. An exported Hugging Face directory holds the same tensors under `exported_key`
-and `exported_bank_key`, and the same configuration as `quantization_config`. Tensors that the base fuses beside gate
+index 0 and value 0. An exported Hugging Face directory holds the same tensors under the path of each layer's experts in
+the model, the atoms under `exported_bank_key`, and the same configuration as `quantization_config`. Tensors that the base fuses beside gate
 and up have the layout of GlobeMoEFFN there: down_proj (E, D, P), {family}_bias (E, P), down_bias (E, D).
 
 Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
@@ -60,6 +60,7 @@ class BaseModel:
     intermediate_size: int  # P
     num_experts: dict[int, int]  # layer id -> E
     left_dense: dict[int, tuple[int, int]] = field(default_factory=dict)  # (P, D) of layers that no bank stands for
+    has_bias: bool = False  # gate, up and down of every expert have a bias
 
     @property
     def total_experts(self) -> int:
@@ -123,8 +124,9 @@ class GlobeConfig:
     def to_dict(self) -> dict:
         base = asdict(self.base)
         base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
-        if not self.base.left_dense:  # a file without such layers is as it was before there were any
-            del base["left_dense"]
+        for name in ("left_dense", "has_bias"):  # a file without them is as it was before there were any
+            if not base[name]:
+                del base[name]
         others = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "base"}
         return {"format_version": FORMAT_VERSION, "families": list(FAMILIES), "base": base, **others}
 
@@ -157,11 +159,6 @@ class GlobeConfig:
             if value not in allowed:
                 raise GlobeError(f"{where} has {name} {value!r}; this library reads {', '.join(map(str, allowed))}.")
         return config
-
-
-def exported_key(layer: int, name: str) -> str:
-    """Return the key of a layer's GloBE tensor in an exported Hugging Face directory."""
-    return f"model.layers.{layer}.mlp.experts.{name}"
 
 
 def exported_bank_key(family: str) -> str:

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import DeviceBank
@@ -20,7 +19,7 @@ class GlobeMoEFFN(nn.Module):
 
     Parameters and buffers (E experts, P intermediate size, R rank, C support, D hidden size):
     `{gate,up}_adapter` (E, P, R), `{gate,up}_code_index` (E, C) int32, `{gate,up}_code_value` (E, C)
-    float32, `down_proj` (E, D, P), of architectures with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
+    float32, `down_proj` (E, D, P), of models with biases also `{gate,up}_bias` (E, P) and `down_bias` (E, D).
 
     `hold` says by which strategies calls may run. Each strategy makes the tensors that it needs beside the weights;
     they are buffers that `state_dict` leaves out.
@@ -38,7 +37,16 @@ class GlobeMoEFFN(nn.Module):
     up_code_value: torch.Tensor
     palettes: dict[str, int]  # {family: U, its distinct atoms}
 
-    def __init__(self, config: GlobeConfig, layer: int, activation: str, dtype: torch.dtype, device=None):
+    def __init__(
+        self,
+        config: GlobeConfig,
+        layer: int,
+        activation: str,
+        dtype: torch.dtype,
+        device=None,
+        *,
+        has_bias: bool = False,
+    ):
         """Make an empty module for layer id `layer` of the model that `config` describes."""
         super().__init__()
         self.num_experts = config.base.num_experts[layer]
@@ -63,7 +71,7 @@ class GlobeMoEFFN(nn.Module):
         dense = {"down_proj": (self.num_experts, self.hidden_dim, self.intermediate_dim)}
         biases = {f"{family}_bias": (self.num_experts, self.intermediate_dim) for family in FAMILIES}
         biases["down_bias"] = (self.num_experts, self.hidden_dim)
-        if architecture_of(config.base.model_type).has_bias:
+        if has_bias:
             dense |= biases
         else:
             for name in biases:

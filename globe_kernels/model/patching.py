@@ -9,21 +9,20 @@ import torch
 from torch import nn
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.layout import GATE_UP
 from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES
 from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
+from globe_kernels.model.discovery import DenseExperts, top_k_of
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.targets import (
-    DenseExperts,
-    activation_of,
+    globe_experts,
     globe_modules,
     install_bank,
     is_patched,
     plan_replacement,
     remove_bank,
-    top_k_of,
 )
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.strategies import DENSE
@@ -115,8 +114,8 @@ def patch(
     for target in targets:
         _check_shapes(target, checkpoint.config)
     _refuse_other_weights(targets[0], checkpoint)
-    bank, modules = _build(targets, checkpoint, activation_of(model))
-    arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), strategy, *bounds))
+    bank, modules = _build(targets, checkpoint)
+    arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model, targets[0]), strategy, *bounds))
 
     before = sum(_module_bytes(target.module) for target in targets)
     rest = _module_bytes(model) - before
@@ -172,7 +171,7 @@ def peak_workspace(model: nn.Module, strategy: str | None = None) -> int:
         getattr(model, BANK_NAME).config,
         modules[0].strategy if strategy is None else lambda _: strategy,
         PEAK_TOKENS,
-        top_k_of(model),
+        getattr(model, BANK_NAME).arrangement.top_k,
         adapter.element_size(),
         palettes,
         on_gpu=modules[0].device.type == "cuda",
@@ -200,8 +199,7 @@ def _checkpoint_path(model: nn.Module) -> Path:
 
 def _check_shapes(target: DenseExperts, config: GlobeConfig) -> None:
     num_experts = config.base.num_experts[target.layer]
-    inner, width = config.base.intermediate_size, config.base.hidden_size
-    expected = architecture_of(config.base.model_type).fused_shapes(num_experts, inner, width)
+    expected = target.layout.shapes(num_experts, config.base.intermediate_size, config.base.hidden_size)
     for name, shape in expected.items():
         tensor = getattr(target.module, name, None)
         found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
@@ -223,7 +221,7 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
     One layer suffices: a relative squared error of 1 or more cannot come from the weights of the fit.
     """
     config = checkpoint.config
-    weights = architecture_of(config.base.model_type).part(target.module.gate_up_proj.detach(), "gate")
+    weights = target.layout.part(target.module.gate_up_proj.detach(), "gate")
     factors = checkpoint.layer(target.layer, "gate")
     basis = compose_basis_ref(
         factors.code.index, factors.code.value, checkpoint.bank("gate"), config.phi, torch.float32
@@ -238,11 +236,10 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
 
 
 def _build(
-    targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint, activation: str
+    targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint
 ) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
     """Build the bank and the replacements, on the devices and in the dtypes of the experts that they replace."""
     config = checkpoint.config
-    architecture = architecture_of(config.base.model_type)
     bank = GlobeBank(config, "meta")
     for family in FAMILIES:
         atoms = _finite(checkpoint.bank(family), f"bank.{family}", checkpoint)
@@ -250,10 +247,9 @@ def _build(
     modules = []
     for target in targets:
         down = target.module.down_proj
-        module = GlobeMoEFFN(config, target.layer, activation, down.dtype, "meta")
-        for name in ("down_proj", "gate_up_proj_bias", "down_proj_bias"):
-            fused = getattr(target.module, name, None)
-            for parameter, tensor in architecture.kept(name, fused).items() if fused is not None else ():
+        module = globe_experts(config, target)
+        for name, fused in target.module.named_parameters():
+            for parameter, tensor in target.layout.kept(name, fused).items() if name != GATE_UP else ():
                 if not isinstance(tensor, nn.Parameter):  # a view, in another layout than GlobeMoEFFN has
                     tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
                 setattr(module, parameter, tensor)

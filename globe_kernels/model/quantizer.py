@@ -4,7 +4,6 @@ Importing this module registers the quantization method "globe". The experts are
 model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +15,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.errors import GlobeError
-from globe_kernels.format.architectures import architecture_of
-from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, exported_key
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
-from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.model.targets import activation_of, globe_modules, install_bank, plan_replacement, top_k_of
+from globe_kernels.model.discovery import top_k_of
+from globe_kernels.model.renaming import Renaming
+from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
 from globe_kernels.strategies.budget import AUTO
 
 
@@ -67,14 +66,12 @@ class GlobeHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
         config = self.globe
         targets = plan_replacement(model, config)
-        activation = activation_of(model)
+        self.dtype, self.top_k = targets[0].module.down_proj.dtype, top_k_of(model, targets[0])
         for target in targets:
-            # the meta tensors have the dtype that the model was asked for
-            self.dtype = target.module.down_proj.dtype
-            model.set_submodule(target.name, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
+            model.set_submodule(target.name, globe_experts(config, target))
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         if checkpoint_files:
-            _check_exported_files(checkpoint_files, config, globe_modules(model).values())
+            _check_exported_files(checkpoint_files, model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
@@ -86,7 +83,7 @@ class GlobeHfQuantizer(HfQuantizer):
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
         modules = list(globe_modules(model).values())
-        arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), AUTO))
+        arrange(bank, modules, plan_arrangement(bank, modules, self.top_k, AUTO))
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
         model.is_quantized = False
@@ -124,25 +121,29 @@ def _bring(bank: GlobeBank) -> None:
         setattr(bank, name, nn.Parameter(atoms.to("cpu"), requires_grad=False))
 
 
-def _check_exported_files(files: list[str], config: GlobeConfig, modules: Iterable[GlobeMoEFFN]) -> None:
-    """transformers neither stops at a missing tensor nor, under a quantizer, checks shapes: do both here."""
-    architecture = architecture_of(config.base.model_type)
-    live_key = architecture.live_key
+def _check_exported_files(files: list[str], model: Any) -> None:
+    """Check the tensors of experts and bank: transformers neither stops at a missing tensor nor checks shapes here.
+
+    Raises GlobeError for a tensor that is missing or of another shape. The experts of a base that keeps them one by one
+    are merged by transformers.
+    """
+    renaming = Renaming(model)
     found: dict[str, tuple[int, ...]] = {}
+    merged: dict[str, int] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            keys = list(handle.keys())
-            found |= {live_key(key): tuple(handle.get_slice(key).get_shape()) for key in keys}
-    expected: dict[str, tuple[int, ...]] = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            key = exported_key(module.layer, name)
-            # a base that is not transposed may keep it expert by expert
-            if name != "down_proj" or architecture.transposed or live_key(key) in found:
-                expected[key] = tuple(tensor.shape)
+            for key in handle.keys():
+                live = renaming.live(key)
+                if len(shape := tuple(handle.get_slice(key).get_shape())) == 2 and live.converter is not None:
+                    merged[live.key] = merged.get(live.key, 0) + 1
+                    shape = (merged[live.key], *shape)
+                found[live.key] = shape
+    bank = getattr(model, BANK_NAME)
+    expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
+    for path, module in globe_modules(model).items():
+        expected |= {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     for key, shape in expected.items():
-        actual = found.get(live_key(key))
-        if actual != shape:
+        if (actual := found.get(key)) != shape:
             raise GlobeError(
                 f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
                 "export the checkpoint again."

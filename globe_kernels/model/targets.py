@@ -1,80 +1,49 @@
 """Find the modules of a live model that GloBE replaces, and keep the bank at its root."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from globe_kernels.errors import RequestError
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.arrange import arrange
 from globe_kernels.model.bank import GlobeBank
+from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
 
 _HOOK_NAME = "_globe_load_hook"
-
-
-@dataclass(frozen=True)
-class DenseExperts:
-    """The routed experts of one layer, which GloBE replaces."""
-
-    layer: int
-    name: str  # of the module, such as model.layers.0.mlp.experts
-    module: Any  # nn.Module with the tensors of Architecture.fused_shapes
 
 
 def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[DenseExperts, ...]:
     """Find the modules that `config` replaces, in the order of the layers.
 
-    Raises RequestError when the checkpoint is of another model.
+    Raises RequestError when the checkpoint is of another model, or the model has experts that GloBE cannot replace.
     """
-    model_type = getattr(_text_config(model), "model_type", None)
+    live = routed_experts(model)
+    model_type = next(iter(live.values())).model_type
     if model_type != config.base.model_type:
         raise RequestError(
             f"The checkpoint was fitted on a {config.base.model_type} model ({config.base.name}) and this model is "
             f"{model_type or type(model).__name__}; patch the model it was fitted on."
         )
-    live = dict(architecture_of(model_type).live_experts(model))
     if set(live) != {*config.base.num_experts, *config.base.left_dense}:
         raise RequestError(
             f"The checkpoint covers the MoE layers {_span(config.base.num_experts)} of {config.base.name} and this "
             f"model has the MoE layers {_span(live)}; patch the model it was fitted on."
         )
-    return tuple(
-        DenseExperts(layer, live[layer], model.get_submodule(live[layer])) for layer in sorted(config.base.num_experts)
-    )
+    return tuple(live[layer] for layer in sorted(config.base.num_experts))
 
 
-def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def activation_of(model: nn.Module) -> str:
-    """Return the name of the experts' activation. Raises RequestError for an activation that GloBE does not have."""
-    config = _text_config(model)
-    name = architecture_of(config.model_type).activation or config.hidden_act
-    if name not in GATED_ACTIVATIONS:
-        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(GATED_ACTIVATIONS)}.")
-    for key, expected in ACTIVATION_SETTINGS.get(name, {}).items():
-        if (found := getattr(config, key, expected)) != expected:
-            raise RequestError(
-                f"The experts use the activation {name!r} with {key} {found} and GloBE has it with {expected}; export "
-                "the checkpoint with --dense and run that."
-            )
-    return name
-
-
-def top_k_of(model: nn.Module) -> int:
-    """Return K, the experts per token."""
-    return int(_text_config(model).num_experts_per_tok)
+def globe_experts(config: GlobeConfig, target: DenseExperts) -> GlobeMoEFFN:
+    """Make the module that stands for `target`, without values. Raises RequestError as `activation_of` does."""
+    # where the model was not loaded yet, its meta tensors have the dtype that it was asked for
+    dtype = target.module.down_proj.dtype
+    return GlobeMoEFFN(config, target.layer, activation_of(target), dtype, "meta", has_bias=target.layout.has_bias)
 
 
 def _span(layers) -> str:
-    return ", ".join(map(str, sorted(layers))) or "none"
+    return ", ".join(map(str, sorted(layers)))
 
 
 def is_patched(model: nn.Module) -> bool:

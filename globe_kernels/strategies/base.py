@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.ops.moe_ffn import FromRank
@@ -132,7 +131,7 @@ class Storage:
     def down_bytes(self) -> int:
         """Down matrices (E, D, P) of all layers, and the biases of gate, up and down."""
         base = self.config.base
-        biases = 2 * base.intermediate_size + base.hidden_size if architecture_of(base.model_type).has_bias else 0
+        biases = 2 * base.intermediate_size + base.hidden_size if base.has_bias else 0
         return base.total_experts * (base.hidden_size * base.intermediate_size + biases) * self.item_size
 
     @property

@@ -1,0 +1,73 @@
+"""Which tensors on disk are routed experts, and in which layout they are stored."""
+
+import re
+from dataclasses import dataclass, replace
+
+from globe_fit.data.outline import Outline
+from globe_kernels.errors import RequestError
+from globe_kernels.format.layout import DOWN, ExpertsLayout
+from globe_kernels.format.names import FAMILIES
+from globe_kernels.model.discovery import DenseExperts
+from globe_kernels.model.renaming import LiveKey, Renaming
+
+
+@dataclass(frozen=True)
+class ExpertKey:
+    """One tensor of routed experts on disk."""
+
+    layer: int
+    expert: int | None  # None: a fused tensor of all experts
+    matrix: str  # "gate", "up" or "down" of one expert; of a fused tensor the parameter of the live module
+    layout: ExpertsLayout  # of a fused tensor, on disk
+
+
+class DiskNames:
+    """The names of a model's tensors on disk, as transformers maps them to its modules."""
+
+    def __init__(self, outline: Outline):
+        self._experts = {experts.name: experts for experts in outline.experts.values()}
+        self._renaming = Renaming(outline.model)
+
+    def live_key(self, key: str) -> str:
+        """Return the key of the parameter that the tensor `key` becomes, or becomes a part of."""
+        return self._renaming.live(key).key
+
+    def parse(self, key: str, shape: tuple[int, ...]) -> ExpertKey | None:
+        """Return the routed-expert tensor that `key`, of this shape, holds; None for any other tensor.
+
+        Raises RequestError when transformers makes the experts of the tensor in a way that GloBE does not know.
+        """
+        live = self._renaming.live(key)
+        path, _, name = live.key.rpartition(".")
+        experts = self._experts.get(path)
+        if experts is None or name not in dict(experts.module.named_parameters()):
+            return None
+        steps = () if live.converter is None else tuple(type(step).__name__ for step in live.converter.operations)
+        if steps in (("MergeModulelist", "Concatenate"), ("MergeModulelist",)) and not experts.layout.transposed:
+            sources = live.converter.source_patterns
+            matrix = FAMILIES[sources.index(live.pattern)] if name != DOWN else "down"
+            if len(sources) == (1 if name == DOWN else len(FAMILIES)):
+                return ExpertKey(experts.layer, int(re.findall(r"\.(\d+)(?=\.)", key)[-1]), matrix, experts.layout)
+        if layout := self._fused_layout(steps, live, experts, shape):
+            return ExpertKey(experts.layer, None, name, layout)
+        raise RequestError(
+            f"transformers makes {live.key} of {key} by {', '.join(steps)}, which GloBE does not know; load the model "
+            "in transformers and save it with save_original_format=False."
+        )
+
+    def _fused_layout(
+        self, steps: tuple[str, ...], live: LiveKey, experts: DenseExperts, shape: tuple[int, ...]
+    ) -> ExpertsLayout | None:
+        layout = experts.layout
+        if not steps:
+            return layout
+        (step, *others) = live.converter.operations
+        if others:
+            return None
+        if steps == ("Transpose",) and {step.dim0, step.dim1} == {1, 2}:
+            # transformers asks the shape: a file in the layout of the live module is left as it is
+            as_live = getattr(step, "check_dims", False) and shape == self._renaming.shape(live.key)
+            return layout if as_live else replace(layout, transposed=not layout.transposed)
+        if steps == ("Interleave",) and step.dim == 1 and not step.inverse and not layout.transposed:
+            return replace(layout, interleaved=True)
+        return None

@@ -1,0 +1,127 @@
+"""A model without its weights: built by transformers on the meta device, from config.json alone."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig
+
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.names import MODEL_CONFIG_NAME
+from globe_kernels.model.discovery import DenseExperts, routed_experts, top_k_of
+
+# Where config.json names no class: the heads that a language model may have.
+_HEADS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
+
+
+def read_transformers_config(where: Path) -> Any:
+    """Read the configuration of a model from its directory or its config.json, as transformers reads it.
+
+    Raises RequestError for a model that transformers does not know, GlobeError for a damaged file.
+    """
+    try:
+        return AutoConfig.from_pretrained(where, trust_remote_code=False)
+    except ValueError as error:
+        if "model_type" in str(error) or "model type" in str(error) or "trust_remote_code" in str(error):
+            raise RequestError(
+                f"{where} is not of a model that transformers {transformers.__version__} knows without the code of the "
+                "model's author; update transformers, or give another model."
+            ) from error
+        raise _incomplete(where, error) from error
+    except Exception as error:  # the classes of configurations check their values in many ways
+        raise _incomplete(where, error) from error
+
+
+def _incomplete(where: Path, error: Exception) -> GlobeError:
+    first = str(error).strip().partition("\n")[0]
+    return GlobeError(f"transformers cannot build the model of {where} ({type(error).__name__}: {first}); download it "
+                      "again.")
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that config.json names, else the class that has a head for its model type."""
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    for head in _HEADS:
+        mapping = getattr(transformers, head, None) and getattr(transformers, head)._model_mapping
+        if mapping and type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise RequestError(
+        f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}; update "
+        "transformers, or give another model."
+    )
+
+
+@dataclass(frozen=True)
+class Outline:
+    """The modules and sizes of a model; `model` is on the meta device."""
+
+    where: Path  # its config.json, or its directory
+    model: Any
+
+    @classmethod
+    def read(cls, where: Path) -> "Outline":
+        """Build the model of a directory or of a config.json. Raises as `read_transformers_config` does."""
+        config = read_transformers_config(where)
+        if hasattr(config, "quantization_config"):  # the sizes do not depend on it, and its libraries may be missing
+            del config.quantization_config
+        builder = model_class(config)
+        try:
+            with torch.device("meta"):
+                return cls(where, builder(config))
+        except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
+            raise _incomplete(where, error) from error
+
+    @cached_property
+    def experts(self) -> dict[int, DenseExperts]:
+        """{layer id: experts}. Raises RequestError for a model without experts that GloBE can stand in for."""
+        return routed_experts(self.model)
+
+    @cached_property
+    def top_k(self) -> int:
+        """K, the experts per token."""
+        return top_k_of(self.model, next(iter(self.experts.values())))
+
+    @property
+    def num_layers(self) -> int:
+        """The layers of the language model, with and without experts."""
+        return int(self.model.config.get_text_config().num_hidden_layers)
+
+    @cached_property
+    def base(self) -> BaseModel:
+        """The sizes of the experts. Raises RequestError as `experts` does."""
+        first, *_ = self.experts.values()
+        sizes = {layer: experts.sizes for layer, experts in self.experts.items()}
+        inner, width = shape_of_most(sizes)
+        return BaseModel(
+            name=_model_name(self.where),
+            model_type=first.model_type,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_experts={layer: count for layer, (count, *shape) in sizes.items() if shape == [inner, width]},
+            left_dense={layer: (p, d) for layer, (_, p, d) in sizes.items() if (p, d) != (inner, width)},
+            has_bias=first.layout.has_bias,
+        )
+
+
+def shape_of_most(sizes: dict[int, tuple[int, int, int]]) -> tuple[int, int]:
+    """Return the (P, D) that holds the most weights, of {layer id: (E, P, D)}; of two equals, the first."""
+    weights: dict[tuple[int, int], int] = {}
+    for count, inner, width in sizes.values():
+        weights[inner, width] = weights.get((inner, width), 0) + count * inner * width
+    return max(weights, key=lambda shape: weights[shape])
+
+
+def _model_name(where: Path) -> str:
+    """Name a model by its directory; in the cache of the Hub by its id there, organisation/name."""
+    directory = where.absolute().parent if where.name == MODEL_CONFIG_NAME else where.absolute()
+    for part in directory.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return directory.resolve().name if directory.is_dir() else where.stem
