@@ -15,7 +15,7 @@ from globe_fit.data.source import ExpertSource
 from globe_kernels.format.architectures import Architecture
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.targets import activation_of
-from globe_kernels.ops.activations import GATED_ACTIVATIONS
+from globe_kernels.ops.activations import gated_activation
 
 _CHUNK = 4096  # tokens that are summed together, which bounds the memory
 
@@ -134,4 +134,4 @@ def _slopes(activation: str, outputs: list[torch.Tensor]) -> tuple[torch.Tensor,
     """Return the derivatives of the activation, which is elementwise, by the outputs of gate and of up."""
     with torch.enable_grad():
         inputs = [output.requires_grad_() for output in outputs]
-        return torch.autograd.grad(GATED_ACTIVATIONS[activation](*inputs).sum(), inputs)
+        return torch.autograd.grad(gated_activation(activation)(*inputs).sum(), inputs)

@@ -12,7 +12,7 @@ from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.arrange import arrange
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
-from globe_kernels.ops.activations import ACTIVATION_SETTINGS, GATED_ACTIVATIONS
+from globe_kernels.ops.activations import parse_activation
 
 _HOOK_NAME = "_globe_load_hook"
 
@@ -54,18 +54,11 @@ def _text_config(model: nn.Module) -> Any:
 
 
 def activation_of(model: nn.Module) -> str:
-    """Return the name of the experts' activation. Raises RequestError for an activation that GloBE does not have."""
+    """Return the spec of the experts' activation. Raises RequestError for an activation that GloBE does not have."""
     config = _text_config(model)
-    name = architecture_of(config.model_type).activation or config.hidden_act
-    if name not in GATED_ACTIVATIONS:
-        raise RequestError(f"The experts use the activation {name!r}; GloBE has {', '.join(GATED_ACTIVATIONS)}.")
-    for key, expected in ACTIVATION_SETTINGS.get(name, {}).items():
-        if (found := getattr(config, key, expected)) != expected:
-            raise RequestError(
-                f"The experts use the activation {name!r} with {key} {found} and GloBE has it with {expected}; export "
-                "the checkpoint with --dense and run that."
-            )
-    return name
+    activation = parse_activation(architecture_of(config.model_type).activation or config.hidden_act)
+    found = {name: getattr(config, f"swiglu_{name}", default) for name, default in activation.settings.items()}
+    return activation._replace(**found).spec
 
 
 def top_k_of(model: nn.Module) -> int:
