@@ -40,6 +40,7 @@ from globe_kernels.ops import (
     palette_in,
     routing,
 )
+from globe_kernels.ops.activations import parse_activation
 from globe_kernels.ops.compose_layer import ComposeConfig
 from globe_kernels.ops.mix import MixConfig
 from globe_kernels.ops.palette_in import PaletteInConfig
@@ -135,16 +136,25 @@ class Row:
 
 # The variants of each stage: (what the label says, constexprs; a bias that is None is one)
 _NO_BIAS = {"gate_bias_ptr": None, "up_bias_ptr": None}
+
+
+def _constexprs(activation: str) -> dict[str, str | float]:
+    return parse_activation(activation).constexprs
+
+
 _VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
     "low_rank_in": (low_rank_in._low_rank_in_kernel, [("", {"slots_ptr": None}), ("pool", {})]),
     "gate_up": (
         gate_up._gate_up_kernel,
         [
-            ("silu", {"GATHER": False, "ACTIVATION": "silu", **_NO_BIAS}),
-            ("gelu", {"GATHER": False, "ACTIVATION": "gelu", **_NO_BIAS}),
-            ("clamped swiglu, biases", {"GATHER": False, "ACTIVATION": "clamped_swiglu"}),
-            ("gather, silu", {"GATHER": True, "ACTIVATION": "silu", **_NO_BIAS}),
-            ("gather, biases", {"GATHER": True, "ACTIVATION": "clamped_swiglu"}),
+            ("silu", {"GATHER": False, **_constexprs("silu"), **_NO_BIAS}),
+            ("gelu", {"GATHER": False, **_constexprs("gelu"), **_NO_BIAS}),
+            ("clamped silu", {"GATHER": False, **_constexprs("clamped_silu"), **_NO_BIAS}),
+            ("capped silu", {"GATHER": False, **_constexprs("capped_silu"), **_NO_BIAS}),
+            ("softcapped silu", {"GATHER": False, **_constexprs("softcapped_silu"), **_NO_BIAS}),
+            ("clamped swiglu, biases", {"GATHER": False, **_constexprs("clamped_swiglu")}),
+            ("gather, silu", {"GATHER": True, **_constexprs("silu"), **_NO_BIAS}),
+            ("gather, biases", {"GATHER": True, **_constexprs("clamped_swiglu")}),
         ],
     ),
     "down": (

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from globe_kernels.ops.activations import GATED_ACTIVATIONS, apply_gated
+from globe_kernels.ops.activations import apply_gated, gated_activation, parse_activation
 from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
 from globe_kernels.ops.routing import RoutingPlan
 from globe_kernels.ops.triton_import import tl, triton
@@ -52,6 +52,8 @@ def _gate_up_kernel(
     top_k,
     GATHER: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -78,7 +80,7 @@ def _gate_up_kernel(
         up += tl.load(up_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     gate = accumulate(gate, gate_in_ptr + source, rows_in, gate_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
     up = accumulate(up, up_in_ptr + source, rows_in, up_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
-    y = apply_gated(gate, up, ACTIVATION)
+    y = apply_gated(gate, up, ACTIVATION, ALPHA, LIMIT)
     out = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
@@ -108,7 +110,7 @@ def launch_gate_up(
         h.stride(0),
         gather or 1,
         GATHER=gather is not None,
-        ACTIVATION=activation,
+        **parse_activation(activation).constexprs,
         **options,
     )
     return out
@@ -118,7 +120,7 @@ def gate_up_ref(
     h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, gather: int | None = None
 ) -> torch.Tensor:
     """Compute what `launch_gate_up` computes; rows that belong to no expert are zero."""
-    rank, act = adapters.gate.shape[2], GATED_ACTIVATIONS[activation]
+    rank, act = adapters.gate.shape[2], gated_activation(activation)
     out = h.new_zeros(plan.num_rows, adapters.gate.shape[1])
     for expert, rows in plan.rows_by_expert():
         source = h[rows] if gather is None else h[plan.order[rows] // gather]

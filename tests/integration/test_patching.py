@@ -10,7 +10,7 @@ import globe_kernels
 from globe_fit import ExpertSource, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.model.targets import is_patched
+from globe_kernels.model.targets import activation_of, is_patched
 from globe_kernels.testing import assert_close, tiny_model
 from tests.conftest import TINY_FIT
 
@@ -132,23 +132,15 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_touched(case, f
         assert torch.equal(tensor, before[name])
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda model: setattr(model.config, "swiglu_limit", 5.0), "with swiglu_limit 5.0 and GloBE has it with 7.0"),
-        (lambda model: setattr(model.config, "swiglu_alpha", 1.0), "swiglu_alpha 1.0 .* with 1.702; export .* --dense"),
-        (
-            lambda model: setattr(
-                model.model.layers[1].mlp.experts, "gate_up_proj_bias", torch.nn.Parameter(torch.zeros(8, 48))
-            ),
-            r"layers.1.mlp.experts.gate_up_proj_bias is \(8, 48\) .* expects \(8, 96\)",
-        ),
-    ],
-    ids=["limit", "alpha", "bias"],
-)
-def test_an_activation_or_a_bias_of_another_model_is_refused(change, sentence, fit_tiny):
+def test_the_settings_of_an_activation_are_those_of_the_model():
+    assert activation_of(tiny_model("gpt_oss")) == "clamped_swiglu(alpha=1.702, limit=7.0)"
+    assert activation_of(tiny_model("gpt_oss", swiglu_limit=5.0)) == "clamped_swiglu(alpha=1.702, limit=5.0)"
+
+
+def test_a_bias_of_another_model_is_refused(fit_tiny):
     model = tiny_model("gpt_oss")
-    change(model)
+    model.model.layers[1].mlp.experts.gate_up_proj_bias = torch.nn.Parameter(torch.zeros(8, 48))
+    sentence = r"layers.1.mlp.experts.gate_up_proj_bias is \(8, 48\) .* expects \(8, 96\)"
     with pytest.raises(RequestError, match=sentence):
         globe_kernels.patch(model, fit_tiny("gpt_oss")[0])
     assert not is_patched(model)

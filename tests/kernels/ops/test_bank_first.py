@@ -5,7 +5,7 @@ import torch
 
 from globe_kernels.functional import moe_ffn_bank_first
 from globe_kernels.ops import moe_ffn_bank_first as module
-from globe_kernels.ops.activations import GATED_ACTIVATIONS
+from globe_kernels.ops.activations import gated_activation
 from globe_kernels.ops.compose_layer import PALETTE_PADDING, LayerCode, layer_code
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.mix import CONFIGS as MIX_CONFIGS
@@ -226,11 +226,11 @@ RUNNERS = [
 
 @pytest.mark.parametrize("run", RUNNERS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "biases"])
-@pytest.mark.parametrize("activation", ["gelu", "clamped_swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "clamped_silu(limit=2.5)", "clamped_swiglu"])
 def test_activations(activation, bias, run):
     (hidden, index, scale), w = inputs(RAGGED), weights(bias=bias)
     hidden = 10 * hidden  # some values of gate and of up lie past the clamp
-    expected = by_token(hidden, index, scale, w, GATED_ACTIVATIONS[activation])
+    expected = by_token(hidden, index, scale, w, gated_activation(activation))
     assert_close(run(hidden, index, scale, w, activation), expected, *LIMITS[torch.float32])
 
 

@@ -4,7 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from globe_kernels.errors import RequestError
 from globe_kernels.functional import moe_ffn
+from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation, parse_activation
 from globe_kernels.ops.counters import call_counts
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, launch_moe_ffn
 from globe_kernels.ops.moe_ffn import moe_ffn as moe_ffn_op
@@ -88,10 +90,15 @@ def test_parity_of_the_kernels_over_sizes(inner, width, rank):
     assert_close(out, by_token(*case, w), rms=2e-6, peak=4e-6)
 
 
-def clamped_swiglu(gate, up):
+def clamped_swiglu(gate, up, alpha=1.702, limit=7):
     """As GPT-OSS has it."""
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    return (up + 1) * gate / (1 + torch.exp(-1.702 * gate))
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate / (1 + torch.exp(-alpha * gate))
+
+
+def clamped_silu(gate, up, limit=10):
+    """As DeepSeek-V4 has it."""
+    return silu_gated(gate.clamp(max=limit), up.clamp(-limit, limit))
 
 
 GATED = {
@@ -100,6 +107,11 @@ GATED = {
     "gelu_pytorch_tanh": lambda gate, up: F.gelu(gate, approximate="tanh") * up,
     "relu": lambda gate, up: F.relu(gate) * up,
     "clamped_swiglu": clamped_swiglu,
+    "clamped_swiglu(alpha=1.25, limit=3)": lambda gate, up: clamped_swiglu(gate, up, 1.25, 3),
+    "clamped_silu": clamped_silu,
+    "clamped_silu(limit=2.5)": lambda gate, up: clamped_silu(gate, up, 2.5),
+    "capped_silu(limit=2.5)": lambda gate, up: F.silu(gate).clamp(max=2.5) * up.clamp(-2.5, 2.5),
+    "softcapped_silu": lambda gate, up: 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 25 * torch.tanh(up / 25),
 }
 RUNNERS = [
     pytest.param(moe_ffn, id="reference"),
@@ -117,6 +129,34 @@ def test_activations(activation, bias, run):
     hidden = 10 * hidden  # some values of gate and of up lie past the clamp
     expected = by_token(hidden, index, scale, w, GATED[activation])
     assert_close(run(hidden, index, scale, w, activation), expected, rms=2e-6, peak=4e-6)
+
+
+@pytest.mark.parametrize("activation", list(GATED_ACTIVATIONS))
+def test_a_spec_names_all_settings(activation):
+    spec = parse_activation(activation).spec
+    assert parse_activation(spec) == parse_activation(activation)
+    assert parse_activation(spec).spec == spec
+    gate, up = 20 * torch.randn(2, 100)
+    assert torch.equal(gated_activation(spec)(gate, up), GATED_ACTIVATIONS[activation](gate, up))
+    assert parse_activation("clamped_swiglu(limit=5)").spec == "clamped_swiglu(alpha=1.702, limit=5.0)"
+
+
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("tanh", "the activation 'tanh'; GloBE has silu, swish"),
+        ("clamped_silu(limit=10", r"the activation 'clamped_silu\(limit=10'; GloBE has"),
+        ("clamped_silu(alpha=1)", "has 'alpha=1' and clamped_silu takes limit=a positive number"),
+        ("clamped_swiglu(limit=-1)", "has 'limit=-1' and clamped_swiglu takes alpha=a positive number, limit=a pos"),
+        ("clamped_swiglu(7)", "has '7' and clamped_swiglu takes"),
+        ("clamped_silu(limit=seven)", "has 'limit=seven'"),
+        ("clamped_silu(limit=inf)", "has 'limit=inf'"),
+        ("silu(limit=7)", "has 'limit=7' and silu takes no setting"),
+    ],
+)
+def test_a_bad_spec_is_refused(spec, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        moe_ffn(*inputs("one token"), weights(), spec)
 
 
 @needs_kernels
