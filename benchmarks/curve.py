@@ -14,10 +14,10 @@ from measure import summarise
 from subjects import Subject, Variant, build, cache_of
 
 from globe_kernels import cache_stats, warm_cache
-from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.model.cache import BasisCache
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.testing import relative_errors
 

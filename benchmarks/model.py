@@ -45,9 +45,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from globe_kernels import cache_stats, call_counts
 from globe_kernels.errors import GlobeError
-from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.cache import BasisCache
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules, is_patched
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import layer_sizes

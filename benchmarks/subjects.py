@@ -18,9 +18,9 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.cli.demo import shipped_model
 from globe_fit.data.model import load_model, token_windows
 from globe_fit.result import LayerFactors, reconstruct
-from globe_kernels.model.discovery import routed_experts
 from globe_kernels.format.checkpoint import BaseModel, Code, GlobeCheckpoint, GlobeConfig, writing_checkpoint
 from globe_kernels.format.names import BANK_NAME, FAMILIES
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules, is_patched, remove_bank
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.base import Palettes

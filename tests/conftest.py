@@ -16,6 +16,8 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, 
 from globe_kernels import GlobeCheckpoint  # noqa: E402
 from globe_kernels.testing import tiny_model  # noqa: E402
 
+# Of every layout: per expert and fused, with shared experts and dense layers, transposed, interleaved, with biases.
+MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
 TINY_FIT = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=6, warmup_steps=2))
 
 

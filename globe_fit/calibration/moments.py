@@ -119,8 +119,7 @@ def _add_sensitivities(
             continue
         matrices = {f: layout.part(experts.gate_up_proj, f)[expert].float() for f in FAMILIES}
         biases = {
-            f: layout.part(experts.gate_up_proj_bias, f)[expert].float() if layout.has_bias else None
-            for f in FAMILIES
+            f: layout.part(experts.gate_up_proj_bias, f)[expert].float() if layout.has_bias else None for f in FAMILIES
         }
         reach = down[expert].float().square().sum(0)  # (P,) ||V[:, k]||^2
         for routed in order[start:stop].split(_CHUNK):  # numbers of routed rows, t * K + k

@@ -10,6 +10,9 @@ from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import DenseExperts
 from globe_kernels.model.renaming import LiveKey, Renaming
 
+# The steps by which transformers makes one parameter of the matrices of all experts.
+_MERGES = (("MergeModulelist", "Concatenate"), ("MergeModulelist",))
+
 
 @dataclass(frozen=True)
 class ExpertKey:
@@ -27,6 +30,11 @@ class DiskNames:
     def __init__(self, outline: Outline):
         self._experts = {experts.name: experts for experts in outline.experts.values()}
         self._renaming = Renaming(outline.model)
+        # experts on disk in a layer that is dense in config.json are found too, and refused later
+        for experts in list(self._experts.values()):
+            for layer in range(outline.num_layers):
+                path = f"layers.{layer}".join(experts.name.rsplit(f"layers.{experts.layer}", 1))
+                self._experts.setdefault(path, replace(experts, layer=layer, name=path))
 
     def live_key(self, key: str) -> str:
         """Return the key of the parameter that the tensor `key` becomes, or becomes a part of."""
@@ -38,13 +46,13 @@ class DiskNames:
         Raises RequestError when transformers makes the experts of the tensor in a way that GloBE does not know.
         """
         live = self._renaming.live(key)
-        path, _, name = live.key.rpartition(".")
+        converter, (path, _, name) = live.converter, live.key.rpartition(".")
         experts = self._experts.get(path)
         if experts is None or name not in dict(experts.module.named_parameters()):
             return None
-        steps = () if live.converter is None else tuple(type(step).__name__ for step in live.converter.operations)
-        if steps in (("MergeModulelist", "Concatenate"), ("MergeModulelist",)) and not experts.layout.transposed:
-            sources = live.converter.source_patterns
+        steps = () if converter is None else tuple(type(step).__name__ for step in converter.operations)
+        if converter and steps in _MERGES and not (experts.layout.transposed or experts.layout.interleaved):
+            sources = converter.source_patterns
             matrix = FAMILIES[sources.index(live.pattern)] if name != DOWN else "down"
             if len(sources) == (1 if name == DOWN else len(FAMILIES)):
                 return ExpertKey(experts.layer, int(re.findall(r"\.(\d+)(?=\.)", key)[-1]), matrix, experts.layout)

@@ -38,15 +38,17 @@ def read_transformers_config(where: Path) -> Any:
 
 def _incomplete(where: Path, error: Exception) -> GlobeError:
     first = str(error).strip().partition("\n")[0]
-    return GlobeError(f"transformers cannot build the model of {where} ({type(error).__name__}: {first}); download it "
-                      "again.")
+    return GlobeError(
+        f"transformers cannot build the model of {where} ({type(error).__name__}: {first}); download it again."
+    )
 
 
 def model_class(config: Any) -> Any:
     """Return the class of transformers that config.json names, else the class that has a head for its model type."""
     for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+        named = getattr(transformers, name, None)
+        if named is not None and isinstance(config, named.config_class):
+            return named
     for head in _HEADS:
         mapping = getattr(transformers, head, None) and getattr(transformers, head)._model_mapping
         if mapping and type(config) in mapping:

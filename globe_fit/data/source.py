@@ -127,9 +127,9 @@ class ExpertSource:
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
         read_config(self.model_dir)
+        self.files = TensorFiles(self.model_dir)
         self.outline = Outline.read(self.model_dir)
         configured = self.outline.base
-        self.files = TensorFiles(self.model_dir)
         self.names = DiskNames(self.outline)
         self.expert_keys: dict[str, ExpertKey] = {}
         for key in self.files.weight_map:
@@ -281,7 +281,9 @@ class ExpertSource:
         for shape in ((inner, width), (rows // 2, columns)):
             if found == expected(*shape):
                 return shape
-        name, wanted = next((name, wanted) for name, wanted in expected(inner, width).items() if found.get(name) != wanted)
+        name, wanted = next(
+            (name, wanted) for name, wanted in expected(inner, width).items() if found.get(name) != wanted
+        )
         raise GlobeError(
             f"{name} of the experts of layer {layer.layer} in {self.model_dir} is {found.get(name, 'missing')} and "
             f"config.json says {wanted}; the files are incomplete or of different models, download them again."
@@ -318,7 +320,8 @@ class ExpertSource:
     def facts(self) -> dict[str, int | None]:
         """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
         whole = sum(map(self.files.num_bytes, self.files.weight_map))
-        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self.outline.top_k}
+        rest = whole - sum(map(self.stored_bytes, FAMILIES))
+        return {"bytes": whole, "rest_bytes": rest, "top_k": self.outline.top_k}
 
     @cached_property
     def weights_sha256(self) -> str:

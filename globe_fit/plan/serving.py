@@ -10,13 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil
 from pathlib import Path
 
-import torch
-
 from globe_fit.config import FitConfig
 from globe_fit.data.outline import Outline
 from globe_fit.data.source import read_config
 from globe_fit.sizes import resolve_sizes
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import not_a_model
 from globe_kernels.format.files import read_json

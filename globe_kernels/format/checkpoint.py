@@ -14,8 +14,9 @@ A directory with
 
 for family in gate, up; l is the id of the layer in the base model. Unused places of a code hold
 index 0 and value 0. An exported Hugging Face directory holds the same tensors under the path of each layer's experts in
-the model, the atoms under `exported_bank_key`, and the same configuration as `quantization_config`. Tensors that the base fuses beside gate
-and up have the layout of GlobeMoEFFN there: down_proj (E, D, P), {family}_bias (E, P), down_bias (E, D).
+the model, the atoms under `exported_bank_key`, and the same configuration as `quantization_config`. Tensors that the
+base fuses beside gate and up have the layout of GlobeMoEFFN there: down_proj (E, D, P), {family}_bias (E, P),
+down_bias (E, D).
 
 Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C support.
 """

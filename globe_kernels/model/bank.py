@@ -38,13 +38,12 @@ class GlobeBank(nn.Module):
 
     gate: nn.Parameter
     up: nn.Parameter
-    arrangement: Arrangement | None
+    arrangement: Arrangement  # of the layers of the model
 
     def __init__(self, config: GlobeConfig, device=None):
         super().__init__()
         self.config = config
         self.parked = False
-        self.arrangement = None
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))

@@ -15,7 +15,7 @@ from torch import nn
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.layout import BIASES, DOWN, GATE_UP, ExpertsLayout
-from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation
+from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation, parse_activation
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.)")
 # Spellings of K, in configurations and in routers.
@@ -112,16 +112,18 @@ def activation_of(experts: DenseExperts) -> str:
     The module's own function is called on numbers beyond any limit, and compared with every activation of GloBE.
     Raises RequestError when none is the same.
     """
-    generator = torch.Generator().manual_seed(0)
+    # on the CPU, also inside from_pretrained, which makes tensors on the meta device
+    generator = torch.Generator("cpu").manual_seed(0)
     # the cube puts many numbers near zero, where activations differ
-    numbers = (torch.rand(2, _PROBES, dtype=torch.float64, generator=generator) * 2 - 1) ** 3
+    numbers = (torch.rand(2, _PROBES, dtype=torch.float64, generator=generator, device="cpu") * 2 - 1) ** 3
     gate, up = _PROBED_SPAN * numbers
     expected = _apply_gate(experts, gate, up)
     for spec in _candidates(experts):
         if torch.allclose(gated_activation(spec)(gate, up), expected, rtol=1e-6, atol=1e-9):
-            return spec
+            return parse_activation(spec).spec
+    function = type(getattr(experts.module, "act_fn", experts.module)).__name__
     raise RequestError(
-        f"{experts.name} is a {type(experts.module).__name__}, whose activation is none of "
+        f"{experts.name} is a {type(experts.module).__name__}, whose activation ({function}) is none of "
         f"{', '.join(GATED_ACTIVATIONS)}; GloBE cannot stand in for such experts, so give another model."
     )
 
@@ -132,7 +134,7 @@ def _candidates(experts: DenseExperts) -> Iterable[str]:
     near, far = 1e-4, 1e6
 
     def value(gate: float, up: float) -> float:
-        numbers = torch.tensor([[gate], [up]], dtype=torch.float64)
+        numbers = torch.tensor([[gate], [up]], dtype=torch.float64, device="cpu")
         return _apply_gate(experts, *numbers).item()
 
     at_zero, slope = value(1, 0), value(1, near) / near

@@ -235,9 +235,7 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
         )
 
 
-def _build(
-    targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint
-) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
+def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
     """Build the bank and the replacements, on the devices and in the dtypes of the experts that they replace."""
     config = checkpoint.config
     bank = GlobeBank(config, "meta")

@@ -132,7 +132,7 @@ def _check_exported_files(files: list[str], model: Any) -> None:
     merged: dict[str, int] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():
+            for key in list(handle.keys()):
                 live = renaming.live(key)
                 if len(shape := tuple(handle.get_slice(key).get_shape())) == 2 and live.converter is not None:
                     merged[live.key] = merged.get(live.key, 0) + 1

@@ -10,8 +10,8 @@ class LiveKey(NamedTuple):
     """The parameter that a tensor on disk becomes, or becomes a part of."""
 
     key: str  # in the model's state_dict
-    pattern: str | None = None  # of the converter that makes the parameter of the tensor and of others
-    converter: Any = None  # WeightConverter
+    pattern: str = ""  # of `converter`, that `key` matched
+    converter: Any = None  # WeightConverter that makes the parameter of this tensor, and of others
 
 
 class Renaming:

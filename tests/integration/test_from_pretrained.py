@@ -16,10 +16,10 @@ from globe_fit import ExpertSource, export_dense, export_globe
 from globe_fit.measure.evaluate import record_evaluation
 from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError
 from globe_kernels.format import files
-from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.format.names import EXPORT_GUARD
 from globe_kernels.testing import assert_close, tiny_model
 from globe_kernels.units import format_bytes
+from tests.conftest import MODEL_TYPES
 from tests.integration.test_patching import TOKENS, logits
 
 
@@ -27,7 +27,7 @@ def load(path, dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_export_load_save_load(model_type, export_tiny, fit_tiny, tmp_path):
     patched = tiny_model(model_type)
     globe_kernels.patch(patched, fit_tiny(model_type)[0])

@@ -9,10 +9,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import globe_kernels
 from globe_fit import ExpertSource, fit, save_fit
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
-from globe_kernels.format.architectures import ARCHITECTURES
-from globe_kernels.model.targets import activation_of, is_patched
+from globe_kernels.model.discovery import activation_of, routed_experts
+from globe_kernels.model.targets import is_patched
 from globe_kernels.testing import assert_close, tiny_model
-from tests.conftest import TINY_FIT
+from tests.conftest import MODEL_TYPES, TINY_FIT
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
 
@@ -22,7 +22,7 @@ def logits(model) -> torch.Tensor:
         return model(TOKENS).logits
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_the_report_names_every_layer_and_what_was_left(model_type, fit_tiny, save_tiny):
     report = globe_kernels.patch(tiny_model(model_type), fit_tiny(model_type)[0])
     assert len(report.replaced) == len(ExpertSource(save_tiny(model_type)).layers) > 0
@@ -42,7 +42,7 @@ def test_patch_and_cast_in_either_order(fit_tiny):
 def test_bytes_in_the_report_are_those_of_the_tensors(model_type, fit_tiny):
     path, result = fit_tiny(model_type)
     model = tiny_model(model_type)
-    experts = [model.get_submodule(path) for _, path in ARCHITECTURES[model_type].live_experts(model)]
+    experts = [dense.module for dense in routed_experts(model).values()]
     before = sum(tensor.nbytes for module in experts for tensor in module.parameters())
     report = globe_kernels.patch(model, path, strategy="composed")
     assert report.bytes_before == before
@@ -54,7 +54,7 @@ def test_bytes_in_the_report_are_those_of_the_tensors(model_type, fit_tiny):
     down = n * base.hidden_size * base.intermediate_size * 4
     codes = 2 * n * result.config.support * 8
     bank = 2 * result.config.num_atoms * result.config.rank * base.hidden_size * 2
-    biases = n * (2 * base.intermediate_size + base.hidden_size) * 4 if ARCHITECTURES[model_type].has_bias else 0
+    biases = n * (2 * base.intermediate_size + base.hidden_size) * 4 if base.has_bias else 0
     assert report.bytes_after == adapters + composed + down + biases + codes + bank
 
 
@@ -114,8 +114,11 @@ def wrong_models():
             lambda: tiny_model("qwen3_moe", seed=1),
             r"fitted on other weights .*relative error 1\.\d+ on layer 0",
         ),
-        "activation": (lambda: tiny_model("qwen3_moe", hidden_act="tanh"), "the activation 'tanh'; GloBE has silu"),
-        "no transformers model": (lambda: torch.nn.Linear(2, 2), "this model is Linear"),
+        "activation": (
+            lambda: tiny_model("qwen3_moe", hidden_act="tanh"),
+            r"activation \(Tanh\) is none of silu",
+        ),
+        "no transformers model": (lambda: torch.nn.Linear(2, 2), "Linear has no routed experts"),
     }
 
 
@@ -133,8 +136,9 @@ def test_a_checkpoint_of_another_model_is_refused_and_nothing_is_touched(case, f
 
 
 def test_the_settings_of_an_activation_are_those_of_the_model():
-    assert activation_of(tiny_model("gpt_oss")) == "clamped_swiglu(alpha=1.702, limit=7.0)"
-    assert activation_of(tiny_model("gpt_oss", swiglu_limit=5.0)) == "clamped_swiglu(alpha=1.702, limit=5.0)"
+    for limit in (7.0, 5.0):
+        experts = routed_experts(tiny_model("gpt_oss", swiglu_limit=limit))[0]
+        assert activation_of(experts) == f"clamped_swiglu(alpha=1.702, limit={limit})"
 
 
 def test_a_bias_of_another_model_is_refused(fit_tiny):

@@ -13,9 +13,9 @@ import globe_kernels
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, RequestError
-from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model import arrange, scratch
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_bank_first, moe_ffn_cached
@@ -23,6 +23,7 @@ from globe_kernels.strategies import STRATEGIES, bank_first, composed, palette_c
 from globe_kernels.strategies.budget import palettes_of, resident
 from globe_kernels.strategies.cached import pool_bytes
 from globe_kernels.testing import relative_errors, tiny_model
+from tests.conftest import MODEL_TYPES
 from tests.kernels.cases import needs_kernels, same_tiles
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -59,10 +60,8 @@ def logits(model, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
 def routed(model):
     """The experts (T, K) that each layer is given inside, in the order of the layers."""
     seen: list[torch.Tensor] = []
-    names = [name for _, name in ARCHITECTURES[model.config.model_type].live_experts(model)]
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for name in names
-    ]
+    modules = globe_modules(model) or {dense.name: dense.module for dense in routed_experts(model).values()}
+    hooks = [module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for module in modules.values()]
     yield seen
     for hook in hooks:
         hook.remove()
@@ -84,14 +83,14 @@ def reconstructions(fit_tiny):
     def dense(model_type: str):
         if model_type not in made:
             model, checkpoint = tiny_model(model_type), GlobeCheckpoint(fit_tiny(model_type)[0])
-            for layer, experts_path in ARCHITECTURES[model_type].live_experts(model):
+            for layer, experts in routed_experts(model).items():
                 both = [
                     reconstruct(checkpoint.layer(layer, family), checkpoint.bank(family), checkpoint.config.phi)
                     for family in ("gate", "up")
                 ]
-                interleaved = ARCHITECTURES[model_type].interleaved
+                interleaved = model_type == "gpt_oss"
                 fused = torch.stack(both, dim=2).flatten(1, 2).mT if interleaved else torch.cat(both, dim=1)
-                model.get_submodule(experts_path).gate_up_proj.data = fused.contiguous()
+                experts.module.gate_up_proj.data = fused.contiguous()
             made[model_type] = model
         return made[model_type]
 
@@ -99,7 +98,7 @@ def reconstructions(fit_tiny):
 
 
 @pytest.mark.parametrize("run", list(RUNS))
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, run, fit_tiny, reconstructions):
     path, _ = fit_tiny(model_type)
     original, model = logits(tiny_model(model_type)), patched(path, model_type, run)
@@ -125,7 +124,7 @@ def test_fp32_logits_are_those_of_the_dense_reconstruction(model_type, run, fit_
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if "slot" not in run])
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, run, fit_tiny, reconstructions):
     """Both against fp32: a bf16 router may choose another expert in either, so the limit is relative to dense."""
     dense = reconstructions(model_type)

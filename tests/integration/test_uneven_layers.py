@@ -13,6 +13,7 @@ import globe_kernels
 from globe_fit import ExpertSource
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.testing import tiny_model
 from tests.integration.conftest import QUICK
 from tests.integration.test_patching import logits
@@ -71,12 +72,12 @@ def test_patch_replaces_the_covered_layers_and_leaves_the_other_alone(uneven):
     model_type, _, out, _ = uneven
     expected, model = uneven_model(model_type), uneven_model(model_type)
     before = {name: tensor.clone() for name, tensor in model.model.layers[NARROW].state_dict().items()}
-    checkpoint, architecture = GlobeCheckpoint(out), globe_kernels.format.architectures.ARCHITECTURES[model_type]
+    checkpoint, live = GlobeCheckpoint(out), routed_experts(expected)
     for layer in (0, FEW):
-        fused = expected.model.layers[layer].mlp.experts.gate_up_proj.data
+        fused = live[layer].module.gate_up_proj.data
         for family in ("gate", "up"):
             weights = reconstruct(checkpoint.layer(layer, family), checkpoint.bank(family), checkpoint.config.phi)
-            architecture.part(fused, family).copy_(weights)
+            live[layer].layout.part(fused, family).copy_(weights)
     original = logits(model)
     report = globe_kernels.patch(model, out, keep_dense=True)
     assert report.replaced == ("model.layers.0.mlp.experts", "model.layers.2.mlp.experts")

@@ -7,9 +7,10 @@ from globe_fit import ExpertSource
 from globe_fit.calibration import moments as collecting
 from globe_fit.calibration.moments import _add_sensitivities, collect
 from globe_fit.data.model import load_model
-from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.format.names import FAMILIES
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.testing import assert_close
+from tests.conftest import MODEL_TYPES
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +28,15 @@ def inputs_of_experts(model, path: str, windows: torch.Tensor) -> tuple:
     return experts, *seen[0]
 
 
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_sensitivities_are_those_of_autograd(save_tiny, windows, model_type):
     """S_ik is the squared gradient of the output in what row k computes, which the gradient in the row itself has as a
     factor: dy/dW_k = dy/dg_k x^T. The module of transformers runs on one token and one of its experts at a time."""
     source = ExpertSource(save_tiny(model_type))
     model = load_model(source.model_dir, dtype=torch.float32)
     sums = collect(model, source, [windows], "cpu")
-    layer, path = list(source.architecture.live_experts(model))[-1]
-    experts, hidden, ids, weights = inputs_of_experts(model, path, windows)
+    layer, dense = list(routed_experts(model).items())[-1]
+    experts, hidden, ids, weights = inputs_of_experts(model, dense.name, windows)
     expert = int(ids.flatten().mode().values)
     expected = {family: torch.zeros(48, dtype=torch.float64) for family in FAMILIES}
     for token, choice in (ids == expert).nonzero().tolist():
@@ -46,7 +47,7 @@ def test_sensitivities_are_those_of_autograd(save_tiny, windows, model_type):
             y = experts(x, ids[token : token + 1, [choice]], weights[token : token + 1, [choice]])
             y[0, out].backward()
             for family in FAMILIES:
-                one = source.architecture.part(fused.grad, family)[expert].double()
+                one = dense.layout.part(fused.grad, family)[expert].double()
                 gradients[family][:, out] = one @ x[0].double() / x.double().square().sum()
         for family in FAMILIES:
             expected[family] += gradients[family].square().sum(1)
@@ -55,7 +56,7 @@ def test_sensitivities_are_those_of_autograd(save_tiny, windows, model_type):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_offloaded_or_not_the_sums_are_the_same(save_tiny, windows, tmp_path, model_type, fused):
     source = ExpertSource(save_tiny(model_type, fused))
     expected = collect(load_model(source.model_dir), source, windows.split(2), "cpu")
@@ -72,13 +73,13 @@ def test_offloaded_or_not_the_sums_are_the_same(save_tiny, windows, tmp_path, mo
 def test_ids_that_name_no_expert_contribute_nothing(save_tiny, windows):
     source = ExpertSource(save_tiny("qwen3_moe"))
     model = load_model(source.model_dir)
-    _, path = next(source.architecture.live_experts(model))
-    experts, hidden, ids, weights = inputs_of_experts(model, path, windows)
+    dense = routed_experts(model)[0]
+    _, hidden, ids, weights = inputs_of_experts(model, dense.name, windows)
 
     def rows(ids: torch.Tensor) -> torch.Tensor:
         totals = {family: torch.zeros(8, 48) for family in FAMILIES}
         with torch.no_grad():
-            _add_sensitivities(totals, source.architecture, experts, "silu", hidden, ids, weights)
+            _add_sensitivities(totals, dense, "silu", hidden, ids, weights)
         return torch.stack(list(totals.values()))
 
     every, first = rows(ids), rows(torch.cat([ids[:, :1], torch.full_like(ids[:, 1:], 8)], 1))
