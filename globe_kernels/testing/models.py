@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import re
 import shutil
 from pathlib import Path
@@ -23,10 +24,9 @@ _TEXT = {
         _128="vocab_size vocab_size_per_layer_input unpadded_vocab_size",
         _96="intermediate_size dense_intermediate_size intermediate_size_mlp prefix_dense_intermediate_size",
         _64="hidden_size d_model projector_hidden_size out_hidden_size thinker_hidden_size",
-        _48="moe_intermediate_size expert_ffn_hidden_size moe_hidden_size d_ff encoder_ffn_dim decoder_ffn_dim "
-        "ffn_hidden_size",
+        _48="moe_intermediate_size expert_ffn_hidden_size d_ff encoder_ffn_dim decoder_ffn_dim ffn_hidden_size",
         _32="shared_expert_intermediate_size shared_experts_intermediate_size shared_intermediate_size "
-        "share_expert_dim moe_shared_expert_intermediate_size mamba_head_dim",
+        "share_expert_dim moe_shared_expert_intermediate_size moe_hidden_size mamba_head_dim",
         _24="q_lora_rank router_hidden_size",
         _16="head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim qk_nope_head_dim "
         "v_head_dim d_kv kv_channels kv_lora_rank o_lora_rank hidden_size_per_layer_input index_head_dim "
@@ -96,6 +96,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "muse_spark": {
         "audio_config": {"patch_sizes": [2], "hidden_sizes": [32], "depths": [1]},
     },
+    "nemotron_h": {"layers_block_type": ["mamba", "moe", "attention", "moe"]},
     "nllb_moe": {"encoder_sparse_step": 2, "decoder_sparse_step": 2},
     "olmoe": {"num_hidden_layers": 3},
     "qwen2_moe": {"mlp_only_layers": [1]},
@@ -111,11 +112,13 @@ _OWN: dict[str, dict[str, Any]] = {
         **{"indexer_compress_ratio": 4, "ple_layer_ids": [2], "ngram_vocab_size_base": 97, "split_ngram_parts": 2},
         **{"heads_per_ngram": 2},
     },
-    "step3p7": {"sliding_window": 8},
+    "step3p7": {"sliding_window": 8, "swiglu_limits": [None, None, None, 7.0]},
     "switch_transformers": {"num_sparse_encoder_layers": 2, "num_sparse_decoder_layers": 2},
     "unlimited_ocr": {"vision_config": _SAM},
     "zaya": {"num_experts_per_tok": 1},  # the only number that it takes
 }
+# Tensors that transformers starts as zeros or ones, and that stay so: no test of experts depends on them.
+_KEPT = re.compile(r"norm|attn\.\w+\.bias$")
 
 
 def moe_model_types() -> list[str]:
@@ -140,12 +143,19 @@ def tiny_model(model_type: str, seed: int = 0, **overrides: Any) -> Any:
     model_class = _model_class(model_type)
     config = _tiny_config(model_class.config_class, {**_OWN.get(model_type, {}), **overrides}, {})
     torch.manual_seed(seed)
-    model = model_class(config).float().eval()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # a tensor that transformers leaves as it was allocated is NaN then
+    try:
+        model = model_class(config).float().eval()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
     for name, tensor in model.state_dict().items():
         if name.endswith("tid2eid"):  # of each token id its experts
             tensor.copy_(torch.rand(len(tensor), config.n_routed_experts).topk(tensor.shape[1]).indices)
-        elif "norm" not in name and tensor.is_floating_point() and (tensor == tensor.flatten()[0]).all():
-            tensor.add_(torch.randn_like(tensor), alpha=0.02)  # where transformers starts a tensor as zeros or ones
+        elif tensor.is_floating_point() and tensor.isnan().any():
+            tensor.normal_(std=0.02)
+        elif tensor.is_floating_point() and not _KEPT.search(name) and (tensor == tensor.flatten()[0]).all():
+            tensor.add_(torch.randn_like(tensor), alpha=0.02)  # zeros or ones, whose loss no test would see
     return model
 
 
@@ -193,8 +203,8 @@ def text_inputs(model: Any, shape: tuple[int, int] = (2, 16), seed: int = 0) -> 
     """Return random token ids of the shape (batch, length) as the keyword arguments of a forward of `model`."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
-    names = ["input_ids", *(["decoder_input_ids"] if model.config.is_encoder_decoder else [])]
-    return {name: torch.randint(1, vocabulary, shape, generator=generator) for name in names}
+    names = {"input_ids", "decoder_input_ids"} & {*inspect.signature(model.forward).parameters} or {"input_ids"}
+    return {name: torch.randint(1, vocabulary, shape, generator=generator) for name in sorted(names)}
 
 
 @torch.no_grad()
@@ -205,14 +215,12 @@ def text_logits(model: Any, shape: tuple[int, int] = (2, 16), seed: int = 0) -> 
 
 
 def auto_class(model: Any) -> Any:
-    """Return the class whose from_pretrained loads a model of this class: an Auto class, or its own."""
+    """Return the Auto class of transformers that loads a model of this class."""
     import transformers
 
-    for name in ("CausalLM", "ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TokenClassification"):
-        auto = getattr(transformers, f"AutoModelFor{name}")
-        if auto._model_mapping.get(type(model.config)) is type(model):
-            return auto
-    return type(model)
+    names = ("CausalLM", "ImageTextToText", "MultimodalLM", "Seq2SeqLM", "TokenClassification")
+    autos = [getattr(transformers, f"AutoModelFor{name}") for name in names]
+    return next(auto for auto in autos if auto._model_mapping.get(type(model.config), None) is type(model))
 
 
 def save_layouts(model: Any, folder: Path) -> dict[str, Path]:
