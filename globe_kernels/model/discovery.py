@@ -51,34 +51,31 @@ def routed_experts(model: nn.Module) -> dict[int, DenseExperts]:
     Raises RequestError when the model has no experts, or experts that GloBE cannot stand in for.
     """
     found: dict[int, DenseExperts] = {}
-    modules = _of_language_model(model, [(path, m) for path, m in model.named_modules() if _looks_like_experts(m)])
-    for path, module in modules:
+    name = type(model).__name__
+    every = [(path, module) for path, module in model.named_modules() if hasattr(module, "has_gate")]
+    for path, module in _of_language_model(model, every) or _experts_by_name(model):
         if reason := _reason_against(module):
             raise RequestError(
-                f"{path} of {type(model).__name__} is a {type(module).__name__}, which {reason}; GloBE cannot stand in "
-                "for such experts, so give another model."
+                f"{path} of {name} is a {type(module).__name__}, which {reason}; GloBE cannot stand in for such "
+                "experts, so give another model."
             )
-        layers = _LAYER.findall(path)
-        layer = int(layers[-1]) if layers else None
-        if layer is None or layer in found:
-            other = "no other module of experts" if layer is None else f"{found[layer].name} too"
+        if not (layers := _LAYER.findall(path)):
+            raise RequestError(f"{path} of {name} has routed experts outside of layers.N; give another model.")
+        if (layer := int(layers[-1])) in found:
             raise RequestError(
-                f"{path} of {type(model).__name__} has routed experts, where GloBE expects a path with layers.N and "
-                f"one module of experts in a layer ({other} is there); give another model."
+                f"Layer {layer} of {name} has two modules of routed experts, {found[layer].name} and {path}, and GloBE "
+                "stands in for one in a layer; give another model."
             )
         layout = ExpertsLayout(module.is_transposed, not module.is_concatenated, module.has_bias)
         found[layer] = DenseExperts(layer, path, module, layout)
     if not found:
-        raise RequestError(
-            f"{type(model).__name__} has no routed experts as transformers 5 lays them out (a module with "
-            f"{GATE_UP} and {DOWN}); give a Mixture-of-Experts model."
-        )
+        raise RequestError(f"{name} has no routed experts; give a Mixture-of-Experts model.")
     return dict(sorted(found.items()))
 
 
-def _looks_like_experts(module: nn.Module) -> bool:
-    fused = any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
-    return hasattr(module, "has_gate") or (fused and "Expert" in type(module).__name__)
+def _experts_by_name(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return modules that are experts by the name of their class alone."""
+    return [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
 
 
 def _of_language_model(model: nn.Module, modules: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
