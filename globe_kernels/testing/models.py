@@ -226,8 +226,9 @@ def auto_class(model: Any) -> Any:
 def save_layouts(model: Any, folder: Path) -> dict[str, Path]:
     """Save `model` in the layouts of its tensors on disk, and return the directory of each.
 
-    "original" is the layout of published checkpoints, mostly a matrix per expert. "fused" is that of the live model,
-    left out where it is the same.
+    "original" is the layout of published checkpoints as far as transformers restores it, mostly a matrix per expert;
+    of qwen3_vl_moe it does not restore the transposed experts. "fused" is the layout of the live model, left out where
+    it is the same.
     """
     paths = {"original": folder / "original", "fused": folder / "fused"}
     for layout, path in paths.items():
