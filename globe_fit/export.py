@@ -23,7 +23,7 @@ from globe_kernels.format.checkpoint import (
 )
 from globe_kernels.format.directories import is_earlier_export, require_place
 from globe_kernels.format.files import ShardWriter, require_room, staged_directory
-from globe_kernels.format.layout import BIASES, DOWN, GATE_UP
+from globe_kernels.format.layout import BIASES, GATE_UP
 from globe_kernels.format.names import CARD_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, MODEL_CONFIG_NAME, QUANT_METHOD
 
 # An export takes over the files of the base that a model needs to run, and its licence; neither weights in other
@@ -81,8 +81,9 @@ def export_globe(
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
     kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
-    paths = {layer: experts.name for layer, experts in base.outline.experts.items()}
-    _require_loadable(base, list(paths.values()))
+    paths = {layer.layer: base.outline.experts[layer.layer].name for layer in base.layers}
+    for path in paths.values():
+        base.names.require_loadable(path)
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
@@ -156,17 +157,6 @@ def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
     path = base.outline.experts[parsed.layer].name
     for kept_name, view in parsed.layout.kept(parsed.matrix, tensor).items():
         yield f"{path}.{kept_name}", view
-
-
-def _require_loadable(base: ExpertSource, paths: list[str]) -> None:
-    """Raises RequestError when transformers would load the tensors of an export under other names."""
-    for path in paths:
-        for name in ("gate_adapter", "up_code_index", DOWN):
-            if (live := base.names.live_key(f"{path}.{name}")) != f"{path}.{name}":
-                raise RequestError(
-                    f"transformers loads {path}.{name} as {live}, so an export could not be loaded; patch the live "
-                    "model with the checkpoint instead."
-                )
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

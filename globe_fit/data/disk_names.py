@@ -1,4 +1,4 @@
-"""Which tensors on disk are routed experts, and in which layout they are stored."""
+"""Tell the tensors of routed experts on disk from all others, and the layouts in which they are stored."""
 
 import re
 from dataclasses import dataclass, replace
@@ -12,6 +12,9 @@ from globe_kernels.model.renaming import LiveKey, Renaming
 
 # The steps by which transformers makes one parameter of the matrices of all experts.
 _MERGES = (("MergeModulelist", "Concatenate"), ("MergeModulelist",))
+
+# Some of the tensors of GlobeMoEFFN, all of which are renamed alike.
+_EXPORTED = ("gate_adapter", "up_code_index", "up_code_value", "gate_bias", DOWN)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ class DiskNames:
 
     def __init__(self, outline: Outline):
         self._experts = {experts.name: experts for experts in outline.experts.values()}
-        self._renaming = Renaming(outline.model)
+        exported = [f"{path}.{name}" for path in self._experts for name in _EXPORTED]
+        self._renaming = Renaming(outline.model, exported)
         # experts on disk in a layer that is dense in config.json are found too, and refused later
         for experts in list(self._experts.values()):
             for layer in range(outline.num_layers):
@@ -62,6 +66,15 @@ class DiskNames:
             f"transformers makes {live.key} of {key} by {', '.join(steps)}, which GloBE does not know; load the model "
             "in transformers and save it with save_original_format=False."
         )
+
+    def require_loadable(self, path: str) -> None:
+        """Raises RequestError when transformers would load the GloBE tensors of an export, at `path`, elsewhere."""
+        for name in _EXPORTED:
+            if (live := self.live_key(f"{path}.{name}")) != f"{path}.{name}":
+                raise RequestError(
+                    f"transformers loads {path}.{name} as {live}, so an export could not be loaded; patch the live "
+                    "model with the checkpoint instead."
+                )
 
     def _fused_layout(
         self, steps: tuple[str, ...], live: LiveKey, experts: DenseExperts, shape: tuple[int, ...]

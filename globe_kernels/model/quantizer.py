@@ -69,6 +69,9 @@ class GlobeHfQuantizer(HfQuantizer):
         self.dtype, self.top_k = targets[0].module.down_proj.dtype, top_k_of(model, targets[0])
         for target in targets:
             model.set_submodule(target.name, globe_experts(config, target))
+            block = model.get_submodule(target.name.rpartition(".")[0])
+            if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
+                block._is_hf_initialized = True  # transformers would draw dense experts through the block
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         if checkpoint_files:
             _check_exported_files(checkpoint_files, model)

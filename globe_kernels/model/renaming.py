@@ -1,5 +1,6 @@
 """The names of tensors on disk and in a live model: transformers says which tensor becomes which parameter."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -17,15 +18,19 @@ class LiveKey(NamedTuple):
 class Renaming:
     """The renaming of `from_pretrained` for one model, which may be on the meta device."""
 
-    def __init__(self, model: Any):
+    def __init__(self, model: Any, later: Iterable[str] = ()):
+        """`later`: keys that the model does not have yet, and will have when it is loaded."""
         transforms = get_model_conversion_mapping(model)
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._prefix, self._parameters = model.base_model_prefix, model.state_dict()
+        self._keys = dict.fromkeys((*self._parameters, *later), True)
 
     def live(self, key: str) -> LiveKey:
         """Return the parameter of the tensor `key`; a key that the model does not have stays as it is renamed."""
-        live, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._parameters)
+        live, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self._keys)
+        if live not in self._keys and key in self._keys:  # a name of the model that looks like a name on disk
+            live, pattern = key, None
         if pattern is None:
             return LiveKey(live)
         return LiveKey(live, pattern, next(c for c in self._converters if pattern in c.source_patterns))
