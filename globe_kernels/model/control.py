@@ -13,6 +13,7 @@ from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import Arrangement, GlobeBank
 from globe_kernels.model.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.parallel import make_parameters_split
 from globe_kernels.model.targets import globe_modules, is_patched, top_k_of
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import strategies_of
@@ -83,6 +84,7 @@ def set_strategy(
     """
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    make_parameters_split(model)
     arrangement = plan_arrangement(bank, modules, top_k_of(model), strategy, *bounds)
     arrange(bank, modules, arrangement)
     return arrangement

@@ -15,6 +15,7 @@ from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES
 from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.parallel import here
 from globe_kernels.model.targets import (
     DenseExperts,
     activation_of,
@@ -158,7 +159,7 @@ def resident_bytes(model: nn.Module) -> int:
     """Count the bytes that the GloBE experts hold on their devices; on a CPU a bank in host memory counts."""
     modules = list(globe_modules(model).values())
     devices, parts = by_device(modules), (*modules, getattr(model, BANK_NAME))
-    return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
+    return sum(here(tensor).nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
 def peak_workspace(model: nn.Module, strategy: str | None = None) -> int:

@@ -22,6 +22,7 @@ from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.parallel import take_share, write_plans
 from globe_kernels.model.targets import activation_of, globe_modules, install_bank, plan_replacement, top_k_of
 from globe_kernels.strategies.budget import AUTO
 
@@ -73,6 +74,7 @@ class GlobeHfQuantizer(HfQuantizer):
             self.dtype = target.module.down_proj.dtype
             model.set_submodule(target.name, GlobeMoEFFN(config, target.layer, activation, self.dtype, "meta"))
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
+        write_plans(model, [target.name for target in targets])
         if checkpoint_files:
             _check_exported_files(checkpoint_files, config, globe_modules(model).values())
         return model
@@ -86,6 +88,7 @@ class GlobeHfQuantizer(HfQuantizer):
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
         modules = list(globe_modules(model).values())
+        take_share(bank, modules)
         arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), AUTO))
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
