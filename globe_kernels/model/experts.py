@@ -157,7 +157,7 @@ class GlobeMoEFFN(nn.Module):
             expected[f"{family}_adapter"] = (num_experts, inner, rank)
             expected[f"{family}_bias"] = (num_experts, inner)
         expected["down_bias"] = (num_experts, width)
-        found = {name: called_shape(getattr(self, name)) for name in expected if getattr(self, name) is not None}
+        found = {name: called_shape(self, name) for name in expected if getattr(self, name) is not None}
         for family in FAMILIES:
             for part, tensor in vars(self.code(family)).items():
                 name = f"{family}_code_{part}"

@@ -57,24 +57,31 @@ def here(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if is_split(tensor) else tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def called_range(tensor: torch.Tensor, dim: int) -> range:
-    """Return the places along `dim` of the whole tensor that a call on this process sees."""
-    size = tensor.shape[dim]
+def is_planned(module: nn.Module) -> bool:
+    """Whether a plan of transformers brings the tokens of the module: it has put a forward in place of the class's."""
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")  # the other is accelerate's
+
+
+def called_range(module: nn.Module, name: str, dim: int) -> range:
+    """Return the places along `dim` of the whole parameter `name` that a call on this process sees."""
+    tensor: Any = getattr(module, name)
+    size, split = tensor.shape[dim], _SPLIT_DIMS + ((None,) if is_planned(module) else ())
     if not is_split(tensor):
         return range(size)
-    mesh: Any = tensor.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
-    placements: Any = tensor.placements  # pyright: ignore[reportAttributeAccessIssue]
-    for name, placement in zip(mesh.mesh_dim_names or (), placements, strict=False):
-        if name in _SPLIT_DIMS and placement.is_shard() and placement.dim % tensor.ndim == dim % tensor.ndim:
-            each = -(-size // mesh[name].size())
-            first = min(mesh[name].get_local_rank() * each, size)
+    mesh = tensor.device_mesh
+    # transformers before 5.20 gives no names, and neither does FSDP
+    names = mesh.mesh_dim_names or (None,) * mesh.ndim
+    for number, (dim_name, placement) in enumerate(zip(names, tensor.placements, strict=True)):
+        if dim_name in split and placement.is_shard() and placement.dim % tensor.ndim == dim % tensor.ndim:
+            each = -(-size // mesh.size(number))
+            first = min(mesh.get_local_rank(number) * each, size)
             return range(first, min(first + each, size))
     return range(size)
 
 
-def called_shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape that a call on this process sees."""
-    return tuple(len(called_range(tensor, dim)) for dim in range(tensor.ndim))
+def called_shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Return the shape of the parameter `name` that a call on this process sees."""
+    return tuple(len(called_range(module, name, dim)) for dim in range(getattr(module, name).ndim))
 
 
 def write_plans(model: nn.Module, names: Iterable[str]) -> None:
@@ -108,9 +115,8 @@ def take_share(bank: GlobeBank, modules: Sequence[GlobeMoEFFN]) -> None:
     Raises RequestError when the module's results would be summed over the processes and its parameters are whole.
     """
     for module in modules:
-        experts, rows = called_range(module.down_proj, 0), called_range(module.down_proj, 2)
-        is_summed = "forward" in vars(module) and not hasattr(module, "_hf_hook")  # transformers puts its own there
-        if is_summed and (len(experts), len(rows)) == (module.down_proj.shape[0], module.down_proj.shape[2]):
+        experts, rows = (called_range(module, "down_proj", dim) for dim in (0, 2))
+        if is_planned(module) and (len(experts), len(rows)) == (module.down_proj.shape[0], module.down_proj.shape[2]):
             raise RequestError(
                 f"The plan of this model sums the results of layer {module.layer} over the processes and does not "
                 "split its experts; leave the entries of the experts out of tp_plan and ep_plan."
