@@ -11,6 +11,7 @@ from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import Arrangement, DeviceBank, GlobeBank
 from globe_kernels.model.cache import BasisCache
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.parallel import is_split
 from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.strategies.budget import AUTO, choose_residents, layer_sizes
@@ -42,7 +43,7 @@ def plan_arrangement(
     palettes = {
         module.layer: {family: module.code(family).index.unique().numel() for family in FAMILIES} for module in modules
     }
-    sizes = layer_sizes(config, first.layer, top_k, item_size, palettes)
+    sizes = layer_sizes(config, first.layer, top_k * first.share_of_experts, item_size, palettes)
     choice = choose_residents(
         config,
         sizes,
@@ -152,7 +153,7 @@ def _hold(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangem
 def _hold_bases(bank: GlobeBank, devices: dict[torch.device, list[GlobeMoEFFN]], arrangement: Arrangement) -> None:
     """Compose every basis, free the copied atoms, and park the bank."""
     for device, here in devices.items():
-        is_there = bank.gate.device == device
+        is_there = bank.gate.device == device and not is_split(bank.gate)
         # in the dtype of the bank: a basis is rounded once
         device_bank = DeviceBank(bank) if is_there else DeviceBank(bank, _used(here), device, bank.gate.dtype)
         for module in here:

@@ -9,6 +9,7 @@ from torch import nn
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.cache import BasisCache
+from globe_kernels.model.parallel import is_split, whole
 from globe_kernels.model.scratch import ScratchBuffers
 
 
@@ -60,7 +61,9 @@ class GlobeBank(nn.Module):
         return [bank.cache for bank in banks if bank.cache is not None]
 
     def park(self) -> None:
-        """Move the atoms to host memory and keep them there."""
+        """Move the atoms to host memory and keep them there; atoms that FSDP has split stay where they are."""
+        if is_split(self.gate):
+            return
         self.parked = False
         self.to("cpu")
         self.parked = True
@@ -104,7 +107,7 @@ class DeviceBank(nn.Module):
         for family in FAMILIES:
             copied = None
             if used is not None:
-                copied = bank.atoms(family).detach()[used[family]].to(device, dtype)
+                copied = whole(bank.atoms(family).detach())[used[family]].to(device, dtype)
             self.register_buffer(f"{family}_copy", copied, persistent=False)
 
     def release(self) -> None:

@@ -13,6 +13,8 @@ from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import Arrangement, GlobeBank
 from globe_kernels.model.cache import BasisCache, CacheStats, sum_stats
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.owners import model_in
+from globe_kernels.model.parallel import make_parameters_split
 from globe_kernels.model.targets import globe_modules, is_patched
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import strategies_of
@@ -81,8 +83,10 @@ def set_strategy(
 
     Takes the arguments of `globe_kernels.patch`. Raises RequestError, and changes nothing, when they cannot be met.
     """
+    model = model_in(model)
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    make_parameters_split(model)
     arrangement = plan_arrangement(bank, modules, bank.arrangement.top_k, strategy, *bounds)
     arrange(bank, modules, arrangement)
     return arrangement
@@ -145,6 +149,7 @@ def _caches_of(model: nn.Module) -> list[BasisCache]:
 
 def bank_of(model: nn.Module) -> GlobeBank:
     """Return the bank of a patched model. Raises RequestError for another model."""
+    model = model_in(model)
     if not is_patched(model):
         raise RequestError("This model does not run on GloBE experts; call globe_kernels.patch(model, path) first.")
     return getattr(model, BANK_NAME)

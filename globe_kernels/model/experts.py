@@ -7,6 +7,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import DeviceBank
+from globe_kernels.model.parallel import called_shape, is_split
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.strategies.base import LayerSizes, Pool, Routed
@@ -23,6 +24,8 @@ class GlobeMoEFFN(nn.Module):
 
     `hold` says by which strategies calls may run. Each strategy makes the tensors that it needs beside the weights;
     they are buffers that `state_dict` leaves out.
+
+    Where several processes share the experts, `num_experts` and `intermediate_dim` are those that a call sees here.
     """
 
     gate_adapter: nn.Parameter
@@ -61,6 +64,8 @@ class GlobeMoEFFN(nn.Module):
         self._kept: dict[str, bool] = {}  # {name of a buffer that a strategy made: whether its dtype stays}
         self.palettes = dict.fromkeys(FAMILIES, 0)
         self._policy: Policy | None = None
+        self._own: slice | None = None  # the experts of this process among those of the codes; None: all
+        self._adds_down_bias = True
         for name, (shape, stored) in config.layer_shapes(layer).items():
             if name.endswith("_adapter"):
                 adapter = torch.empty(shape, dtype=dtype, device=device)
@@ -80,9 +85,16 @@ class GlobeMoEFFN(nn.Module):
             values = torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, nn.Parameter(values, requires_grad=False))
 
+    def take_share(self, experts: range, rows: int, *, is_first: bool) -> None:
+        """Run these experts, and so many rows of each, from now on; `is_first`: add the bias of down."""
+        everything = experts == range(self.gate_code_index.shape[0])
+        self._own = None if everything else slice(experts.start, experts.stop)
+        self.num_experts, self.intermediate_dim, self._adds_down_bias = len(experts), rows, is_first
+
     def code(self, family: str) -> Code:
         """Return the codes over all atoms of the bank."""
-        return Code(getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value"))
+        index, value = getattr(self, f"{family}_code_index"), getattr(self, f"{family}_code_value")
+        return Code(index, value) if self._own is None else Code(index[self._own], value[self._own])
 
     @property
     def device_bank(self) -> DeviceBank:
@@ -107,7 +119,8 @@ class GlobeMoEFFN(nn.Module):
     @property
     def from_rank(self) -> FromRank:
         """The weights that every strategy multiplies with after the basis."""
-        return FromRank(*(getattr(self, name) for name in FromRank._fields))
+        weights = FromRank(*(getattr(self, name) for name in FromRank._fields))
+        return weights if self._adds_down_bias else weights._replace(down_bias=None)
 
     def keep(self, name: str, tensor: torch.Tensor, *, keeps_dtype: bool = False) -> None:
         """Hold a tensor that a strategy made. With `keeps_dtype` a cast of the model leaves its dtype alone."""
@@ -137,10 +150,32 @@ class GlobeMoEFFN(nn.Module):
         """
         self.forget()
         self._shared, self.strategies, self._top_k = (device_bank,), strategies, top_k
+        self._refuse_misfits()
         self.palettes = {family: self.code(family).index.unique().numel() for family in FAMILIES}
         for name in strategies:
             STRATEGIES[name].hold(self)
         self._choose()
+
+    def _refuse_misfits(self) -> None:
+        """Raise RequestError when the weights do not fit each other: a kernel would read outside some of them."""
+        config = self.device_bank.config
+        num_experts, inner, width, rank = self.num_experts, self.intermediate_dim, self.hidden_dim, config.rank
+        expected: dict[str, tuple[int, ...]] = {"down_proj": (num_experts, width, inner)}
+        for family in FAMILIES:
+            expected[f"{family}_adapter"] = (num_experts, inner, rank)
+            expected[f"{family}_bias"] = (num_experts, inner)
+        expected["down_bias"] = (num_experts, width)
+        found = {name: called_shape(self, name) for name in expected if getattr(self, name) is not None}
+        for family in FAMILIES:
+            for part, tensor in vars(self.code(family)).items():
+                name = f"{family}_code_{part}"
+                found[name], expected[name] = tuple(tensor.shape), (num_experts, config.support)
+        for name, shape in found.items():
+            if shape != expected[name]:
+                raise RequestError(
+                    f"{name} of layer {self.layer} is {shape} on this process and the other weights of the layer "
+                    f"expect {expected[name]}; put back a tensor of that shape, or load the model again."
+                )
 
     def _choose(self) -> None:
         strategies = [STRATEGIES[name] for name in self.strategies]
@@ -171,10 +206,15 @@ class GlobeMoEFFN(nn.Module):
         """(E, 2R, D)"""
         return self.num_experts, 2 * self.gate_adapter.shape[2], self.hidden_dim
 
+    @property
+    def share_of_experts(self) -> float:
+        """The part of the experts of the layer that this process has; it gets as large a part of the routed rows."""
+        return self.num_experts / self.gate_code_index.shape[0]
+
     def sizes(self) -> LayerSizes:
         """Return the sizes that the times of the strategies depend on."""
-        item_size = self.gate_adapter.element_size()
-        return layer_sizes(self.device_bank.config, self.layer, self._top_k, item_size, {self.layer: self.palettes})
+        item_size, top_k = self.gate_adapter.element_size(), self._top_k * self.share_of_experts
+        return layer_sizes(self.device_bank.config, self.layer, top_k, item_size, {self.layer: self.palettes})
 
     def _apply(self, fn, recurse=True):
         # .to(dtype), .half() and the like cast every floating buffer; codes are float32 by contract
@@ -193,16 +233,32 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        atoms = self.device_bank.gate
-        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
-        if not strategy.holds_bases and atoms.device != hidden_states.device:
-            # a kernel would read whatever the address means on its device
+        bank = self.device_bank
+        if any(map(is_split, (hidden_states, *self._parameters.values()))):
             raise RequestError(
-                f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {atoms.device}; after "
-                "layers were moved one by one, call globe_kernels.set_strategy(model, ...) again."
+                f"Layer {self.layer} is called with a DTensor, which no kernel can read; load the export with "
+                "from_pretrained(..., distributed_config=...), which splits GloBE experts, and call the whole model."
             )
+        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
+        if not strategy.holds_bases:
+            self._refuse_atoms(bank, hidden_states.device)
         return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
+    def _refuse_atoms(self, bank: DeviceBank, device: torch.device) -> None:
+        """Raise RequestError when a kernel would read atoms of another device or size, whatever is at the address."""
+        shape = None if bank.holds_copies else bank.config.bank_shape()
+        for atoms in (bank.gate, bank.up):
+            if atoms.device != device:
+                raise RequestError(
+                    f"Layer {self.layer} runs on {device} and its atoms are on {atoms.device}; after layers were moved "
+                    "one by one, call globe_kernels.set_strategy(model, ...) again."
+                )
+            if is_split(atoms) or shape not in (None, atoms.shape):
+                raise RequestError(
+                    f"The bank is {type(atoms).__name__} {tuple(atoms.shape)} and the codes of layer {self.layer} are "
+                    f"over {shape}; put back atoms of that shape, and call the whole model where FSDP has split it."
+                )
+
     def extra_repr(self) -> str:
-        num_experts, inner, rank = self.gate_adapter.shape
-        return f"experts={num_experts}, hidden={self.hidden_dim}, intermediate={inner}, rank={rank}, phi={self.phi}"
+        sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
+        return f"{sizes}, rank={self.gate_adapter.shape[2]}, phi={self.phi}"

@@ -16,6 +16,8 @@ from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import DenseExperts, top_k_of
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.owners import model_in, refuse_keepers, refuse_left_over, refuse_unfit
+from globe_kernels.model.parallel import here
 from globe_kernels.model.targets import (
     globe_experts,
     globe_modules,
@@ -97,7 +99,8 @@ def patch(
 ) -> PatchReport:
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
-    Without `path`, take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
+    `model` is a transformers model, or a module that holds one and goes on without its dense experts: of torch.compile,
+    of PEFT, or your own. Without `path`, take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
     globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
     all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
     `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
@@ -107,12 +110,16 @@ def patch(
     from_pretrained. Raises GlobeError.
     """
     bounds = tuple(None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
+    around, model = model, model_in(model)
+    refuse_keepers(around, model)
     if is_patched(model):
         raise RequestError("This model already runs on GloBE experts; call globe_kernels.unpatch(model) first.")
     checkpoint = GlobeCheckpoint(_checkpoint_path(model) if path is None else path)
     targets = plan_replacement(model, checkpoint.config)
     for target in targets:
+        refuse_unfit(target.name, target.module)
         _check_shapes(target, checkpoint.config)
+    refuse_left_over(model)
     _refuse_other_weights(targets[0], checkpoint)
     bank, modules = _build(targets, checkpoint)
     arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model, targets[0]), strategy, *bounds))
@@ -136,6 +143,7 @@ def patch(
 
 def unpatch(model: nn.Module) -> None:
     """Put back the dense experts that `patch(..., keep_dense=True)` kept."""
+    model = model_in(model)
     if not is_patched(model):
         raise RequestError("This model does not run on GloBE experts, so there is nothing to undo.")
     dense = getattr(model, _DENSE_NAME, None)
@@ -157,7 +165,7 @@ def resident_bytes(model: nn.Module) -> int:
     """Count the bytes that the GloBE experts hold on their devices; on a CPU a bank in host memory counts."""
     modules = list(globe_modules(model).values())
     devices, parts = by_device(modules), (*modules, getattr(model, BANK_NAME))
-    return sum(tensor.nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
+    return sum(here(tensor).nbytes for part in parts for tensor in _tensors(part) if tensor.device in devices)
 
 
 def peak_workspace(model: nn.Module, strategy: str | None = None) -> int:

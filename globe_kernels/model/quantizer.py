@@ -14,12 +14,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe_kernels.errors import GlobeError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import top_k_of
+from globe_kernels.model.owners import refuse_quantized
+from globe_kernels.model.parallel import take_share, write_plans
 from globe_kernels.model.renaming import Renaming
 from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
 from globe_kernels.strategies.budget import AUTO
@@ -73,6 +75,7 @@ class GlobeHfQuantizer(HfQuantizer):
             if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
                 block._is_hf_initialized = True  # transformers would draw dense experts through the block
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
+        write_plans(model, [target.name for target in targets])
         if checkpoint_files:
             _check_exported_files(checkpoint_files, model)
         return model
@@ -86,6 +89,7 @@ class GlobeHfQuantizer(HfQuantizer):
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
             module.to(self.dtype)
         modules = list(globe_modules(model).values())
+        take_share(bank, modules)
         arrange(bank, modules, plan_arrangement(bank, modules, self.top_k, AUTO))
         install_bank(model, bank)
         # a quantized model refuses .half() and .float(), and the factors stand every cast
@@ -93,6 +97,16 @@ class GlobeHfQuantizer(HfQuantizer):
         _take_away(model.config)
         model.config.__class__ = _guarded(type(model.config))
         return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """Refuse to save a directory that could not be loaded; return the answer of transformers otherwise."""
+        if missing := self.globe.base.num_experts.keys() - {module.layer for module in globe_modules(model).values()}:
+            raise RequestError(
+                f"This process has no layers {', '.join(map(str, sorted(missing)))}, so it cannot save the model; copy "
+                "the directory that it was loaded from."
+            )
+        refuse_quantized(model)
+        return super().get_state_dict_and_metadata(model)
 
     def is_serializable(self) -> Any:
         return True
@@ -154,19 +168,45 @@ def _check_exported_files(files: list[str], model: Any) -> None:
 
 
 def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
-    """Mark a transformers model as running on GloBE, or (None) as dense again."""
-    if config is None:
-        if hasattr(model, "hf_quantizer"):
-            model.hf_quantizer.remove_quantization_config(model)
-            model.config.__class__ = getattr(type(model.config), "unguarded", type(model.config))
-        return
+    """Mark a transformers model as running on GloBE, or (None) as dense again.
+
+    A model that another quantizer has loaded keeps that quantizer, and cannot be saved while it runs on GloBE.
+    """
     if not hasattr(model, "config"):
         return
-    quantization_config = GlobeQuantizationConfig(**config.to_dict())
-    model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
-    model.config.quantization_config = quantization_config
-    model.config.__class__ = _guarded(type(model.config))
-    model.quantization_method = QUANT_METHOD
+    quantizer = getattr(model, "hf_quantizer", None)
+    if config is None:
+        model.config.__class__ = getattr(type(model.config), "unguarded", type(model.config))
+        if isinstance(quantizer, GlobeHfQuantizer):
+            del model.hf_quantizer, model.quantization_method, model.config.quantization_config
+        elif quantizer is not None:
+            quantizer.__class__ = getattr(type(quantizer), "unguarded", type(quantizer))
+    elif quantizer is not None:
+        quantizer.__class__ = _unsaved(type(quantizer))
+    else:
+        quantization_config = GlobeQuantizationConfig(**config.to_dict())
+        model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
+        model.config.quantization_config = quantization_config
+        model.config.__class__ = _guarded(type(model.config))
+        model.quantization_method = QUANT_METHOD
+
+
+def _guard(make: Any, guarded: Any, members: dict[str, Any]) -> Any:
+    """Return a subclass of the same name, by which transformers finds the classes of a model.
+
+    `make` makes it of `guarded`, for pickle, which could not import it.
+    """
+
+    def reduce(self: Any) -> tuple:
+        return _with_state, (make, guarded, self.__dict__)
+
+    return type(guarded.__name__, (guarded,), {**members, "__reduce__": reduce, "unguarded": guarded})
+
+
+def _with_state(make: Any, guarded: Any, state: dict[str, Any]) -> Any:
+    instance = guarded.__new__(make(guarded))
+    instance.__dict__.update(state)
+    return instance
 
 
 @lru_cache
@@ -181,18 +221,23 @@ def _guarded(config_class: Any) -> Any:
     def to_diff_dict(self: Any) -> dict[str, Any]:
         return {**config_class.to_diff_dict(self), GUARD_KEY: EXPORT_GUARD}
 
-    def reduce(self: Any) -> tuple:
-        return _with_state, (config_class, self.__dict__)  # the subclass has no name that pickle could import
-
-    members = {"to_diff_dict": to_diff_dict, "__reduce__": reduce, "unguarded": config_class}
-    # the same name: transformers finds the classes of a model by it
-    return type(config_class.__name__, (config_class,), members)
+    return _guard(_guarded, config_class, {"to_diff_dict": to_diff_dict})
 
 
-def _with_state(config_class: Any, state: dict[str, Any]) -> Any:
-    config = config_class.__new__(_guarded(config_class))
-    config.__dict__.update(state)
-    return config
+@lru_cache
+def _unsaved(quantizer_class: Any) -> Any:
+    """Return the subclass of another quantizer under which a model is not saved: config.json names one quantizer."""
+
+    def get_state_dict_and_metadata(self: Any, model: Any) -> Any:
+        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
+            return quantizer_class.get_state_dict_and_metadata(self, model)
+        method = getattr(self.quantization_config.quant_method, "value", self.quantization_config.quant_method)
+        raise RequestError(
+            f"This model is quantized by {method} and runs on GloBE experts, and a directory can be loaded by one of "
+            "the two; keep the dense model and the GloBE checkpoint, and patch after loading, or unpatch and save."
+        )
+
+    return _guard(_unsaved, quantizer_class, {"get_state_dict_and_metadata": get_state_dict_and_metadata})
 
 
 def _globe_experts_forward(*_: Any) -> None:

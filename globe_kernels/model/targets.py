@@ -11,6 +11,7 @@ from globe_kernels.model.arrange import arrange
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
 from globe_kernels.model.experts import GlobeMoEFFN
+from globe_kernels.model.parallel import make_parameters_split
 
 _HOOK_NAME = "_globe_load_hook"
 
@@ -72,4 +73,5 @@ def remove_bank(model: nn.Module) -> None:
 def _arrange_again(model: nn.Module, _: Any) -> None:
     """After load_state_dict, which has no tensor that strategies make from the codes and the bank."""
     bank = getattr(model, BANK_NAME)
+    make_parameters_split(model)
     arrange(bank, list(globe_modules(model).values()), bank.arrangement)

@@ -38,7 +38,7 @@ class LayerSizes:
     """The sizes of one layer that its time depends on."""
 
     experts: int  # E
-    top_k: int  # K
+    top_k: float  # K; of experts that several processes share, the choices that come to this process on average
     hidden: int  # D
     intermediate: int  # P
     rank: int  # R

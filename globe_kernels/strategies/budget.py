@@ -72,7 +72,7 @@ def atoms_on_devices(config: GlobeConfig, palettes: Palettes, devices: int) -> i
 
 
 def layer_sizes(
-    config: GlobeConfig, layer: int, top_k: int, item_size: int, palettes: Palettes | None = None
+    config: GlobeConfig, layer: int, top_k: float, item_size: int, palettes: Palettes | None = None
 ) -> LayerSizes:
     """Return the sizes that the time of one layer depends on."""
     palette = (palettes or expected_palettes(config))[layer]
@@ -207,7 +207,7 @@ def choose_residents(
     if strategy != AUTO:
         if not STRATEGIES[strategy].takes_pool:
             return within_budget(strategy, (strategy,), 0)
-        least = pool_bytes(config, min(sizes.top_k, config.base.total_experts), item_size)
+        least = pool_bytes(config, min(ceil(sizes.top_k), config.base.total_experts), item_size)
         cache = cache_beside(held((strategy,)) - pool_bytes(config, 0, item_size))
         return within_budget(strategy, (strategy,), cache or (one_slot if budget is not None else least))
 

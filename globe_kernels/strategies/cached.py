@@ -5,6 +5,8 @@
 Suits few tokens per call and routing that comes back to the same experts. globe_kernels.model.cache owns the pool.
 """
 
+from math import ceil
+
 import torch
 
 from globe_kernels.format.checkpoint import GlobeConfig
@@ -60,7 +62,7 @@ class Cached(Strategy):
     def stages(self, sizes: LayerSizes, tokens: int, pool: Pool | None) -> list[Stage]:
         assert pool is not None, "the cost of a cache depends on its slots"
         active = sizes.active_experts(tokens)
-        passes = -(-min(tokens * sizes.top_k, sizes.experts) // pool.slots)
+        passes = ceil(min(tokens * sizes.top_k, sizes.experts) / pool.slots)
         misses = active * pool.misses(active / sizes.experts)
         composed = 2 * misses * sizes.rank * sizes.hidden
         compose = Stage(
