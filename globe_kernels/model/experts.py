@@ -8,6 +8,7 @@ from globe_kernels.format.architectures import architecture_of
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import DeviceBank
+from globe_kernels.model.calls import Calls
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.strategies.base import LayerSizes, Pool, Routed
@@ -53,6 +54,7 @@ class GlobeMoEFFN(nn.Module):
         self._kept: dict[str, bool] = {}  # {name of a buffer that a strategy made: whether its dtype stays}
         self.palettes = dict.fromkeys(FAMILIES, 0)
         self._policy: Policy | None = None
+        self.calls = Calls()  # of this layer alone, until a model has it
         for name, (shape, stored) in config.layer_shapes(layer).items():
             if name.endswith("_adapter"):
                 adapter = torch.empty(shape, dtype=dtype, device=device)
@@ -185,15 +187,23 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        atoms = self.device_bank.gate
-        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
-        if not strategy.holds_bases and atoms.device != hidden_states.device:
+        routed = Routed(hidden_states, top_k_index, top_k_weights)
+        if torch.compiler.is_compiling():
+            return self._run(routed)
+        with self.calls.one():
+            return self._run(routed)
+
+    def _run(self, routed: Routed) -> torch.Tensor:
+        device, atoms = routed.hidden_states.device, self.device_bank.gate
+        strategy = STRATEGIES[self.strategy(routed.hidden_states.shape[0])]
+        if not strategy.holds_bases and atoms.device != device:
             # a kernel would read whatever the address means on its device
             raise RequestError(
-                f"Layer {self.layer} runs on {hidden_states.device} and its atoms are on {atoms.device}; after "
-                "layers were moved one by one, call globe_kernels.set_strategy(model, ...) again."
+                f"Layer {self.layer} runs on {device} and its atoms are on {atoms.device}; after layers were moved one "
+                "by one call globe_kernels.set_strategy(model, ...) again, and for nn.DataParallel use the strategy "
+                "composed."
             )
-        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
+        return strategy.run(self, routed)
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape
