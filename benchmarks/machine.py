@@ -188,7 +188,7 @@ def _cached(layer: Layer, layers: int) -> Provider:
     cache = BasisCache(dict.fromkeys(range(layers), _FEW), _FEW, _SIZE, _SIZE, torch.float32, "cpu")
     first_experts = cycle(range(0, layers * _FEW, _FEW))
     return lambda i: moe_ffn_cached(
-        i.hidden, i.index, i.weights, weights, cache.state, next(first_experts), "identity", "silu"
+        i.hidden, i.index, i.weights, weights, cache, next(first_experts), "identity", "silu"
     )
 
 

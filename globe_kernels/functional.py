@@ -2,7 +2,7 @@
 
 import torch
 
-from globe_kernels.ops.cache_lookup import CacheState
+from globe_kernels.ops.cache_turns import Cache
 from globe_kernels.ops.moe_ffn import ExpertWeights
 from globe_kernels.ops.moe_ffn import moe_ffn as _moe_ffn_op
 from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
@@ -50,7 +50,7 @@ def moe_ffn_cached(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     weights: CachedWeights,
-    cache: CacheState,
+    cache: Cache,
     first_expert: int,
     phi: str,
     activation: str,
@@ -58,8 +58,8 @@ def moe_ffn_cached(
 ) -> torch.Tensor:
     """Run the experts as `moe_ffn` does, from a cache of bases and the bank (`globe_kernels.ops.moe_ffn_cached`).
 
-    The pool of the cache has the dtype of hidden_states; the experts of this layer are first_expert .. first_expert + E
-    - 1 of the cache.
+    `cache` is a globe_kernels.model.cache.BasisCache, whose pool has the dtype of hidden_states; threads and streams
+    that share it wait for each other. The experts of this layer are first_expert .. first_expert + E - 1 of the cache.
     """
     routed = (hidden_states, top_k_index, top_k_weights)
     _check_inputs(*routed, weights.from_rank.down_proj)
@@ -75,8 +75,8 @@ def moe_ffn_cached(
             f"first_expert is {first_expert} with {num_experts} experts in the layer and {cache.slot_of.shape[0]} in "
             "the cache; take it from BasisCache.first_expert."
         )
-    tensors = (list(cache), list(weights.mixtures), list(weights.from_rank))
-    return _moe_ffn_cached_op(*routed, *tensors, first_expert, phi, activation, deterministic)
+    tensors = (list(weights.mixtures), list(weights.from_rank))
+    return _moe_ffn_cached_op(*routed, cache.number, *tensors, first_expert, phi, activation, deterministic)
 
 
 def _check_inputs(

@@ -19,7 +19,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 # Inside a package a room imports from its own line and from the lines above it.
 ROOMS = {
     "globe_kernels": [
-        ("errors", "lazy", "version"),
+        ("errors", "lazy", "locks", "version"),
         ("units",),
         ("table",),
         ("format",),

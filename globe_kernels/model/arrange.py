@@ -108,11 +108,13 @@ def _num_experts(modules: Sequence[GlobeMoEFFN]) -> dict[int, int]:
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     """Hold the tensors that `arrangement` needs, and no others; replace any earlier arrangement.
 
-    The tensors of the earlier arrangement go first: two pools may not fit. Where memory runs out under way the model
-    holds nothing, says so when it is called, and can be arranged again.
+    No call may run meanwhile. The tensors of the earlier arrangement go first: two pools may not fit. Where memory runs
+    out under way the model holds nothing, says so when it is called, and can be arranged again.
     """
     _let_go(bank, modules)
     bank.arrangement = arrangement
+    for module in modules:
+        module.calls = bank.calls
     try:
         _hold(bank, modules, arrangement)
     except BaseException:
@@ -121,6 +123,10 @@ def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrang
 
 
 def _let_go(bank: GlobeBank, modules: Sequence[GlobeMoEFFN]) -> None:
+    for device in by_device(modules):
+        if device.type == "cuda":
+            # their memory may be given away only when calls on all streams are done with it
+            torch.cuda.synchronize(device)
     bank.device_banks = nn.ModuleList()
     for module in modules:
         module.forget()

@@ -9,6 +9,7 @@ from torch import nn
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.cache import BasisCache
+from globe_kernels.model.calls import Calls
 from globe_kernels.model.parallel import is_split, whole
 from globe_kernels.model.scratch import ScratchBuffers
 
@@ -34,7 +35,7 @@ class GlobeBank(nn.Module):
     Every layer composes from this bank and no layer holds a copy, so `state_dict` has each atom once. A *parked* bank
     stays in host memory when the model moves to a device. Parked is the bank of a model that has composed every basis,
     or whose devices hold copies of atoms: calls do not read it, and `state_dict` does. `device_banks` has an entry for
-    every device whose layers run from atoms.
+    every device whose layers run from atoms. `calls` are the calls of the model, for which changes wait.
     """
 
     gate: nn.Parameter
@@ -45,6 +46,7 @@ class GlobeBank(nn.Module):
         super().__init__()
         self.config = config
         self.parked = False
+        self.calls = Calls()
         for family in FAMILIES:
             atoms = torch.empty(config.bank_shape(), dtype=config.torch_dtype, device=device)
             self.register_parameter(family, nn.Parameter(atoms, requires_grad=False))

@@ -4,14 +4,19 @@ The experts of all layers are numbered, one layer after the other. `globe_kernel
 while a model runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import nn
 
 from globe_kernels.errors import RequestError
+from globe_kernels.locks import make_locks
 from globe_kernels.ops.cache_lookup import CacheState
+from globe_kernels.ops.cache_turns import LastUse, give_number
 from globe_kernels.ops.compose_slots import compose_slots
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 
@@ -51,8 +56,11 @@ class BasisCache(nn.Module):
     """The state of `globe_kernels.functional.moe_ffn_cached`, one for the layers on a device.
 
     Its tensors follow the model to a device. A cast of the model casts the pool, whose contents stay valid.
-    `state_dict` has none of them: all are made from the codes and the bank.
+    `state_dict` has none of them: all are made from the codes and the bank. Its users take turns, each for the length
+    of one layer. A copy starts with an empty pool: another thread may have been writing while the pool was copied.
     """
+
+    number: int
 
     pool: torch.Tensor
     slot_of: torch.Tensor
@@ -87,14 +95,39 @@ class BasisCache(nn.Module):
             "uses": ((n,), torch.int64),
             "registers": ((5,), torch.int64),
         }
-        for name, (shape, kind) in shapes.items():
-            self.register_buffer(name, torch.empty(shape, dtype=kind, device=device), persistent=False)
-        self.clear()
+        with torch.inference_mode(False):  # tensors of inference mode cannot be written outside of it
+            for name, (shape, kind) in shapes.items():
+                self.register_buffer(name, torch.empty(shape, dtype=kind, device=device), persistent=False)
+        self._begin()
         self.reset_stats()
+
+    def _begin(self) -> None:
+        """Start with an empty pool, as a cache that no call knows yet."""
+        make_locks(self)
+        self.number = give_number(self)
+        self._last_use, self._is_torn = LastUse(), True
+
+    def make_locks(self) -> None:
+        """Make a lock that nobody holds."""
+        self._lock = Lock()
+
+    @contextmanager
+    def turn(self) -> Iterator[CacheState]:
+        """Wait for the other users of the cache, and be the only user until the end of the block.
+
+        A block that fails may leave a slot that is said to hold a basis and does not: the next user clears the cache.
+        """
+        with self._lock, self._last_use.before(self.pool.device):
+            was_torn, self._is_torn = self._is_torn, True
+            if was_torn:
+                self._clear()
+            yield self.state
+            # what a capture notes down is done by its replays alone
+            self._is_torn = was_torn and self.pool.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def state(self) -> CacheState:
-        """The tensors that the op takes, and changes."""
+        """The tensors that a call changes; `turn` gives them to one user at a time."""
         return CacheState(self.pool, self.slot_of, self.owner, self.referenced, self.pinned, self.uses, self.registers)
 
     def first_expert(self, layer: int) -> int:
@@ -104,6 +137,10 @@ class BasisCache(nn.Module):
 
     def clear(self) -> None:
         """Forget all bases; call this when banks or codes have changed. Statistics stay."""
+        with self.turn():
+            self._clear()
+
+    def _clear(self) -> None:
         self.slot_of.fill_(-1)
         self.owner.fill_(-1)
         self.referenced.zero_()
@@ -112,8 +149,9 @@ class BasisCache(nn.Module):
 
     def stats(self) -> CacheStats:
         """Return the statistics; waits for the device."""
-        hits, misses, evictions = self.registers[2:].tolist()
-        uses = self.uses.cpu().split(list(self.num_experts.values()))
+        with self.turn():
+            hits, misses, evictions = self.registers[2:].tolist()
+            uses = self.uses.cpu().split(list(self.num_experts.values()))
         return CacheStats(
             hits,
             misses,
@@ -125,8 +163,9 @@ class BasisCache(nn.Module):
 
     def reset_stats(self) -> None:
         """Count from zero again."""
-        self.registers[2:].zero_()
-        self.uses.zero_()
+        with self.turn():
+            self.registers[2:].zero_()
+            self.uses.zero_()
 
     @torch.no_grad()
     def warm(self, weights: Mapping[int, CachedWeights], uses: Mapping[int, torch.Tensor], phi: str) -> None:
@@ -141,7 +180,6 @@ class BasisCache(nn.Module):
                     f"The uses of layer {layer} have shape {tuple(counts.shape)} and the model has "
                     f"{self.num_experts.get(layer, 'no')} experts there; give the uses of a run of this model."
                 )
-        self.clear()
         unused = {layer: torch.zeros(size, dtype=torch.int64) for layer, size in self.num_experts.items()}
         counts = torch.cat([uses.get(layer, zeros).cpu() for layer, zeros in unused.items()])
         most = counts.argsort(descending=True, stable=True)[: self.owner.numel()]
@@ -149,21 +187,35 @@ class BasisCache(nn.Module):
         # the hand starts at slot 0: empty slots go first, then the slots of the least used experts
         slots = self.owner.numel() - 1 - torch.arange(most.numel())
         most, slots = most.int().to(self.pool.device), slots.int().to(self.pool.device)
-        for layer, size in self.num_experts.items():
-            number = most - self.first_expert(layer)
-            here = (number >= 0) & (number < size)
-            compose_slots(number[here], slots[here], self.pool, list(weights[layer].mixtures), phi)
-        self.owner[slots] = most
-        self.slot_of[most] = slots
+        with self.turn():
+            self._clear()
+            for layer, size in self.num_experts.items():
+                number = most - self.first_expert(layer)
+                here = (number >= 0) & (number < size)
+                compose_slots(number[here], slots[here], self.pool, list(weights[layer].mixtures), phi)
+            self.owner[slots] = most
+            self.slot_of[most] = slots
 
     def _apply(self, fn, recurse=True):
         was_meta = self.pool.is_meta
-        super()._apply(fn, recurse)
+        with torch.inference_mode(False):
+            super()._apply(fn, recurse)
+        self._last_use = LastUse()  # of another device
         if was_meta:
             # to_empty allocates memory with any content
-            self.clear()
+            self._is_torn = True
             self.reset_stats()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_last_use", "number")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.inference_mode(False):
+            for name, tensor in self.named_buffers():
+                setattr(self, name, tensor.clone() if tensor.is_inference() else tensor)
+        self._begin()
 
     def extra_repr(self) -> str:
         slots, rows, width = self.pool.shape

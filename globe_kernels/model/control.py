@@ -81,20 +81,23 @@ def set_strategy(
 ) -> Arrangement:
     """Run the GloBE experts of `model` by another strategy from now on; weights and results stay.
 
-    Takes the arguments of `globe_kernels.patch`. Raises RequestError, and changes nothing, when they cannot be met.
+    Takes the arguments of `globe_kernels.patch`. Waits for the calls of other threads, and calls that begin meanwhile
+    wait. Raises RequestError, and changes nothing, when the arguments cannot be met.
     """
     model = model_in(model)
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
-    make_parameters_split(model)
-    arrangement = plan_arrangement(bank, modules, bank.arrangement.top_k, strategy, *bounds)
-    arrange(bank, modules, arrangement)
+    with bank.calls.none():
+        make_parameters_split(model)
+        arrangement = plan_arrangement(bank, modules, bank.arrangement.top_k, strategy, *bounds)
+        arrange(bank, modules, arrangement)
     return arrangement
 
 
 def cache_stats(model: nn.Module) -> CacheStats:
     """Return hits and misses of the caches of all devices, since they were made; waits for the devices."""
-    return sum_stats([cache.stats() for cache in _caches_of(model)])
+    with bank_of(model).calls.one():
+        return sum_stats([cache.stats() for cache in _caches_of(model)])
 
 
 def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
@@ -102,11 +105,14 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
 
     `uses`: {layer id: (E,) times each expert was used}, such as `cache_stats(model).uses` of an earlier run.
     """
-    caches, phi = _caches_of(model), bank_of(model).config.phi
-    weights = {module.layer: cached_weights(module) for module in globe_modules(model).values()}
-    for cache in caches:
-        elsewhere = {layer for other in caches if other is not cache for layer in other.num_experts}
-        cache.warm(weights, {layer: counts for layer, counts in uses.items() if layer not in elsewhere}, phi)
+    bank = bank_of(model)
+    with bank.calls.one():
+        caches = _caches_of(model)
+        weights = {module.layer: cached_weights(module) for module in globe_modules(model).values()}
+        for cache in caches:
+            elsewhere = {layer for other in caches if other is not cache for layer in other.num_experts}
+            here = {layer: counts for layer, counts in uses.items() if layer not in elsewhere}
+            cache.warm(weights, here, bank.config.phi)
 
 
 def explain(model: nn.Module, tokens: int) -> Explanation:
@@ -116,25 +122,29 @@ def explain(model: nn.Module, tokens: int) -> Explanation:
     strategies whose tensors the model does not hold are marked. Layers of the same sizes share a table. The
     result prints as text.
     """
-    config = bank_of(model).config
-    groups: dict[Any, list[tuple[str, GlobeMoEFFN]]] = {}
-    for name, module in globe_modules(model).items():
-        groups.setdefault((module.sizes(), module.machine, module.pool), []).append((name, module))
-    found = []
-    for (sizes, machine, pool), members in groups.items():
-        first = members[0][1]
-        chosen, costs = first.strategy(tokens), []
-        for strategy in (DENSE, *(STRATEGIES[name] for name in strategies_of(config))):
-            if strategy.takes_pool and pool is None:
-                continue
-            cost = predict(strategy, sizes, tokens, machine, pool)
-            state = "taken" if strategy.name == chosen else "held" if strategy.name in first.strategies else "not held"
-            if strategy is DENSE:
-                state = "-"
-            costs.append(StrategyCost(strategy.name, cost.us, cost.bytes, state))
-        names = tuple(name for name, _ in members)
-        found.append(LayerCosts(names, machine.name, machine.origin, tuple(costs)))
+    bank = bank_of(model)
+    groups: dict[Any, list[str]] = {}
+    with bank.calls.one():
+        modules = globe_modules(model)
+        for name, module in modules.items():
+            groups.setdefault((module.sizes(), module.machine, module.pool), []).append(name)
+        found = [_layer_costs(modules[names[0]], tuple(names), tokens) for names in groups.values()]
     return Explanation(tokens, tuple(found))
+
+
+def _layer_costs(module: GlobeMoEFFN, names: tuple[str, ...], tokens: int) -> LayerCosts:
+    """Predict the costs of `module`, in whose place layers of all `names` stand."""
+    sizes, machine, pool = module.sizes(), module.machine, module.pool
+    chosen, costs = module.strategy(tokens), []
+    for strategy in (DENSE, *(STRATEGIES[name] for name in strategies_of(module.device_bank.config))):
+        if strategy.takes_pool and pool is None:
+            continue
+        cost = predict(strategy, sizes, tokens, machine, pool)
+        state = "taken" if strategy.name == chosen else "held" if strategy.name in module.strategies else "not held"
+        if strategy is DENSE:
+            state = "-"
+        costs.append(StrategyCost(strategy.name, cost.us, cost.bytes, state))
+    return LayerCosts(names, machine.name, machine.origin, tuple(costs))
 
 
 def _caches_of(model: nn.Module) -> list[BasisCache]:

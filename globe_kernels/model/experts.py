@@ -7,6 +7,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.bank import DeviceBank
+from globe_kernels.model.calls import Calls
 from globe_kernels.model.parallel import called_shape, is_split
 from globe_kernels.ops.moe_ffn import FromRank
 from globe_kernels.strategies import STRATEGIES
@@ -66,6 +67,7 @@ class GlobeMoEFFN(nn.Module):
         self._policy: Policy | None = None
         self._own: slice | None = None  # the experts of this process among those of the codes; None: all
         self._adds_down_bias = True
+        self.calls = Calls()  # of this layer alone, until a model has it
         for name, (shape, stored) in config.layer_shapes(layer).items():
             if name.endswith("_adapter"):
                 adapter = torch.empty(shape, dtype=dtype, device=device)
@@ -233,16 +235,23 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        bank = self.device_bank
-        if any(map(is_split, (hidden_states, *self._parameters.values()))):
+        routed = Routed(hidden_states, top_k_index, top_k_weights)
+        if torch.compiler.is_compiling():
+            return self._run(routed)
+        with self.calls.one():
+            return self._run(routed)
+
+    def _run(self, routed: Routed) -> torch.Tensor:
+        bank, hidden = self.device_bank, routed.hidden_states
+        if any(map(is_split, (hidden, *self._parameters.values()))):
             raise RequestError(
                 f"Layer {self.layer} is called with a DTensor, which no kernel can read; load the export with "
                 "from_pretrained(..., distributed_config=...), which splits GloBE experts, and call the whole model."
             )
-        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
+        strategy = STRATEGIES[self.strategy(hidden.shape[0])]
         if not strategy.holds_bases:
-            self._refuse_atoms(bank, hidden_states.device)
-        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
+            self._refuse_atoms(bank, hidden.device)
+        return strategy.run(self, routed)
 
     def _refuse_atoms(self, bank: DeviceBank, device: torch.device) -> None:
         """Raise RequestError when a kernel would read atoms of another device or size, whatever is at the address."""
@@ -251,7 +260,8 @@ class GlobeMoEFFN(nn.Module):
             if atoms.device != device:
                 raise RequestError(
                     f"Layer {self.layer} runs on {device} and its atoms are on {atoms.device}; after layers were moved "
-                    "one by one, call globe_kernels.set_strategy(model, ...) again."
+                    "one by one call globe_kernels.set_strategy(model, ...) again, and for nn.DataParallel use the "
+                    "strategy composed."
                 )
             if is_split(atoms) or shape not in (None, atoms.shape):
                 raise RequestError(

@@ -13,7 +13,7 @@ from globe_kernels.model.discovery import DenseExperts, activation_of, routed_ex
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.parallel import make_parameters_split
 
-_HOOK_NAME = "_globe_load_hook"
+_HOOKS_NAME = "_globe_hooks"
 
 
 def plan_replacement(model: nn.Module, config: GlobeConfig) -> tuple[DenseExperts, ...]:
@@ -60,18 +60,21 @@ def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
     """Register the bank at the root of a model whose experts are arranged; new weights arrange them again."""
     setattr(model, BANK_NAME, bank)
-    setattr(model, _HOOK_NAME, model.register_load_state_dict_post_hook(_arrange_again))
+    hooks = [model.register_load_state_dict_post_hook(_arrange_again), *bank.calls.watch(model)]
+    setattr(model, _HOOKS_NAME, hooks)
 
 
 def remove_bank(model: nn.Module) -> None:
     """Undo `install_bank`."""
-    getattr(model, _HOOK_NAME).remove()
-    delattr(model, _HOOK_NAME)
+    for hook in getattr(model, _HOOKS_NAME):
+        hook.remove()
+    delattr(model, _HOOKS_NAME)
     delattr(model, BANK_NAME)
 
 
 def _arrange_again(model: nn.Module, _: Any) -> None:
     """After load_state_dict, which has no tensor that strategies make from the codes and the bank."""
     bank = getattr(model, BANK_NAME)
-    make_parameters_split(model)
-    arrange(bank, list(globe_modules(model).values()), bank.arrangement)
+    with bank.calls.none():
+        make_parameters_split(model)
+        arrange(bank, list(globe_modules(model).values()), bank.arrangement)

@@ -10,7 +10,8 @@ The result does not depend on the size or the earlier contents of the pool; the 
 the pool has fewer slots than T * K routed rows may activate experts.
 
 Shapes: T tokens, K experts per token, E experts, C support, M atoms, P intermediate size, D hidden size, R rank.
-Deterministic. Calls that share a state must follow each other on one stream.
+Deterministic. Calls of the op that share a cache follow each other, whatever thread and stream they come from
+(ops/cache_turns.py).
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from globe_kernels.ops.cache_lookup import CacheState, cache_lookup_ref, launch_cache_lookup
+from globe_kernels.ops.cache_turns import turn_of
 from globe_kernels.ops.compose_slots import Mixtures, compose_slots_ref, launch_compose_slots
 from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
@@ -44,7 +46,7 @@ def _run(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    cache: list[torch.Tensor],
+    cache: int,
     mixtures: list[torch.Tensor],
     from_rank: list[torch.Tensor | None],
     first_expert: int,
@@ -52,22 +54,23 @@ def _run(
     activation: str,
     deterministic: bool,
 ) -> torch.Tensor:
-    state = CacheState(*cache)
     w = CachedWeights(Mixtures(*mixtures), FromRank(*from_rank))  # pyright: ignore[reportArgumentType]
     if not use_triton(hidden):
         count_call("moe_ffn_cached_ref")
-        return moe_ffn_cached_ref(hidden, top_k_index, top_k_weights, w, state, first_expert, phi, activation)
+        with turn_of(cache) as state:
+            return moe_ffn_cached_ref(hidden, top_k_index, top_k_weights, w, state, first_expert, phi, activation)
     count_call("moe_ffn_cached")
     config = choose(w.from_rank.shape, top_k_index.numel(), hidden.element_size(), hidden.device)
-    case = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), w.contiguous(), state)
-    return launch_moe_ffn_cached(*case, first_expert, phi, activation, config, deterministic)
+    case = (hidden.contiguous(), top_k_index.contiguous(), top_k_weights.contiguous(), w.contiguous())
+    with turn_of(cache) as state:
+        return launch_moe_ffn_cached(*case, state, first_expert, phi, activation, config, deterministic)
 
 
 # (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
-# cache: a CacheState, which the op brings up to date; mixtures: Mixtures; from_rank: FromRank. The experts of the layer
-# are first_expert .. first_expert + E - 1 of the cache. globe_kernels.functional checks the shapes.
+# cache: the number of the cache, whose state the op brings up to date; mixtures: Mixtures; from_rank: FromRank. The
+# experts of the layer are first_expert .. first_expert + E - 1 of the cache. globe_kernels.functional checks shapes.
 moe_ffn_cached = register_op(
-    "moe_ffn_cached(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor(a!)[] cache, Tensor[] mixtures, "
+    "moe_ffn_cached(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, int cache, Tensor[] mixtures, "
     "Tensor?[] from_rank, int first_expert, str phi, str activation, bool deterministic) -> Tensor",
     _run,
     fake_like_hidden,

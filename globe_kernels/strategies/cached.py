@@ -82,7 +82,7 @@ class Cached(Strategy):
     def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
         cache = layer.device_bank.cache
         first = cache.first_expert(layer.layer)
-        return moe_ffn_cached(*routed, cached_weights(layer), cache.state, first, layer.phi, layer.activation)
+        return moe_ffn_cached(*routed, cached_weights(layer), cache, first, layer.phi, layer.activation)
 
 
 def cached_weights(layer: Layer) -> CachedWeights:

@@ -251,7 +251,7 @@ def cached_model(model: str, slots: int) -> tuple[BasisCache, list[CachedWeights
 def run_cached(cache: BasisCache, layers: list[CachedWeights], case) -> list[torch.Tensor]:
     """Every layer on the same inputs."""
     experts = layers[0].from_rank.shape.experts
-    return [moe_ffn_cached(*case, w, cache.state, number * experts, "tanh", "silu") for number, w in enumerate(layers)]
+    return [moe_ffn_cached(*case, w, cache, number * experts, "tanh", "silu") for number, w in enumerate(layers)]
 
 
 @pytest.mark.parametrize("budget", ["all", "a quarter", "K"])

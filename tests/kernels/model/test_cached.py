@@ -78,9 +78,9 @@ def consistent(cached: BasisCache) -> None:
     assert {(e, s) for e, s in enumerate(slot_of) if s >= 0} == {(e, s) for s, e in enumerate(owner) if e >= 0}
 
 
-def run_kernels(hidden, index, scale, w, state, first, phi, activation):
+def run_kernels(hidden, index, scale, w, cached, first, phi, activation):
     tiles = same_tiles(32, 32, 32, group_m=2)
-    return launch_moe_ffn_cached(hidden, index, scale, w, state, first, phi, activation, tiles)
+    return launch_moe_ffn_cached(hidden, index, scale, w, cached.state, first, phi, activation, tiles)
 
 
 RUNNERS = [
@@ -103,7 +103,7 @@ def test_the_result_is_that_of_composed_bases(slots, dtype, run):
     for index in ROUTINGS.values():
         for layer in LAYERS:
             case, w = inputs(index, dtype), weights[layer]
-            out = run(*case, w, cached.state, cached.first_expert(layer), phi, "silu")
+            out = run(*case, w, cached, cached.first_expert(layer), phi, "silu")
             assert out.dtype == dtype
             assert_close(out, moe_ffn(*case, composed(w, phi), "silu"), rms=LIMITS[dtype], peak=2 * LIMITS[dtype])
             expected_active += active_experts(index)
@@ -126,7 +126,7 @@ def test_passes_follow_from_sizes_alone():
 def test_no_tokens_touch_nothing(run):
     cached, empty = cache(3), torch.zeros(0, 2, device=DEVICE)
     before = [tensor.clone() for tensor in cached.state.maps]
-    out = run(torch.zeros(0, D, device=DEVICE), empty.long(), empty, layers()[3], cached.state, 0, "tanh", "silu")
+    out = run(torch.zeros(0, D, device=DEVICE), empty.long(), empty, layers()[3], cached, 0, "tanh", "silu")
     assert out.shape == (0, D)
     assert all(torch.equal(*pair) for pair in zip(cached.state.maps, before, strict=True))
 
@@ -155,7 +155,7 @@ def test_opcheck():
         moe_ffn_cached_op,
         (
             *inputs(ROUTINGS["one token"]),
-            list(cached.state),
+            cached.number,
             list(w.mixtures),
             list(w.from_rank),
             E,
@@ -170,22 +170,22 @@ def test_opcheck():
 def test_compiles_into_one_graph(slots):
     weights, eager, compiled = layers(), cache(slots), cache(slots)
 
-    def both(hidden, index, scale, state):
+    def both(hidden, index, scale, cached):
         for number, layer in enumerate(LAYERS):
-            hidden = hidden + moe_ffn_cached(hidden, index, scale, weights[layer], state, number * E, "tanh", "silu")
+            hidden = hidden + moe_ffn_cached(hidden, index, scale, weights[layer], cached, number * E, "tanh", "silu")
         return hidden
 
     graph = torch.compile(both, fullgraph=True, backend="aot_eager")
     for routing in ("one token", "ragged tails, expert 3 empty"):
         case = inputs(ROUTINGS[routing])
-        assert torch.equal(graph(*case, compiled.state), both(*case, eager.state))
+        assert torch.equal(graph(*case, compiled), both(*case, eager))
         assert all(torch.equal(*pair) for pair in zip(eager.state.maps, compiled.state.maps, strict=True))
 
 
 def test_counts_its_calls():
     name = "moe_ffn_cached" if DEVICE == "cuda" else "moe_ffn_cached_ref"
     before = call_counts().get(name, 0)
-    moe_ffn_cached(*inputs(ROUTINGS["one token"]), layers()[3], cache(2).state, 0, "tanh", "silu")
+    moe_ffn_cached(*inputs(ROUTINGS["one token"]), layers()[3], cache(2), 0, "tanh", "silu")
     assert call_counts()[name] == before + 1
 
 
@@ -193,13 +193,13 @@ def test_refuses_what_does_not_fit():
     hidden, index, scale = inputs(ROUTINGS["one token"])
     w, rest = layers()[3], ("tanh", "silu")
     with pytest.raises(ValueError, match=r"hidden_states has shape \(1, 19\)"):
-        moe_ffn_cached(hidden[:, 1:], index, scale, w, cache(2).state, 0, *rest)
+        moe_ffn_cached(hidden[:, 1:], index, scale, w, cache(2), 0, *rest)
     with pytest.raises(
         ValueError, match=r"torch.float16 \(14, 20\) and the bases of the layer torch.float32 \(14, 20\)"
     ):
-        moe_ffn_cached(hidden, index, scale, w, cache(2, torch.float16).state, 0, *rest)
+        moe_ffn_cached(hidden, index, scale, w, cache(2, torch.float16), 0, *rest)
     with pytest.raises(ValueError, match="first_expert is 6 with 5 experts in the layer and 10 in the cache"):
-        moe_ffn_cached(hidden, index, scale, w, cache(2).state, 6, *rest)
+        moe_ffn_cached(hidden, index, scale, w, cache(2), 6, *rest)
 
 
 def filled(slots: int = 6) -> tuple[BasisCache, dict[int, CachedWeights]]:
@@ -208,7 +208,7 @@ def filled(slots: int = 6) -> tuple[BasisCache, dict[int, CachedWeights]]:
     for index in ([[0, 1]], [[0, 4], [0, 2]]):
         for layer in LAYERS:
             first = cached.first_expert(layer)
-            moe_ffn_cached(*inputs(torch.tensor(index)), weights[layer], cached.state, first, "tanh", "silu")
+            moe_ffn_cached(*inputs(torch.tensor(index)), weights[layer], cached, first, "tanh", "silu")
     return cached, weights
 
 
@@ -221,7 +221,7 @@ def test_clear_forgets_bases_and_keeps_statistics():
     }
     cached.clear()
     case = inputs(torch.tensor([[0, 4]]))
-    out = moe_ffn_cached(*case, doubled[8], cached.state, E, "tanh", "silu")
+    out = moe_ffn_cached(*case, doubled[8], cached, E, "tanh", "silu")
     assert_close(out, moe_ffn(*case, composed(doubled[8], "tanh"), "silu"), rms=2e-6, peak=4e-6)
     after = cached.stats()
     assert (after.hits, after.misses, after.evictions) == (before.hits, before.misses + 2, before.evictions)
@@ -242,7 +242,7 @@ def test_a_cast_keeps_the_contents():
     halves = CachedWeights(mixtures._replace(**banks), FromRank(*(w if w is None else w.half() for w in from_rank)))
     case = inputs(torch.tensor([[0, 4]]), torch.float16)
     misses = cached.stats().misses
-    out = moe_ffn_cached(*case, halves, cached.state, E, "tanh", "silu")
+    out = moe_ffn_cached(*case, halves, cached, E, "tanh", "silu")
     assert cached.stats().misses == misses
     assert_close(out, moe_ffn(*case, composed(halves, "tanh"), "silu"), rms=4e-3, peak=8e-3)
 
@@ -250,7 +250,7 @@ def test_a_cast_keeps_the_contents():
 def test_a_copy_is_on_its_own_and_nothing_is_saved():
     cached, weights = filled()
     twin, before = copy.deepcopy(cached), [tensor.clone() for tensor in cached.state]
-    moe_ffn_cached(*inputs(torch.tensor([[3, 4]])), weights[3], twin.state, 0, "tanh", "silu")
+    moe_ffn_cached(*inputs(torch.tensor([[3, 4]])), weights[3], twin, 0, "tanh", "silu")
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(cached.state, before, strict=True))
     assert twin.stats().hits + twin.stats().misses == cached.stats().hits + cached.stats().misses + 2
     assert not cached.state_dict()
@@ -275,11 +275,11 @@ def test_a_warm_cache_holds_the_most_used(slots):
     consistent(cached)
     assert not cached.registers.any() and not cached.uses.any()
     case = inputs(torch.tensor([[0, 4]]))
-    out = moe_ffn_cached(*case, weights[8], cached.state, E, "tanh", "silu")
+    out = moe_ffn_cached(*case, weights[8], cached, E, "tanh", "silu")
     assert_close(out, moe_ffn(*case, composed(weights[8], "tanh"), "silu"), rms=2e-6, peak=4e-6)
     assert (cached.stats().hits, cached.stats().misses) == (2, 0)
     # the first to go is an empty slot, or the least used expert
-    moe_ffn_cached(*inputs(torch.tensor([[1]])), weights[8], cached.state, E, "tanh", "silu")
+    moe_ffn_cached(*inputs(torch.tensor([[1]])), weights[8], cached, E, "tanh", "silu")
     least = min(held, key=lambda expert: (counts[expert], -expert))
     assert (cached.slot_of[least] < 0) == (len(held) == slots)
     assert cached.stats().evictions == (len(held) == slots)

@@ -1,13 +1,10 @@
 """Composing one layer ahead on a side stream: whatever order a GPU takes within what its streams and events allow.
 
-A GPU is simulated: work that is launched is put down with what it must wait for, and carried out later, in random
-orders. Composing and reading a buffer take a beginning and an end, between which other streams may go on.
+A GPU is simulated. Composing and reading a buffer take a beginning and an end, between which other streams may go on.
 """
 
 import copy
 import random
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
@@ -15,59 +12,8 @@ import torch
 
 from globe_kernels.model import scratch
 from globe_kernels.model.scratch import ScratchBuffers
-
-
-@dataclass
-class Work:
-    run: object
-    after: list["Work"]
-
-
-@dataclass(eq=False)
-class Stream:
-    """As torch.cuda.Stream, of a device that only takes notes."""
-
-    gpu: "Gpu"
-    cuda_stream: int = 0
-    last: list[Work] = field(default_factory=list)
-
-    def launch(self, run) -> None:
-        work = Work(run, self.last)
-        self.last = [work]
-        self.gpu.launched.append(work)
-
-    def record_event(self) -> list[Work]:
-        return self.last
-
-    def wait_event(self, event: list[Work]) -> None:
-        if not self.gpu.ignores_events:
-            self.last = [*self.last, *event]
-
-
-class Gpu:
-    def __init__(self):
-        self.launched: list[Work] = []
-        self.log: list[str] = []
-        self.recorded: list[Stream] = []
-        self.ignores_events = False
-        self.main, self.side, self.other = Stream(self), Stream(self), Stream(self)
-        self.current = self.main
-
-    @contextmanager
-    def on(self, stream: Stream):
-        before, self.current = self.current, stream
-        yield
-        self.current = before
-
-    def run(self, seed: int) -> None:
-        """All work that was launched, in a random order that the streams and events allow."""
-        order, done = random.Random(seed), set()
-        waiting = list(self.launched)
-        while waiting:
-            work = order.choice([one for one in waiting if all(id(before) in done for before in one.after)])
-            work.run()
-            done.add(id(work))
-            waiting.remove(work)
+from tests.kernels.simulated_gpu import Gpu
+from tests.threads import together
 
 
 @pytest.fixture
@@ -183,6 +129,21 @@ def test_two_streams_may_take_turns(gpu, seed):
         places[stream] += 1
     gpu.run(seed)
     assert len(read) == 2 * 2 * 6 and not wrong(read)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_threads_on_streams_of_their_own_or_on_one(gpu, seed):
+    layers = [Layer(gpu, number) for number in range(6)]
+    ahead, read = buffers(layers), []
+
+    def serve(number: int) -> None:
+        with gpu.on((gpu.main, gpu.other, gpu.main)[number]):
+            for _ in range(3):
+                forward(ahead, layers, read)
+
+    together(serve, 3)
+    gpu.run(seed)
+    assert len(read) == 3 * 3 * 2 * 6 and not wrong(read)
 
 
 def test_a_layer_that_runs_by_another_strategy_is_not_composed(gpu):
