@@ -73,7 +73,7 @@ def routed_experts(model: nn.Module) -> dict[int, DenseExperts]:
     return dict(sorted(found.items()))
 
 
-def _experts_by_name(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _experts_by_name(model: nn.Module) -> list[tuple[str, Any]]:
     """Return modules that are experts by the name of their class alone."""
     return [(path, module) for path, module in model.named_modules() if type(module).__name__.endswith("Experts")]
 

@@ -101,10 +101,11 @@ def patch(
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
     `model` is a transformers model, or a module that holds one and goes on without its dense experts: of torch.compile,
-    of PEFT, or your own. Without `path`, take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
-    globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
-    all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
-    `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
+    of PEFT, or your own. Without `path`, take the checkpoint in the directory that the model was loaded from.
+    `strategy` is a name of globe_kernels.strategies, or "auto": at every number of tokens the strategy that is
+    predicted to be the fastest, of all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all
+    experts, down included). `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense
+    experts for `unpatch`.
 
     Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for
     a moment dense and GloBE experts are both in memory. Where both do not fit, export the checkpoint and load it with
