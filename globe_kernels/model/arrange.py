@@ -39,6 +39,12 @@ def plan_arrangement(
         )
     if bank.gate.is_meta:
         raise RequestError("The bank is offloaded; load the model with globe_bank on a device of its device_map.")
+    for atoms in (bank.gate, bank.up):
+        if atoms.shape != config.bank_shape():
+            raise RequestError(
+                f"The bank is {tuple(atoms.shape)} and the codes are over {config.bank_shape()}; put back atoms of "
+                "that shape, or load the model again."
+            )
     item_size, machine = first.gate_adapter.element_size(), machine_for(first.device)
     palettes = {
         module.layer: {family: module.code(family).index.unique().numel() for family in FAMILIES} for module in modules
@@ -105,6 +111,9 @@ def _num_experts(modules: Sequence[GlobeMoEFFN]) -> dict[int, int]:
     return {module.layer: module.num_experts for module in modules}
 
 
+@torch.inference_mode(
+    False
+)  # a later call changes the tensors: an inference tensor allows that in inference mode alone
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     """Hold the tensors that `arrangement` needs, and no others; replace any earlier arrangement.
 

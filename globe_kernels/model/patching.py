@@ -100,12 +100,11 @@ def patch(
 ) -> PatchReport:
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
 
-    `model` is a transformers model, or a module that holds one and goes on without its dense experts: of torch.compile,
-    of PEFT, or your own. Without `path`, take the checkpoint in the directory that the model was loaded from.
-    `strategy` is a name of globe_kernels.strategies, or "auto": at every number of tokens the strategy that is
-    predicted to be the fastest, of all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all
-    experts, down included). `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense
-    experts for `unpatch`.
+    `model` is a transformers model, or a module that holds one: of torch.compile, of PEFT, or your own. Without `path`,
+    take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
+    globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
+    all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
+    `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
 
     Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for
     a moment dense and GloBE experts are both in memory. Where both do not fit, export the checkpoint and load it with
@@ -222,7 +221,8 @@ def _check_shapes(target: DenseExperts, config: GlobeConfig) -> None:
     expected = target.layout.shapes(num_experts, config.base.intermediate_size, config.base.hidden_size)
     for name, shape in expected.items():
         tensor = getattr(target.module, name, None)
-        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else "missing"
+        missing = f"missing in this {type(target.module).__name__}"
+        found = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else missing
         if isinstance(tensor, torch.Tensor) and tensor.is_meta:
             raise RequestError(
                 f"{target.name}.{name} is on the meta device, without values; load the model's weights first, or load "
@@ -255,6 +255,7 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
         )
 
 
+@torch.inference_mode(False)
 def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tuple[GlobeBank, list[GlobeMoEFFN]]:
     """Build the bank and the replacements, on the devices and in the dtypes of the experts that they replace."""
     config = checkpoint.config
