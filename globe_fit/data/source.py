@@ -25,7 +25,7 @@ from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _READABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
+_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E8M0": 1}
 
 
 def read_config(model_dir: Path) -> dict:
