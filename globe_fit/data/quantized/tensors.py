@@ -2,26 +2,18 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import Any
 
 import torch
 
+from globe_fit.data.dtypes import DTYPES
 from globe_fit.data.quantized.formats import FORMATS, Stored
 from globe_fit.data.quantized.refused import require_readable
 from globe_fit.data.quantized.weight import Files, QuantizedWeight
 from globe_kernels.errors import GlobeError, RequestError
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # The codes of weight K are stored as K or as K + one of these ends.
 _CODES = ("_packed", "_blocks")
 # The tensors that go with weight K: K + an end or, where K is `module.weight`, `module` + an end.
@@ -40,24 +32,23 @@ class StoredTensors:
     of one checkpoint may have different formats.
     """
 
-    def __init__(self, files: Files, quantization_config: dict | None = None):
-        """Read the headers and no data.
+    def __init__(self, files: Files, quantization_config: dict):
+        """Read the headers and no data; `quantization_config` is of config.json, {} where it has none.
 
         Raises RequestError for formats that GloBE does not read, GlobeError for scales that are missing or do not fit.
         """
         self.files = files
-        config = quantization_config or {}
-        require_readable(files.weight_map, config)
+        require_readable(files.weight_map, quantization_config)
         self._quantized: dict[str, QuantizedWeight] = {}
         keys = {}  # name of the codes -> logical key
         for name in files.weight_map:
             key = next((name.removesuffix(end) for end in _CODES if name.endswith(end)), name)
-            if (weight := _quantized(key, name, files, config)) is not None:
+            if (weight := _quantized(key, name, files, quantization_config)) is not None:
                 if key in self._quantized or (key != name and key in files.weight_map):
                     raise GlobeError(f"The checkpoint holds {key} twice, once as {name}; download it again.")
                 keys[name], self._quantized[key] = key, weight
         companions = {name for weight in self._quantized.values() for name in weight.stored} - keys.keys()
-        if config:
+        if quantization_config:
             companions |= {name for name in files.weight_map if name.endswith(_CACHE_SCALES)}
         # a dict as a set that keeps the order of the checkpoint
         self.keys = dict.fromkeys(keys.get(name, name) for name in files.weight_map if name not in companions)
@@ -67,6 +58,11 @@ class StoredTensors:
 
     def __contains__(self, key: str) -> bool:
         return key in self.keys
+
+    @property
+    def has_quantized(self) -> bool:
+        """Whether any weight is stored as codes and scales."""
+        return bool(self._quantized)
 
     def is_quantized(self, key: str) -> bool:
         """Whether `key` is stored as codes and scales."""
@@ -80,7 +76,7 @@ class StoredTensors:
     def dtype(self, key: str) -> torch.dtype:
         """Return the dtype of the values that `read` returns."""
         weight = self._quantized.get(key)
-        return _DTYPES[self.files.view(key).get_dtype()] if weight is None else weight.dtype
+        return DTYPES[self.files.view(key).get_dtype()] if weight is None else weight.dtype
 
     def stored(self, key: str) -> tuple[str, ...]:
         """Return the names of the stored tensors behind `key`, the codes first."""
@@ -109,6 +105,19 @@ class StoredTensors:
         slices += [slice(None)] * (len(weight.shape) - len(index))
         values = weight.read(self.files, slices, device)
         return values[*(slice(None) if isinstance(part, slice) else 0 for part in index)]
+
+    def views(self) -> dict[str, Any]:
+        """Return the tensors as transformers takes a state dict: a view is read by `view[...]`, when it is needed."""
+        return {key: _View(self, key) if key in self._quantized else self.files.view(key) for key in self.keys}
+
+
+@dataclass(frozen=True)
+class _View:
+    tensors: StoredTensors
+    key: str
+
+    def __getitem__(self, _: EllipsisType) -> torch.Tensor:
+        return self.tensors.read(self.key)
 
 
 def _quantized(key: str, codes: str, files: Files, config: dict) -> QuantizedWeight | None:

@@ -23,7 +23,7 @@ VARIANTS = [(name, ndim) for name, case in CASES.items() for ndim in case.ndims]
 def open_checkpoint(path: Path, tensors: dict[str, torch.Tensor], config: dict | None = None) -> StoredTensors:
     path.mkdir(exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors")
-    return StoredTensors(TensorFiles(path), config)
+    return StoredTensors(TensorFiles(path), config or {})
 
 
 def random_weight(*shape: int) -> torch.Tensor:
