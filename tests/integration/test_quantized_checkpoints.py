@@ -9,14 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from globe_fit import ExpertSource, export_dense, export_globe, fit, save_fit
+from globe_fit.calibration.offload import plan_run
 from globe_fit.data.model import load_model, with_experts
+from globe_fit.plan.footprint import footprint
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import tiny_model
+from globe_kernels.units import format_bytes
 from tests.conftest import TINY_FIT
 from tests.fit.data.quantizers import CASES, stored_names
 
@@ -92,11 +96,9 @@ def test_a_quantised_checkpoint_is_the_model_of_its_values(tmp_path, name, model
     dense = values_of(path, plain, tmp_path / "values")
     source, of_values = ExpertSource(path), ExpertSource(dense)
     assert source.weights_sha256 == of_values.weights_sha256
-    assert {key: source.facts[key] for key in ("bytes", "rest_bytes", "top_k")} == {
-        key: of_values.facts[key] for key in ("bytes", "rest_bytes", "top_k")
-    }
-    on_disk = sum(tensor.numel() * tensor.element_size() for tensor in tensors_in(path).values())
-    assert source.facts["disk_bytes"] == on_disk < of_values.facts["disk_bytes"] == of_values.facts["bytes"]
+    on_disk, of_dense = (sum(tensor.nbytes for tensor in tensors_in(where).values()) for where in (path, dense))
+    assert source.facts == of_values.facts | {"disk_bytes": on_disk}
+    assert on_disk < of_dense == of_values.facts["disk_bytes"] == of_values.facts["bytes"]
     with torch.no_grad():
         logits = load_model(path)(TOKENS).logits
         assert torch.equal(logits, load_model(dense)(TOKENS).logits)
@@ -105,6 +107,8 @@ def test_a_quantised_checkpoint_is_the_model_of_its_values(tmp_path, name, model
     result = fit(source, TINY_FIT)
     save_fit(result, source, tmp_path / "fit")
     checkpoint = GlobeCheckpoint(tmp_path / "fit")
+    sizes = footprint(checkpoint.config, source.facts)
+    assert sizes == footprint(checkpoint.config, of_values.facts) | {"quantized": on_disk}
     for export, kind in ((export_globe, "globe"), (export_dense, "dense")):
         export(checkpoint, source, tmp_path / kind)
         export(checkpoint, of_values, tmp_path / f"{kind}-of-values")
@@ -112,6 +116,9 @@ def test_a_quantised_checkpoint_is_the_model_of_its_values(tmp_path, name, model
         assert written.keys() == wanted.keys() and all(torch.equal(written[key], wanted[key]) for key in wanted)
         configs = [json.loads((tmp_path / out / "config.json").read_text()) for out in (kind, f"{kind}-of-values")]
         assert configs[0].get("quantization_config") == configs[1].get("quantization_config")
+        note = f"The base is quantised and takes {format_bytes(on_disk)} on disk"
+        assert note in (tmp_path / kind / "README.md").read_text()
+        assert note not in (tmp_path / f"{kind}-of-values" / "README.md").read_text()
     banks = {family: factors.bank for family, factors in result.families.items()}
     spans = {layer.layer: span for layer, span in of_values.layer_spans}
 
@@ -145,8 +152,6 @@ def test_the_values_are_as_transformers_loads_them(tmp_path, name, model_type, c
 
 
 def test_a_text_over_a_quantised_model_needs_the_memory_of_its_values(tmp_path):
-    from globe_fit.calibration.offload import plan_run
-
     path = quantize(save_model(tmp_path / "plain"), tmp_path / "quantized", "fp8 in blocks")
     source = ExpertSource(path)
     with pytest.raises(RequestError, match="layers of a quantised checkpoint cannot run from disk"):
