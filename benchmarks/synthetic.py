@@ -60,6 +60,9 @@ class SyntheticSource(ExpertSource):
     def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
         return torch.bfloat16
 
+    def is_quantized(self, layer: ExpertLayer, family: str) -> bool:
+        return False
+
     def _bank_of(self, family: str) -> torch.Tensor:
         if family != self._family:
             self._bank.normal_(generator=torch.Generator(self._device).manual_seed(FAMILIES.index(family)))

@@ -274,8 +274,8 @@ def _advice(model: Model) -> str:
     if model.is_fp8:
         total = _size(model.expert_values + model.sizes.outside_values)
         lines.append(
-            f"**Keep the published checkpoint.** It is FP8 and takes about {total}. GloBE reads and writes bf16: "
-            f"{on_disk} with the setting {model.advised}."
+            f"**Keep the published checkpoint.** It is FP8 and takes about {total}. GloBE reads it and writes "
+            f"bf16: {on_disk} with the setting {model.advised}."
         )
     lines.append(
         f"**Fewest bytes: 8 bits.** Plain 8-bit rounding of the experts takes {_size(model.rounded)}, GloBE {on_disk} "
@@ -315,28 +315,20 @@ def _commands(model: Model) -> str:
     name = model.name
     sizes = "".join(f" --{option} {value}" for option, value in model.options[model.advised].items())
     exclude = f' --exclude "{model.exclude}"' if model.exclude else ""
-    download = f"hf download {model.repository} --local-dir {name}{'-fp8' if model.is_fp8 else ''}{exclude}\n"
+    download = f"hf download {model.repository} --local-dir {name}{exclude}\n"
     fit = f"""globe plan {name}{sizes}
 globe fit {name} -o out/{name}{sizes} --calibrate self --dry-run
 globe fit {name} -o out/{name}{sizes} --calibrate self
 globe export out/{name} --base {name} -o out/{name}-hf
 """
-    blocks = f"```bash\n{download}{fit}```"
+    less = "give a text,\n`--calibrate TEXT`: the model then runs layer by layer from disk"
     if model.is_fp8:
-        blocks = f"""```bash
-{download}```
-
-Convert the download to bf16, into `{name}`. The folder `inference` of
-[its repository](https://github.com/deepseek-ai/DeepSeek-V3) has a script, fp8_cast_bf16.py. Copy the tokenizer and
-`config.json` beside the result, and remove `quantization_config` from this `config.json`. Then:
-
-```bash
-{fit}```"""
-    return f"""{blocks}
+        less = "fit without `--calibrate`:\nthe layers of an FP8 checkpoint cannot run from disk"
+    return f"""```bash
+{download}{fit}```
 
 `--dry-run` times a step on your machine and prints bytes and seconds. `--calibrate self` runs the dense model, which
-takes {_size(model.on_disk(DEFAULT, "dense"))} of memory. With less memory give a text,
-`--calibrate TEXT`: the model then runs layer by layer from disk.
+takes {_size(model.on_disk(DEFAULT, "dense"))} of memory. With less memory {less}.
 """
 
 

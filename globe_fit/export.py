@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from globe_fit.data.disk_names import ExpertKey
+from globe_fit.data.quantized.config import without_quantization
 from globe_fit.data.source import ExpertSource, read_config
 from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
@@ -80,7 +81,7 @@ def export_globe(
     """
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
-    kept = [key for key in base.files.weight_map if not _is_compressed(base.expert_keys.get(key))]
+    kept = [key for key in base.files.keys if not _is_compressed(base.expert_keys.get(key))]
     paths = {layer.layer: base.outline.experts[layer.layer].name for layer in base.layers}
     for path in paths.values():
         base.names.require_loadable(path)
@@ -117,7 +118,7 @@ def export_dense(
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
     banks = {family: checkpoint.bank(family) for family in FAMILIES}
-    keys = list(base.files.weight_map)
+    keys = list(base.files.keys)
 
     @lru_cache(maxsize=len(FAMILIES))
     def layer_factors(layer: int, family: str) -> LayerFactors:
@@ -131,9 +132,11 @@ def export_dense(
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in keys:
-            key, original = base.expert_keys.get(name), base.files.read(name)
-            if key is not None and _is_compressed(key):
-                original = torch.empty_like(original)
+            key = base.expert_keys.get(name)
+            if key is None or not _is_compressed(key):
+                original = base.files.read(name)
+            else:
+                original = torch.empty(base.files.shape(name), dtype=base.files.dtype(name))
                 for family in FAMILIES if key.matrix == GATE_UP else (key.matrix,):
                     part = original[None] if key.expert is not None else key.layout.part(original, family)
                     part.copy_(dense(key, family))
@@ -169,7 +172,7 @@ def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
 
 
 def _bytes(base: ExpertSource, keys: list[str]) -> int:
-    return sum(base.files.num_bytes(key) for key in keys)
+    return sum(map(base.files.dense_bytes, keys))
 
 
 def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
@@ -209,8 +212,7 @@ def _write_model(
         raise RequestError(f"{out} is the base model itself; give another output directory.")
     require_place(out, is_earlier_export, "export")
     require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
-    config = read_config(base.model_dir)
-    config.pop("quantization_config", None)
+    config = without_quantization(read_config(base.model_dir))
     if dtype is not None:
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
     stem = "model" if quantization is None else _GLOBE_STEM

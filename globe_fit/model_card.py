@@ -7,7 +7,7 @@ from huggingface_hub.repocard import metadata_load
 
 from globe_fit.data.source import ExpertSource
 from globe_fit.measure.evaluate import read_evaluation
-from globe_fit.plan.footprint import footprint
+from globe_fit.plan.footprint import footprint, quantized_note
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.names import CARD_MARK, CARD_NAME, FAMILIES
 from globe_kernels.strategies.budget import palettes_of
@@ -95,6 +95,8 @@ def _costs(checkpoint: GlobeCheckpoint, report: dict, base: ExpertSource, dense:
     note = "" if measured else "\nPerplexity and KL were not measured: `globe eval` measures them.\n"
     if not dense:
         note = f"\nResident bytes and peak are predicted, the peak for a call of 4096 tokens.\n{note}"
+    if quantized := quantized_note(figures):
+        note = f"\n{quantized}\n{note}"
     return (
         "## Sizes and quality\n\n| | base | this model | ratio |\n|---|---|---|---|\n" + "\n".join(rows) + f"\n{note}"
     )

@@ -43,7 +43,7 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
     accelerate.
     """
     available = min(_available(device), math.inf if limit is None else limit)
-    sizes = {key: source.files.num_bytes(key) for key in source.files.weight_map}
+    sizes = {key: source.files.dense_bytes(key) for key in source.files.keys}
     whole, outside, by_layer = sum(sizes.values()), 0, {}
     for key, size in sizes.items():
         layer = search(r"layers\.(\d+)\.", key)
@@ -65,6 +65,12 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
         raise RequestError(
             f"{source.base.name} would take {format_bytes(in_memory)} to write a text and {format_bytes(available)} "
             "may be used; give a text file to calibrate on, over which the model can run layer by layer."
+        )
+    if source.files.has_quantized:
+        raise RequestError(
+            f"Running {source.base.name} over a text needs {format_bytes(in_memory)} and {format_bytes(available)} may "
+            "be used, and the layers of a quantised checkpoint cannot run from disk; raise the limit, free some "
+            "memory, or fit without a text."
         )
     # a layer that is converted is in memory twice
     least = outside + max(2 * largest, largest + sums + window)

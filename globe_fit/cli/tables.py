@@ -7,6 +7,7 @@ from statistics import median_low
 
 from globe_fit.cli.console import print_table, show_table
 from globe_fit.plan.fitting import per_rank
+from globe_fit.plan.footprint import quantized_note
 from globe_fit.plan.serving import CONTEXT
 from globe_fit.result import error_table, sizes_table
 from globe_fit.run.display import write
@@ -26,6 +27,8 @@ def print_sizes(sizes: dict) -> None:
 
 
 def _say_what_sizes_mean(sizes: Sequence[dict]) -> None:
+    if note := quantized_note(sizes[0]):
+        write(note)
     if _are_known("peak", sizes):
         held = ", ".join(dict.fromkeys(name for found in sizes for name in found["strategies"]))
         write(f"The peak is of calls with up to {PEAK_TOKENS} tokens; auto holds the tensors of {held}.")

@@ -11,9 +11,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from globe_fit.data.outline import model_class, read_transformers_config
-from globe_fit.data.source import ExpertLayer, ExpertSource
+from globe_fit.data.quantized.config import quantization_of
+from globe_fit.data.quantized.tensors import StoredTensors
+from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.directories import holds_model, not_a_model
+from globe_kernels.format.directories import holds_export, holds_model, not_a_model
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import routed_experts
 
@@ -30,14 +32,18 @@ def load_model(
 ) -> nn.Module:
     """Load a causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
 
-    With `offload_folder` its layers stay on disk, in this folder or in the checkpoint, until they are called. Raises
-    RequestError for another directory, GlobeError for a model that transformers cannot load.
+    With `offload_folder` its layers stay on disk, in this folder or in the checkpoint, until they are called. A
+    quantised model is loaded with the values of its weights, as a fit reads them. Raises RequestError for another
+    directory, GlobeError for a model that transformers cannot load.
     """
     path = Path(path)
     if not holds_model(path):
         raise not_a_model(path)
-    whole = model_class(read_transformers_config(path))
+    config = read_transformers_config(path)
+    whole = model_class(config)
     try:
+        if quantization := {} if holds_export(path) else quantization_of(read_config(path)):
+            return _dequantized(whole, config, path, quantization, dtype).to(device).eval()
         if offload_folder is not None:
             on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
             device_map = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
@@ -51,6 +57,17 @@ def load_model(
             f"transformers cannot load {path} ({error}); restore the directory or export it again."
         ) from error
     return model.to(device).eval()
+
+
+def _dequantized(whole: Any, config: Any, path: Path, quantization: dict, dtype: torch.dtype | str) -> Any:
+    """Load a model of class `whole` from the values of its tensors, which are read one by one as transformers asks."""
+    tensors = StoredTensors(TensorFiles(path), quantization)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    if dtype == "auto":
+        dtype = getattr(config, "dtype", None) or torch.bfloat16
+    return whole.from_pretrained(None, config=config, state_dict=tensors.views(), dtype=dtype)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

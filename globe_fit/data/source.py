@@ -8,14 +8,17 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from globe_fit.data.disk_names import DiskNames, ExpertKey
+from globe_fit.data.dtypes import DTYPES
 from globe_fit.data.outline import Outline, shape_of_most
+from globe_fit.data.quantized.config import quantization_of
+from globe_fit.data.quantized.tensors import StoredTensors
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_export, holds_model, not_a_model
 from globe_kernels.format.files import read_json
@@ -24,8 +27,7 @@ from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-_READABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-_ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
+_READABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def read_config(model_dir: Path) -> dict:
@@ -90,7 +92,7 @@ class TensorFiles:
 
     def num_bytes(self, key: str) -> int:
         view = self.view(key)
-        return math.prod(view.get_shape()) * _ITEM_BYTES.get(view.get_dtype(), 8)
+        return math.prod(view.get_shape()) * DTYPES[view.get_dtype()].itemsize
 
     def read(self, key: str) -> torch.Tensor:
         return self._handles[self.weight_map[key]].get_tensor(key)
@@ -126,21 +128,15 @@ class ExpertSource:
     def __init__(self, model_dir: str | Path):
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
         self.model_dir = Path(model_dir)
-        read_config(self.model_dir)
-        self.files = TensorFiles(self.model_dir)
+        quantization = quantization_of(read_config(self.model_dir))
+        self.files = StoredTensors(TensorFiles(self.model_dir), quantization)
         self.outline = Outline.read(self.model_dir)
         configured = self.outline.base
         self.names = DiskNames(self.outline)
         self.expert_keys: dict[str, ExpertKey] = {}
-        for key in self.files.weight_map:
-            if ".experts." in key and key.endswith(("_blocks", "_scales")):
-                raise RequestError(
-                    f"{key} in {self.model_dir} is of an MXFP4 checkpoint and GloBE reads {', '.join(_READABLE)}; load "
-                    "the model in transformers with Mxfp4Config(dequantize=True) and save it with "
-                    "save_original_format=False."
-                )
+        for key in self.files.keys:
             # a tensor that the model does not have, such as a prediction head, is no expert of it
-            parsed = self.names.parse(key, self._shape(key))
+            parsed = self.names.parse(key, self.files.shape(key))
             if parsed is not None:
                 self.expert_keys[key] = parsed
         self.layers = self._group({layer: experts.sizes[0] for layer, experts in self.outline.experts.items()})
@@ -164,7 +160,7 @@ class ExpertSource:
             found.setdefault(parsed.layer, {})[parsed.matrix, parsed.expert] = key
         if not found:
             raise RequestError(
-                f"{self.model_dir} has no routed experts among its {len(self.files.weight_map)} tensors; expected "
+                f"{self.model_dir} has no routed experts among its {len(self.files.keys)} tensors; expected "
                 f"tensors that transformers reads as {next(iter(self.outline.experts.values())).name}.{GATE_UP}."
             )
         if sorted(found) != sorted(configured):
@@ -211,7 +207,7 @@ class ExpertSource:
                 if parameter.shape == (count, width):
                     layers[f"{block}.{name}"] = layer
                     break
-        live_keys = {key: self.names.live_key(key) for key in self.files.weight_map if key not in self.expert_keys}
+        live_keys = {key: self.names.live_key(key) for key in self.files.keys if key not in self.expert_keys}
         return {layers[live]: key for key, live in live_keys.items() if live in layers}
 
     def _count(self, found: dict[tuple[str, int | None], str], router: str | None) -> int | None:
@@ -219,11 +215,8 @@ class ExpertSource:
         if router is None:
             return None
         (_, expert), key = next(iter(found.items()))
-        held = max(e for _, e in found if e is not None) + 1 if expert is not None else self._shape(key)[0]
-        return held if held == self._shape(router)[0] else None
-
-    def _shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self.files.view(key).get_shape())
+        held = max(e for _, e in found if e is not None) + 1 if expert is not None else self.files.shape(key)[0]
+        return held if held == self.files.shape(router)[0] else None
 
     def _shapes(self) -> dict[int, tuple[int, int]]:
         """Read {layer id: (P, D) of its gate and up experts} from the headers.
@@ -232,10 +225,10 @@ class ExpertSource:
         """
         for layer in self.layers:
             for key in (key for matrix in (*FAMILIES, GATE_UP) for key in layer.keys.get(matrix, ())):
-                if (dtype := self.files.view(key).get_dtype()) not in _READABLE:
+                if (dtype := self.files.dtype(key)) not in _READABLE:
                     raise RequestError(
-                        f"{key} is stored as {dtype} and GloBE reads {', '.join(_READABLE)}; convert the model to bf16 "
-                        "first."
+                        f"{key} is stored as {dtype} and GloBE reads {', '.join(map(str, _READABLE))}; convert the "
+                        "model to bf16 first."
                     )
         configured = {layer: experts.sizes[1:] for layer, experts in self.outline.experts.items()}
         shapes = {}
@@ -255,7 +248,7 @@ class ExpertSource:
         found: dict[tuple[int, ...], str] = {}
         for matrix in (*FAMILIES, "down"):
             for key in layer.keys.get(matrix, ()):
-                shape = self._shape(key)
+                shape = self.files.shape(key)
                 found.setdefault(shape[::-1] if matrix == "down" else shape, key)
         if len(found) > 1:
             (first, key), (second, other) = list(found.items())[:2]
@@ -269,7 +262,7 @@ class ExpertSource:
     def _fused_shape(self, layer: ExpertLayer, inner: int, width: int) -> tuple[int, int]:
         """Return (P, D) as config.json says, or another shape when all fused tensors of the layer agree on it."""
         layouts = {matrix: self.expert_keys[keys[0]].layout for matrix, keys in layer.keys.items()}
-        found = {matrix: self._shape(keys[0]) for matrix, keys in layer.keys.items()}
+        found = {matrix: self.files.shape(keys[0]) for matrix, keys in layer.keys.items()}
 
         def expected(inner: int, width: int) -> dict[str, tuple[int, ...]]:
             usual = self.outline.experts[layer.layer].layout
@@ -297,31 +290,46 @@ class ExpertSource:
         columns: slice | None = None,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Read experts and columns of one layer and family, by default all, into `out` or float32 (E, P, D)."""
+        """Read experts and columns of one layer and family, by default all, into `out` or float32 (E, P, D).
+
+        Quantised experts become numbers on the device of `out`.
+        """
         experts = range(layer.num_experts) if experts is None else experts
         columns = slice(0, self.base.hidden_size) if columns is None else columns
         if out is None:
             out = torch.empty(len(experts), self.base.intermediate_size, columns.stop - columns.start)
-        for number, matrix in enumerate(self._matrices(layer, family, experts, columns)):
+        for number, matrix in enumerate(self._matrices(layer, family, experts, columns, out.device)):
             out[number] = matrix
         return out
 
     def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
-        """Return the dtype of the experts of one layer and family on disk; float32 where they differ."""
-        found = {self.files.view(key).get_dtype() for key in layer.gate_or_up(family)}
-        return _READABLE[found.pop()] if len(found) == 1 else torch.float32
+        """Return the dtype of the experts of one layer and family, which `read` keeps; float32 where they differ."""
+        found = {self.files.dtype(key) for key in layer.gate_or_up(family)}
+        return found.pop() if len(found) == 1 else torch.float32
+
+    def is_quantized(self, layer: ExpertLayer, family: str) -> bool:
+        """Whether experts of one layer and family are stored as codes and scales."""
+        return any(map(self.files.is_quantized, layer.gate_or_up(family)))
 
     def stored_bytes(self, family: str) -> int:
-        """Count the bytes of all experts of one family on disk."""
+        """Count the bytes of all experts of one family in their `stored_dtype`."""
         per_value = sum(layer.num_experts * self.stored_dtype(layer, family).itemsize for layer in self.layers)
         return per_value * self.base.intermediate_size * self.base.hidden_size
 
     @cached_property
     def facts(self) -> dict[str, int | None]:
-        """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
-        whole = sum(map(self.files.num_bytes, self.files.weight_map))
-        rest = whole - sum(map(self.stored_bytes, FAMILIES))
-        return {"bytes": whole, "rest_bytes": rest, "top_k": self.outline.top_k}
+        """Bytes of all tensors, of the tensors that a fit does not compress, of the files, and experts per token.
+
+        A quantised tensor counts with its values, in bf16, because every export holds the values. Its codes and scales
+        count only as `disk_bytes`, the bytes of the files.
+        """
+        whole = sum(map(self.files.dense_bytes, self.files.keys))
+        return {
+            "bytes": whole,
+            "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)),
+            "disk_bytes": sum(map(self.files.num_bytes, self.files.keys)),
+            "top_k": self.outline.top_k,
+        }
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -347,21 +355,24 @@ class ExpertSource:
             f"({keys[min(expert, len(keys) - 1)]} in {self.model_dir}); repair or download the checkpoint again."
         )
 
-    def _matrices(self, layer: ExpertLayer, family: str, experts: range, columns: slice) -> Iterator[torch.Tensor]:
+    def _matrices(
+        self, layer: ExpertLayer, family: str, experts: range, columns: slice, device: torch.device
+    ) -> Iterator[torch.Tensor]:
+        read = partial(self.files.read, device=device)
         if not layer.is_fused:
             for expert in experts:
-                yield self.files.view(layer.keys[family][expert])[:, columns]
+                yield read(layer.keys[family][expert], slice(None), columns)
             return
         (key,) = layer.keys[GATE_UP]
-        view, layout = self.files.view(key), self.expert_keys[key].layout
+        layout = self.expert_keys[key].layout
         start = FAMILIES.index(family) * self.base.intermediate_size
         for expert in experts:
             if layout.transposed:  # (D, 2P) on disk
-                yield layout.part(view[expert : expert + 1, columns], family)[0]
+                yield layout.part(read(key, slice(expert, expert + 1), columns), family)[0]
             elif layout.interleaved:  # rows that are not contiguous: both families are read
-                yield layout.part(view[expert : expert + 1, :, columns], family)[0]
+                yield layout.part(read(key, slice(expert, expert + 1), slice(None), columns), family)[0]
             else:
-                yield view[expert, start : start + self.base.intermediate_size, columns]
+                yield read(key, expert, slice(start, start + self.base.intermediate_size), columns)
 
     @cached_property
     def layer_spans(self) -> list[tuple[ExpertLayer, slice]]:

@@ -169,7 +169,7 @@ class FamilyWeights:
 
 
 class Upload:
-    """Copy experts to `device` through pinned memory, on a separate stream.
+    """Copy experts to `device` through pinned memory, on a separate stream; of quantised experts the codes.
 
     The thread that reads ahead calls `read`, the thread that computes calls `arrived`.
     """
@@ -180,9 +180,13 @@ class Upload:
     def read(self, layer: ExpertLayer, family: str, experts: range, columns: slice) -> torch.Tensor:
         """Read as `source.read` does, onto the device; other streams may use the result once it has `arrived`."""
         shape = (len(experts), self._source.base.intermediate_size, columns.stop - columns.start)
+        dtype = self._source.stored_dtype(layer, family)
         with torch.cuda.stream(self._stream):  # sets the device too: a thread begins on the first GPU
+            if self._source.is_quantized(layer, family):
+                values = torch.empty(shape, dtype=dtype, device=self._stream.device)
+                return self._source.read(layer, family, experts, columns, out=values)
             # torch gives pinned memory away only when all copies out of it are complete, so no two reads share it early
-            staging = torch.empty(shape, dtype=self._source.stored_dtype(layer, family), pin_memory=True)
+            staging = torch.empty(shape, dtype=dtype, pin_memory=True)
             self._source.read(layer, family, experts, columns, out=staging)
             return staging.to(self._stream.device, non_blocking=True)
 

@@ -18,6 +18,7 @@ from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.base import Palettes
 from globe_kernels.strategies.budget import choose_residents, layer_sizes, palettes_of, resident, workspace
 from globe_kernels.strategies.cost import machine_for
+from globe_kernels.units import format_bytes
 
 
 def footprint(
@@ -25,14 +26,23 @@ def footprint(
 ) -> dict[str, Any]:
     """Return {figure: {"dense": bytes, "globe": bytes}} of the figures above, and the `strategies` that auto holds.
 
-    `base` has the facts about the dense model that fit_report.json records: its bytes on disk, the bytes of all of it
-    but gate and up experts, and the experts per token. Without them only `gate_up` is known, and the others are None.
-    `palettes` are expected where they are not given.
+    `base` has the facts about the dense model that fit_report.json records: its bytes, the bytes of all of it but gate
+    and up experts, the bytes of its files, and the experts per token. The bytes of a quantised model are those of its
+    values, which exports hold; `quantized` are the bytes of its files, None for other models. Without the facts only
+    `gate_up` is known, and the others are None. `palettes` are expected where they are not given.
     """
     if base is None or base["top_k"] is None:
         gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}  # dense in bf16
-        return {"gate_up": gate_up, "model": None, "resident": None, "peak": None, "strategies": None}
+        return {
+            "gate_up": gate_up,
+            "model": None,
+            "resident": None,
+            "peak": None,
+            "strategies": None,
+            "quantized": None,
+        }
     whole, rest, top_k = base["bytes"], base["rest_bytes"], base["top_k"]
+    on_disk = base.get("disk_bytes", whole)  # older reports lack it
     gate_up = {"dense": whole - rest, "globe": sizes.tensor_bytes}
     place, item_size = torch.device(device), sizes.torch_dtype.itemsize
     usual = layer_sizes(sizes, next(iter(sizes.base.num_experts)), top_k, item_size, palettes)
@@ -52,7 +62,18 @@ def footprint(
             "globe": in_memory["globe"] + workspace(sizes, policy.strategy, *call, on_gpu=on_gpu),
         },
         "strategies": list(choice.strategies),
+        "quantized": on_disk if on_disk < whole else None,
     }
+
+
+def quantized_note(sizes: dict) -> str:
+    """Say of a `footprint` that its dense model is quantised on disk; "" where it is not."""
+    if not sizes.get("quantized"):
+        return ""
+    return (
+        f"The base is quantised and takes {format_bytes(sizes['quantized'])} on disk; the sizes here count the values "
+        "of its weights, as exports hold them."
+    )
 
 
 def footprint_of(checkpoint: GlobeCheckpoint) -> dict:

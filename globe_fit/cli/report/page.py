@@ -103,7 +103,8 @@ def _headline(facts: Facts) -> str:
     if sizes["model"] is None:
         line = f"Gate and up of {name} take {_ratio(sizes['gate_up'])} of their bytes"
     else:
-        line = f"{name} takes {_ratio(sizes['model'])} of its bytes"
+        counted = "the bytes of its values" if sizes["quantized"] else "its bytes"
+        line = f"{name} takes {_ratio(sizes['model'])} of {counted}"
     if measured is None:
         return line
     return f"{line}; perplexity {measured['globe']['perplexity']:.2f} in place of {measured['dense']['perplexity']:.2f}"
@@ -145,8 +146,9 @@ def _tiles(facts: Facts) -> list[_Tile]:
         ]
     if sizes is not None:
         by = f"runs by {' and '.join(sizes['strategies'] or ())}"
+        published = sizes["quantized"] and f"the quantised base {format_bytes(sizes['quantized'])}"
         for key, label, basis in (
-            ("model", "Whole model on disk", ""),
+            ("model", "Whole model on disk", published),
             ("gate_up", "Gate and up on disk", ""),
             ("resident", "Resident in memory", by),
             ("peak", "Peak in memory", f"predicted, calls of up to {PEAK_TOKENS} tokens"),

@@ -19,7 +19,7 @@ def test_reads_what_the_live_model_holds(save_tiny, model_type, fused):
     path = save_tiny(model_type, fused)
     source = ExpertSource(path)
     live = routed_experts(tiny_model(model_type))
-    assert len(source.files.names) > 1, "the checkpoint should be sharded"
+    assert len([*path.glob("*.safetensors")]) > 1, "the checkpoint should be sharded"
     assert [layer.layer for layer in source.layers] == sorted(live)
     assert source.layers[0].is_fused == (fused or model_type == "gpt_oss")
     assert source.base.intermediate_size == 48 and source.base.hidden_size == 64
@@ -179,19 +179,6 @@ def test_fused_experts_without_their_biases(save_tiny, tmp_path):
     model_dir = Path(shutil.copytree(save_tiny("gpt_oss"), tmp_path / "model"))
     drop_keys(model_dir, lambda key: key == f"{FUSED}_bias")
     with pytest.raises(GlobeError, match=r"gate_up_proj_bias of .* layer 1 .* is missing and config.json says"):
-        ExpertSource(model_dir)
-
-
-def test_an_mxfp4_checkpoint(save_tiny, tmp_path):
-    model_dir = Path(shutil.copytree(save_tiny("gpt_oss"), tmp_path / "model"))
-    drop_keys(model_dir, lambda key: key.endswith(("gate_up_proj", "down_proj")))
-    packed = {f"{FUSED}_{part}": torch.zeros(8, 96, 2, dtype=torch.uint8) for part in ("blocks", "scales")}
-    save_file(packed, model_dir / "packed.safetensors", {"format": "pt"})
-    index_path = model_dir / "model.safetensors.index.json"
-    index = json.loads(index_path.read_text())
-    index["weight_map"] |= dict.fromkeys(packed, "packed.safetensors")
-    index_path.write_text(json.dumps(index))
-    with pytest.raises(RequestError, match=r"gate_up_proj_\w+ in .* is of an MXFP4 .* BF16, F16, F32; .*dequantize"):
         ExpertSource(model_dir)
 
 

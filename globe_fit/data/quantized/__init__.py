@@ -1,0 +1,1 @@
+"""Read the quantised weights of a checkpoint as numbers, slice by slice."""
