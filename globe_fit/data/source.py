@@ -17,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.architectures import ExpertKey, architecture_of
 from globe_kernels.format.checkpoint import BaseModel
-from globe_kernels.format.directories import holds_export, holds_model, not_a_model
-from globe_kernels.format.files import read_json
+from globe_kernels.format.directories import holds_export, holds_model, no_weights, not_a_model, weights_entry
+from globe_kernels.format.files import inner_file, read_json
+from globe_kernels.format.hub import index_of, local_directory, model_name
 from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _READABLE = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
 
@@ -43,7 +42,7 @@ def configured_base(config: dict, where: Path) -> BaseModel:
     try:
         num_experts = architecture.num_experts(config)
         return BaseModel(
-            name=_model_name(where.absolute().parent) if where.name == MODEL_CONFIG_NAME else where.stem,
+            name=model_name(where.parent) if where.name == MODEL_CONFIG_NAME else where.stem,
             model_type=architecture.model_type,
             hidden_size=int(config["hidden_size"]),
             intermediate_size=architecture.intermediate_size(config),
@@ -55,57 +54,42 @@ def configured_base(config: dict, where: Path) -> BaseModel:
         ) from error
 
 
-def _model_name(directory: Path) -> str:
-    """Name a model by its directory; in the cache of the Hub by its id there, organisation/name."""
-    for part in directory.parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return directory.resolve().name
-
-
 class TensorFiles:
-    """The safetensors files of a model directory, and which file holds which tensor."""
+    """The safetensors files from which transformers loads a model, and which file holds which tensor."""
 
     def __init__(self, model_dir: Path):
-        """Open the files. Raises GlobeError for a shard that is missing, truncated or lacks a tensor of the index."""
-        self.model_dir = model_dir
-        index = model_dir / INDEX_NAME
-        if index.is_file():
-            weight_map = read_json(index, "download it again").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise GlobeError(f"{index} is not a valid shard index, a map of tensors to files; download it again.")
-            self.weight_map: dict[str, str] = weight_map
-            self._handles = {name: self._open(name) for name in sorted(set(weight_map.values()))}
-            self._require_listed_keys()
-        elif (model_dir / SINGLE_NAME).is_file():
-            self._handles = {SINGLE_NAME: self._open(SINGLE_NAME)}
-            self.weight_map = dict.fromkeys(self._handles[SINGLE_NAME].keys(), SINGLE_NAME)
-        else:
-            raise RequestError(
-                f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; GloBE reads safetensors, so download or "
-                "convert the model in that format."
-            )
+        """Open the files that from_pretrained would open, and no others.
 
-    def _open(self, name: str):
-        path = self.model_dir / name
+        Of a tensor that several shards hold the last shard counts, as in transformers. Raises RequestError when there
+        are no such files, GlobeError for a shard that is missing, truncated or outside of the directory, and for a
+        tensor that the index lists and no shard holds.
+        """
+        self.model_dir = model_dir
+        entry = weights_entry(model_dir)
+        if entry is None:
+            raise no_weights(model_dir)
+        listed = index_of(self._require(entry, MODEL_CONFIG_NAME)) if entry.endswith(".json") else {}
+        lister = entry if listed else MODEL_CONFIG_NAME
+        self._handles = {name: self._open(name, lister) for name in sorted(set(listed.values()) or {entry})}
+        self.weight_map = {key: name for name, handle in self._handles.items() for key in handle.keys()}  # noqa: SIM118
+        for key, name in listed.items():
+            if key not in self.weight_map:
+                raise GlobeError(f"Shard {name} in {model_dir} lacks {key}, which the index lists; download it again.")
+
+    def _require(self, name: str, lister: str) -> Path:
+        path = inner_file(self.model_dir, name)
         if not path.is_file():
-            raise GlobeError(
-                f"Shard {name} is missing from {self.model_dir}; {INDEX_NAME} lists it, download it again."
-            )
+            raise GlobeError(f"Shard {name} is missing from {self.model_dir}; {lister} lists it, download it again.")
+        return path
+
+    def _open(self, name: str, lister: str):
+        path = self._require(name, lister)
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise GlobeError(
                 f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
             ) from error
-
-    def _require_listed_keys(self) -> None:
-        present = {name: set(handle.keys()) for name, handle in self._handles.items()}
-        for key, name in self.weight_map.items():
-            if key not in present[name]:
-                raise GlobeError(
-                    f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again."
-                )
 
     @property
     def names(self) -> list[str]:
@@ -115,6 +99,12 @@ class TensorFiles:
     def view(self, key: str):
         """Return a lazy slice of a tensor: its shape, its dtype, and rows on demand."""
         return self._handles[self.weight_map[key]].get_slice(key)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that transformers gives the model where config.json states none: of the first floating tensor."""
+        found = (_READABLE.get(self.view(key).get_dtype()) for key in self.weight_map)
+        return next(filter(None, found), torch.float32)
 
     def num_bytes(self, key: str) -> int:
         view = self.view(key)
@@ -143,7 +133,7 @@ class ExpertSource:
 
     def __init__(self, model_dir: str | Path):
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
-        self.model_dir = Path(model_dir)
+        self.model_dir = local_directory(model_dir)
         config = read_config(self.model_dir)
         self._top_k: int | None = config.get("num_experts_per_tok")
         configured = configured_base(config, self.model_dir / MODEL_CONFIG_NAME)

@@ -78,6 +78,7 @@ class GlobeHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
+        _require_all_weights(model)
         bank = getattr(model, BANK_NAME)
         _bring(bank)
         for name, module in globe_modules(model).items():
@@ -129,23 +130,52 @@ def _check_exported_files(files: list[str], config: GlobeConfig, modules: Iterab
     architecture = architecture_of(config.base.model_type)
     live_key = architecture.live_key
     found: dict[str, tuple[int, ...]] = {}
+    by_expert: dict[int, list[str]] = {}  # layer -> keys of the down matrices that stand alone
     for file in files:
         with safe_open(file, framework="pt") as handle:
             keys = list(handle.keys())
             found |= {live_key(key): tuple(handle.get_slice(key).get_shape()) for key in keys}
+            for key in keys:
+                parsed = architecture.parse_key(key)
+                if parsed is not None and parsed.matrix == "down" and parsed.expert is not None:
+                    by_expert.setdefault(parsed.layer, []).append(live_key(key))
     expected: dict[str, tuple[int, ...]] = {exported_bank_key(family): config.bank_shape() for family in FAMILIES}
     for module in modules:
         for name, tensor in module.state_dict().items():
-            key = exported_key(module.layer, name)
-            # a base that is not transposed may keep it expert by expert
-            if name != "down_proj" or architecture.transposed or live_key(key) in found:
-                expected[key] = tuple(tensor.shape)
+            key, shape = exported_key(module.layer, name), tuple(tensor.shape)
+            single = [] if name != "down_proj" or live_key(key) in found else by_expert.get(module.layer, [])
+            if not single:
+                expected[key] = shape
+                continue
+            # transformers merges the experts that it finds, however many there are
+            if len(single) != shape[0] or any(found[each] != shape[1:] for each in single):
+                raise GlobeError(
+                    f"{key} is in {len(single)} matrices in the model's safetensors files, from {found[single[0]]} to "
+                    f"{found[single[-1]]}, and config.json says {shape}; export the checkpoint again."
+                )
     for key, shape in expected.items():
         actual = found.get(live_key(key))
         if actual != shape:
             raise GlobeError(
                 f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
                 "export the checkpoint again."
+            )
+
+
+def _require_all_weights(model: Any) -> None:
+    """Refuse a model with weights that no file held: transformers gives them random values, and warns at most.
+
+    The new head of a task that the export was not made for is no such weight. A tensor on the meta device is on disk.
+    """
+    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    heads = set() if head is None else set(head.parameters())
+    is_body = getattr(model, model.base_model_prefix, None) is None
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        belongs = is_body or name.startswith(body) or tensor in heads
+        if belongs and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+            raise GlobeError(
+                f"{name} is missing in the model's safetensors files, and transformers gave it random values; restore "
+                "the files or export the checkpoint again."
             )
 
 
