@@ -32,8 +32,8 @@ _BESIDE_A_CHECKPOINT = (METRICS_NAME, EVALUATION_NAME)
 
 
 def is_hub_id(model: str | Path) -> bool:
-    """Whether `model` can only be a name on the Hub: nothing here has this path."""
-    return not Path(model).exists() and _ID.fullmatch(str(model)) is not None
+    """Whether `model` can only be a name on the Hub: text that nothing here has as its path. A Path is never a name."""
+    return isinstance(model, str) and not Path(model).exists() and _ID.fullmatch(model) is not None
 
 
 def at_revision(model: str, revision: str | None) -> str:
