@@ -1,5 +1,6 @@
 """Entry point of `globe` and of `python -m globe_fit`: an error becomes one sentence and an exit code."""
 
+import os
 import sys
 
 _USAGE = 2
@@ -8,6 +9,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 interrupted."""
+    _keep_streams_usable()
     # the imports may take seconds, and Ctrl-C during them must not print a traceback either
     try:
         code, message = _run()
@@ -22,6 +24,17 @@ def main() -> None:
 
         display.say(message)
     sys.exit(code)
+
+
+def _keep_streams_usable() -> None:
+    """Let no stream that is closed or is not UTF-8 end the work with an exception."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell
+            # until the process ends
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _run() -> tuple[int, str]:

@@ -18,9 +18,9 @@ from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, FitStages, Progress
 from globe_fit.run.snapshots import differences, discard_snapshots
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_checkpoint, holds_unfinished_fit
+from globe_kernels.format.directories import adapter_note, holds_checkpoint, holds_unfinished_fit
 from globe_kernels.format.names import EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
 
 
@@ -40,11 +40,12 @@ def compress(
 ) -> FitResult:
     """Fit a GloBE checkpoint to the experts of a Hugging Face MoE model and write it to the directory `out`.
 
-    `model_dir` is the local directory of the model, `config` holds the sizes and the solver. One seed gives the same
-    bytes on one machine, also after an interruption: the fit writes snapshots to `out`/.snapshot, and the same call
-    continues from the last snapshot. If `out` holds the finished fit of the same call, this call returns its result at
-    once; the fit of another call is refused. A fit that diverges is saved too, with the best state before; then
-    `result.status.completed` is False. Under torchrun all ranks make the same call and the first rank writes.
+    `model_dir` is the directory of the model or its id on the Hub (Org/name, Org/name@revision), `config` holds the
+    sizes and the solver. One seed gives the same bytes on one machine, also after an interruption: the fit writes
+    snapshots to `out`/.snapshot, and the same call continues from the last snapshot. If `out` holds the finished fit of
+    the same call, this call returns its result at once; the fit of another call is refused. A fit that diverges is
+    saved too, with the best state before; then `result.status.completed` is False. Under torchrun all ranks make the
+    same call and the first rank writes.
 
     calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
                       text that the model writes; None: minimise the error of the weights
@@ -52,9 +53,10 @@ def compress(
                       that is larger layer by layer from disk
     resume            False: begin again, whatever fit `out` holds; a finished fit stays until the new fit is finished
     on_step           gets the record of every step (names: globe_fit.run.metrics); a fit that continues first gives
-                      the records of the steps before its snapshot
+                      the records of the steps before its snapshot. Its exception ends the fit when the step and a
+                      snapshot are complete
     snapshot_minutes  time between two snapshots
-    wandb_project     send the records to a new run of this Weights & Biases project
+    wandb_project     send the records to a new run of this Weights & Biases project; a failure is a GlobeWarning
     progress          True: show a bar on a terminal and in a notebook, lines elsewhere; an object of
                       globe_fit.run.progress gets the stages of the work and the sentences for the person who waits
     command           the command of the fit, for fit_report.json
@@ -77,6 +79,8 @@ def compress(
     shown = progress if isinstance(progress, Progress) and ranks.leads else Progress(say=say) if is_shown else SILENT
     if source.base.left_dense:
         shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
+    if note := adapter_note(source.model_dir):
+        warn(note)
     if not resume:
         discard_snapshots(out)
         ranks.every(0)  # before a rank writes there
@@ -114,12 +118,15 @@ def compress(
             )
         stages.begin()
         result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
+        if ranks.leads:  # on the disk before the loggers end
+            result.report.update(base={**source.facts, WEIGHTS_KEY: source.weights_sha256}, command=command)
+            save_fit(result, source, out)
     if ranks.leads:
-        result.report.update(base={**source.facts, WEIGHTS_KEY: source.weights_sha256}, command=command)
-        save_fit(result, source, out)
-        for name in (EVALUATION_NAME, PAGE_NAME):  # of the fit that this fit replaces
-            (Path(out) / name).unlink(missing_ok=True)
-        discard_snapshots(out)
+        with tolerating("Removing the figures of the fit before", f"the checkpoint in {out} is complete"):
+            for name in (EVALUATION_NAME, PAGE_NAME):
+                (Path(out) / name).unlink(missing_ok=True)
+        if all((Path(out) / name).is_file() for name in (REPORT_NAME, METRICS_NAME)):
+            discard_snapshots(out)  # otherwise the same call can write these files from them
         result.report["sizes"] = footprint_of(GlobeCheckpoint(out))
     return result
 

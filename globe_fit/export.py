@@ -14,7 +14,7 @@ from globe_fit.data.quantized.config import without_quantization
 from globe_fit.data.source import ExpertSource, read_config
 from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import (
     GlobeCheckpoint,
     GlobeConfig,
@@ -22,29 +22,47 @@ from globe_kernels.format.checkpoint import (
     exported_bank_key,
     writing_checkpoint,
 )
-from globe_kernels.format.directories import is_earlier_export, require_place
-from globe_kernels.format.files import ShardWriter, require_room, staged_directory
+from globe_kernels.format.directories import adapter_note, is_earlier_export, require_place
+from globe_kernels.format.files import ShardWriter, inner_file, require_room, staged_directory
 from globe_kernels.format.layout import BIASES, GATE_UP
-from globe_kernels.format.names import CARD_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, MODEL_CONFIG_NAME, QUANT_METHOD
+from globe_kernels.format.names import (
+    CARD_MARK,
+    CARD_NAME,
+    EXPORT_GUARD,
+    FAMILIES,
+    GUARD_KEY,
+    MODEL_CONFIG_NAME,
+    QUANT_METHOD,
+)
 
-# An export takes over the files of the base that a model needs to run, and its licence; neither weights in other
-# formats nor files of the training of the base.
+# An export takes over the files and folders of the base that a model needs to run, and its licence; neither weights in
+# other formats nor files of the training of the base. Lower case; a folder that holds code goes too.
 _COPIED = (
     "tokenizer*",
     "vocab*",
+    "*vocab.json",
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "sentencepiece*",
+    "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
+    "additional_chat_templates",
+    "*.jinja",
     "generation_config.json",
+    "custom_generate",
     "*processor_config.json",
+    "assets",
     "*.py",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
+    "*licen[cs]e*",
+    "notice*",
+    "use_policy*",
 )
+_WEIGHTS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.npz")
 # Not the name that transformers looks for: without globe_kernels no option of from_pretrained finds the weights.
 _GLOBE_STEM = "globe-model"
 # The router chooses by small differences of this tensor: bf16 would turn them into ties.
@@ -102,7 +120,7 @@ def export_globe(
     count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
     needed = _bytes(base, kept) + checkpoint.bytes_on_disk
-    card = model_card(checkpoint, base, dense=False)
+    card = _card(checkpoint, base, dense=False)
     _write_model(base, Path(out), card, tensors(), count, needed, dtype, quantization, on_tensor)
 
 
@@ -142,7 +160,7 @@ def export_dense(
                     part.copy_(dense(key, family))
             yield name, original
 
-    card = model_card(checkpoint, base, dense=True)
+    card = _card(checkpoint, base, dense=True)
     _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
 
 
@@ -196,6 +214,44 @@ def require_same_model(sizes: GlobeConfig, base: ExpertSource) -> None:
             )
 
 
+def _card(checkpoint: GlobeCheckpoint, base: ExpertSource, dense: bool) -> str:
+    with tolerating("Making the model card", "the export has a card without figures"):
+        return model_card(checkpoint, base, dense=dense)
+    return f"# {base.base.name}, {CARD_MARK}\n"
+
+
+def _files_beside(model_dir: Path) -> Iterator[Path]:
+    """Yield the files that an export copies, relative to the directory of the base."""
+    for path in sorted(model_dir.iterdir()):
+        wanted = any(fnmatch(path.name.lower(), pattern) for pattern in _COPIED)
+        if path.is_dir() and (wanted or any(path.glob("*.py"))):
+            inside = sorted(path.rglob("*"))
+        else:
+            inside = [path] if wanted else []
+        for file in inside:
+            name = file.relative_to(model_dir)
+            is_hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
+            is_weight = any(fnmatch(file.name.lower(), pattern) for pattern in _WEIGHTS)
+            if file.is_file() and not is_hidden and not is_weight:
+                yield name
+
+
+def _state_dtype(config: dict, name: str, *, change: bool) -> None:
+    """State the dtype `name` in a configuration and its parts, where there is none, or everywhere (`change`).
+
+    transformers reads `dtype`, then `torch_dtype`; without both it takes the dtype of any tensor in the first file.
+    """
+    stated = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    for key in stated if change else ():
+        value = config[key]
+        config[key] = dict.fromkeys(value, name) if isinstance(value, dict) else name
+    if not stated:
+        config["dtype"] = name
+    for part in config.values():
+        if isinstance(part, dict) and "model_type" in part:
+            _state_dtype(part, name, change=change)
+
+
 def _write_model(
     base: ExpertSource,
     out: Path,
@@ -213,14 +269,17 @@ def _write_model(
     require_place(out, is_earlier_export, "export")
     require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
     config = without_quantization(read_config(base.model_dir))
-    if dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = str(dtype).removeprefix("torch.")
+    config.pop(GUARD_KEY, None)  # of the files of the base
+    _state_dtype(config, str(dtype or base.files.default_dtype).removeprefix("torch."), change=dtype is not None)
+    if note := adapter_note(base.model_dir):
+        warn(note, stacklevel=3)
+    copied = [(name, inner_file(base.model_dir, str(name))) for name in _files_beside(base.model_dir)]
     stem = "model" if quantization is None else _GLOBE_STEM
     stale = {path.name for each in ("model", _GLOBE_STEM) for path in out.glob(f"{each}*.safetensors*")}
     with staged_directory(out, last=MODEL_CONFIG_NAME) as staging:
-        for path in base.model_dir.iterdir():
-            if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _COPIED):
-                shutil.copyfile(path, staging / path.name)
+        for name, path in copied:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staging / name)
         shards = ShardWriter(staging, stem, {"format": "pt"})
         for done, (key, tensor) in enumerate(tensors, start=1):
             shards.add(key, _cast(key, tensor, dtype))
@@ -236,7 +295,8 @@ def _write_model(
             (staging / entry).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         if quantization is not None:
             config |= {"quantization_config": quantization | {"weights": entry}, GUARD_KEY: EXPORT_GUARD}
-        (staging / CARD_NAME).write_text(card, encoding="utf-8")
+        with tolerating("Writing the model card", "the export is complete without it"):
+            (staging / CARD_NAME).write_text(card, encoding="utf-8")
         (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in stale - written:
         (out / name).unlink(missing_ok=True)

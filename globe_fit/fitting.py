@@ -61,7 +61,8 @@ def fit(
     Deterministic: one seed gives one result on one machine.
 
     start        replaces the grouped-SVD start of a family; its codes stay, whatever `coding.initial` says
-    on_step      gets a record of globe_fit.run.metrics after every step
+    on_step      gets a record of globe_fit.run.metrics after every step; its exception ends the fit, with `snapshots`
+                 once the step and a snapshot are complete
     snapshots    from `open_snapshots`: the fit continues from the last snapshot, and the result is the result of a fit
                  without an interruption, bitwise on a CPU
     calibration  from globe_fit.calibration.metric: the error is the error of the outputs of the experts on its text
@@ -233,7 +234,7 @@ class _Run:
                 return False
             now = time.perf_counter() - began
             self._seconds, self._pass_seconds = now, now - self._seconds
-            self._record(error, on_step)
+            self._record(error, on_step, snapshots)
             began = time.perf_counter() - self._seconds
             if self._step == steps or solver.finished:
                 return True
@@ -243,7 +244,7 @@ class _Run:
                 snapshots.save(self._weights.family, self._step, self._tensors(), self._facts())
                 snapshots.stop_if_asked()
 
-    def _record(self, error: float, on_step: OnStep | None) -> None:
+    def _record(self, error: float, on_step: OnStep | None, snapshots: Snapshots | None) -> None:
         state = self._solver.state
         supports = (state.codes.detach() != 0).sum(1)
         if error < self._best_error and int(supports.max()) <= self._config.support:
@@ -270,7 +271,12 @@ class _Run:
             self.history.append(record)
         check_names(record)
         if on_step is not None:
-            on_step(record)
+            try:
+                on_step(record)
+            except Exception as failure:
+                if snapshots is None:
+                    raise
+                snapshots.stop(failure)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         best = {} if self.best is None else {"best.bank": self.best.bank, "best.codes": self.best.codes}

@@ -13,7 +13,10 @@ from globe_kernels.format.names import CARD_MARK, CARD_NAME, FAMILIES
 from globe_kernels.strategies.budget import palettes_of
 from globe_kernels.units import format_bytes
 
-_LICENCE = ("license", "license_name", "license_link", "language")
+# Of the card of the base. The Hub refuses other kinds of values.
+_STATED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+# Licences that a file states in its first lines; of others the card links to the file.
+_LICENCES = {"Apache License Version 2.0": "apache-2.0", "MIT License": "mit"}
 _GLOBE = """\
 The gate and up matrices of all experts share one bank of {atoms} atoms per family: rank {rank}, {support} atoms per
 expert, phi {phi}. The model runs from this compressed form.
@@ -26,7 +29,7 @@ With transformers, where GloBE is installed (`pip install .` in a clone of its r
 import globe_kernels
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
+model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")  # or its id on the Hub
 ```
 
 Other engines do not know the compressed form. For them `globe export CHECKPOINT --base BASE -o OUT --dense` writes a
@@ -52,14 +55,12 @@ def model_card(checkpoint: GlobeCheckpoint, base: ExpertSource, *, dense: bool) 
     """Return the text of README.md of an export of `checkpoint`; `dense`: of the reconstructed dense model."""
     sizes, report = checkpoint.config, checkpoint.report()
     name, shape = base.base.name, {"atoms": sizes.num_atoms, "rank": sizes.rank, "support": sizes.support}
-    data = ModelCardData(
-        base_model=name,
-        library_name="transformers",
-        tags=["globe", "moe"],
-        pipeline_tag="text-generation",
-        ignore_metadata_errors=True,
-        **_licence(base.model_dir),
-    )
+    facts = {"library_name": "transformers", "tags": ["globe", "moe"], "pipeline_tag": "text-generation"}
+    if "/" in name:  # the Hub takes the id of a model there and nothing else
+        facts |= {"base_model": name} if dense else {"base_model": name, "base_model_relation": "quantized"}
+    stated = _stated(base.model_dir)
+    facts |= stated if "license" in stated else _licence(base.model_dir) | stated
+    data = ModelCardData(ignore_metadata_errors=True, **facts)
     text = (_DENSE if dense else _GLOBE).format(name=name, phi=sizes.phi, **shape)
     parts = [f"---\n{data.to_yaml()}\n---\n\n# {name}, {CARD_MARK}\n\n{text}", _costs(checkpoint, report, base, dense)]
     if command := report.get("command"):
@@ -68,13 +69,22 @@ def model_card(checkpoint: GlobeCheckpoint, base: ExpertSource, *, dense: bool) 
 
 
 def _licence(base_dir: Path) -> dict:
-    """Return the licence and the languages that the card of the base states."""
+    """Return the licence that a file of the base states."""
+    for path in sorted(base_dir.glob("LICEN[CS]E*")):
+        words = " ".join(path.read_text(encoding="utf-8", errors="replace").split())[:1000]
+        known = next((licence for start, licence in _LICENCES.items() if words.startswith(start)), None)
+        return {"license": known or "other"} | ({} if known else {"license_name": "license", "license_link": path.name})
+    return {}
+
+
+def _stated(base_dir: Path) -> dict:
+    """Return the facts that the card of the base states and that hold for a compressed model too."""
     card = base_dir / CARD_NAME
     try:
         stated = metadata_load(card) if card.is_file() else None
     except Exception:  # a front matter that is no YAML: the export is worth more than its licence line
         stated = None
-    return {key: value for key in _LICENCE if isinstance(value := (stated or {}).get(key), (str, list))}
+    return {key: value for key in _STATED if isinstance(value := (stated or {}).get(key), (str, list))}
 
 
 def _costs(checkpoint: GlobeCheckpoint, report: dict, base: ExpertSource, dense: bool) -> str:

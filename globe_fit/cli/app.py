@@ -59,7 +59,12 @@ def _choice(names: Iterable[str]) -> str:
 
 
 # Parameters that several commands share. A default in parentheses comes from the settings that own it.
-ModelDir = Annotated[Path, typer.Argument(help="Local directory of a Hugging Face MoE model.")]
+# Models and checkpoints are text, not paths: "./Org/name" is a directory, and "Org/name" may be on the Hub.
+ModelDir = Annotated[str, typer.Argument(help="Hugging Face MoE model: a directory, or its id on the Hub.")]
+GlobeDir = Annotated[str, typer.Argument(help="GloBE checkpoint: a directory, or its id on the Hub.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the dense model on the Hub (its default branch).")
+]
 _STEPS = f"Steps of the solver (varpro {VarProConfig.steps}, alternating {AlternatingConfig.steps})."
 Steps = Annotated[int | None, typer.Option(help=_STEPS)]
 Seed = Annotated[int | None, typer.Option(help=f"Seed of the start ({FitConfig.seed}).")]
@@ -79,7 +84,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 @app.command()
 def plan(
-    model: Annotated[Path, typer.Argument(help="Directory or config.json of a model, or a GloBE checkpoint.")],
+    model: Annotated[str, typer.Argument(help="Model, as a directory, a config.json or a Hub id, or a checkpoint.")],
     ratio: Ratios = None,
     rank: Ranks = None,
     atoms: Atoms = None,
@@ -87,7 +92,8 @@ def plan(
     palette: Palettes = None,
     phi: Phi = None,
     scope: Scope = None,
-    base: Annotated[Path | None, typer.Option(help="The model on which a GloBE checkpoint was fitted.")] = None,
+    base: Annotated[str | None, typer.Option(help="The model on which a GloBE checkpoint was fitted.")] = None,
+    revision: Revision = None,
     machine: Annotated[
         str, typer.Option("--on", help="Machine whose times are predicted, such as h100 or cpu.")
     ] = "h100",
@@ -109,6 +115,7 @@ def plan(
 def fit(
     model_dir: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the GloBE checkpoint.")],
+    revision: Revision = None,
     ratio: Annotated[
         float | None, typer.Option(help=f"GloBE bytes over dense bytes, of gate and up experts ({DEFAULT_RATIO}).")
     ] = None,
@@ -148,6 +155,7 @@ def fit(
 def sweep(
     model_dir: ModelDir,
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for a checkpoint directory of each point.")],
+    revision: Revision = None,
     ratio: Ratios = None,
     rank: Ranks = None,
     atoms: Atoms = None,
@@ -177,9 +185,10 @@ def sweep(
 
 @app.command()
 def export(
-    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint.")],
-    base: Annotated[Path, typer.Option(help="The dense model on which it was fitted.")],
+    globe_dir: GlobeDir,
+    base: Annotated[str, typer.Option(help="The dense model on which it was fitted: a directory or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory for the Hugging Face model.")],
+    revision: Revision = None,
     dense: Annotated[bool, typer.Option("--dense", help="Write the reconstructed dense model.")] = False,
     dtype: Annotated[str | None, typer.Option(help=f"{_choice(DTYPE_NAMES)} (the dtype of the base).")] = None,
     as_json: Json = False,
@@ -193,9 +202,10 @@ def export(
 
 @app.command()
 def eval(
-    model: Annotated[Path, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face model, dense or GloBE, or a GloBE checkpoint.")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to evaluate on.")] = None,
-    base: Annotated[Path | None, typer.Option(help="The dense model to compare with.")] = None,
+    base: Annotated[str | None, typer.Option(help="The dense model to compare with: a directory or a Hub id.")] = None,
+    revision: Revision = None,
     lm_eval: Annotated[str | None, typer.Option(help="Tasks of lm-eval, such as hellaswag,arc_easy.")] = None,
     lm_eval_tasks: Annotated[Path | None, typer.Option(help="Folder with YAML files of other tasks.")] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(help="Examples of each task (all).", min=1)] = None,
@@ -212,7 +222,7 @@ def eval(
 
 @app.command()
 def inspect(
-    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint.")],
+    globe_dir: GlobeDir,
     verify: Annotated[bool, typer.Option("--verify", help="Check the sha256 of every file.")] = False,
     layers: Annotated[bool, typer.Option("--layers", help="Show every layer, not the spread alone.")] = False,
     as_json: Json = False,
@@ -223,9 +233,10 @@ def inspect(
 
 @app.command()
 def report(
-    globe_dir: Annotated[Path, typer.Argument(help="Directory of a GloBE checkpoint, or of an unfinished fit.")],
+    globe_dir: Annotated[str, typer.Argument(help="A GloBE checkpoint, or the directory of an unfinished fit.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page (report.html in the directory).")] = None,
-    base: Annotated[Path | None, typer.Option(help="The dense model: draw the spectra of more experts.")] = None,
+    base: Annotated[str | None, typer.Option(help="The dense model: draw the spectra of more experts.")] = None,
+    revision: Revision = None,
     png: Annotated[bool, typer.Option("--png", help="Write every figure as a PNG file beside the page too.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -1,15 +1,19 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
 import json
+import os
 import shlex
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import enable_progress_bars
 from transformers.utils import logging
 
 from globe_fit.cli.demo import run_demo
@@ -41,7 +45,7 @@ from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, warn
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.directories import (
     holds_checkpoint,
@@ -52,6 +56,7 @@ from globe_kernels.format.directories import (
     refuse_swapped,
 )
 from globe_kernels.format.files import replacing_file
+from globe_kernels.format.hub import at_revision, local_directory, repository_of
 from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
 from globe_kernels.strategies.budget import palettes_of
@@ -59,12 +64,32 @@ from globe_kernels.strategies.cost import machine_named
 from globe_kernels.units import parse_bytes
 
 
-def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None]) -> None:
-    """Print the figures of a command, for a program or for a person."""
-    if as_json:
-        print(json.dumps(figures, indent=2))
-    else:
-        print_tables(figures)
+def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None], *, on_disk: Path | None = None) -> None:
+    """Print the figures of a command, for a program or for a person.
+
+    A stdout that fails is a warning where the work of the command is `on_disk`, and otherwise a GlobeError; a pipe that
+    nobody reads any more is neither.
+    """
+    try:
+        if as_json:
+            print(json.dumps(figures, indent=2))
+        else:
+            print_tables(figures)
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError):  # the text that is left must not fail again when the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return
+        sentence = f"The figures cannot be printed ({error})"
+        if on_disk is None:
+            raise GlobeError(f"{sentence}; give stdout a place that takes them, and run the command again.") from error
+        warn(f"{sentence}; the work of the command is complete in {on_disk}.")
+
+
+def _local(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
+    """Return the directory of a model or a checkpoint, from the Hub if it is an id there."""
+    return local_directory(at_revision(model, revision), weights=weights, say=say)
 
 
 def _command() -> str:
@@ -78,8 +103,9 @@ def _say_left_dense(base: BaseModel) -> None:
 
 
 def _plan(
-    model: Path,
-    base: Path | None,
+    model: str,
+    base: str | None,
+    revision: str | None,
     machine: str,
     memory_budget: str | None,
     cache_bytes: str | None,
@@ -91,7 +117,10 @@ def _plan(
 ) -> None:
     limits = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
     settings = {"phi": phi, "scope": scope}
-    figures = plan_all(model, base, machine_named(machine), settings, read_lists(sizes), *limits)
+    # of a checkpoint the plan reads the tensors too
+    found = _local(model, None if base else revision, weights=base is not None)
+    base_dir = None if base is None else _local(base, revision, weights=False)
+    figures = plan_all(found, base_dir, machine_named(machine), settings, read_lists(sizes), *limits)
     if plot is not None:
         figure = plan_figure(figures)
         with replacing_file(plot) as path:
@@ -100,8 +129,9 @@ def _plan(
 
 
 def _fit(
-    model_dir: Path,
+    model_dir: str,
     out: Path,
+    revision: str | None,
     config: Path | None,
     calibrate: str | None,
     dry_run: bool,
@@ -112,10 +142,11 @@ def _fit(
     as_json: bool,
     **settings: str | float | None,
 ) -> None:
-    refuse_swapped(model_dir, out, holds_model, f"globe fit {out} -o {model_dir}")
+    refuse_swapped(Path(model_dir), out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
+    found = _local(model_dir, revision)
     if dry_run:
-        planned = plan_fit(model_dir, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
+        planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
         figures = planned.figures()  # by all ranks together
         if leads():
             _say_left_dense(planned.source.base)
@@ -123,7 +154,7 @@ def _fit(
         return
     with show_progress(as_json or not leads()) as shown:
         result = compress(
-            model_dir,
+            found,
             out,
             wanted,
             calibrate=calibrate,
@@ -143,14 +174,15 @@ def _fit(
         "atoms": checkpoint.config.num_atoms,
         "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},
     }
-    _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice))
+    _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice), on_disk=out)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} The checkpoint is in {out}.")
 
 
 def _sweep(
-    model_dir: Path,
+    model_dir: str,
     out: Path,
+    revision: str | None,
     steps: int | None,
     seed: int | None,
     device: str | None,
@@ -163,15 +195,15 @@ def _sweep(
     as_json: bool,
     **sizes: str | None,
 ) -> None:
-    refuse_swapped(model_dir, out, holds_model, f"globe sweep {out} -o {model_dir}")
+    refuse_swapped(Path(model_dir), out, holds_model, f"globe sweep {out} -o {model_dir}")
     settings = FitConfig.from_options(config, {"steps": steps, "seed": seed, "device": device})
     caches = read_cache_bytes(s_cache)
     if caches and text is None:
         raise RequestError("--s-cache measures caches on a text and there is no text; give a text with --text.")
-    source = ExpertSource(model_dir)
+    source = ExpertSource(_local(model_dir, revision))
     points = plan_points(source, settings, read_lists(sizes))
     _say_left_dense(source.base)
-    windows = None if text is None else token_windows(model_dir, text)
+    windows = None if text is None else token_windows(source.model_dir, text)
     runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
     title = f"{len(points)} points on {source.base.name}"
     if dry_run:
@@ -186,7 +218,7 @@ def _sweep(
             rows = runs.measure(rows, windows, caches, shown)
             write_rows(rows, out)
     figures = {"points": rows, "plot": None if plot is None else str(plot)}
-    _show(figures, as_json, lambda _: print_sweep(title, rows, out / ROWS_NAME, plot))
+    _show(figures, as_json, lambda _: print_sweep(title, rows, out / ROWS_NAME, plot), on_disk=out)
     if diverged := sorted({row["point"] for row in rows if not row["completed"]}):
         raise GlobeError(
             f"{', '.join(diverged)} diverged and the best state of each is kept; lower the lr and fit them with "
@@ -194,12 +226,15 @@ def _sweep(
         )
 
 
-def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | None, as_json: bool) -> None:
+def _export(
+    globe_dir: str, base: str, out: Path, revision: str | None, dense: bool, dtype: str | None, as_json: bool
+) -> None:
     if dtype is not None and DTYPE_NAMES.get(dtype, dtype) not in DTYPES:
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
-    refuse_swapped(globe_dir, base, holds_checkpoint, f"globe export {base} --base {globe_dir}")
+    refuse_swapped(Path(globe_dir), Path(base), holds_checkpoint, f"globe export {base} --base {globe_dir}")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
-    checkpoint, source = GlobeCheckpoint(globe_dir, verify=True), ExpertSource(base)
+    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=True)
+    source = ExpertSource(_local(base, revision))
     write = export_dense if dense else export_globe
     with show_progress(as_json) as shown:
         shown.begin("export", 1)
@@ -208,13 +243,14 @@ def _export(globe_dir: Path, base: Path, out: Path, dense: bool, dtype: str | No
     figures = {"out": str(out), "format": "dense" if dense else "globe", "bytes": size}
     if not dense:
         figures["sizes"] = footprint(checkpoint.config, source.facts, palettes=palettes_of(checkpoint))
-    _show(figures, as_json, print_export)
+    _show(figures, as_json, print_export, on_disk=out)
 
 
 def _eval(
-    model: Path,
+    model: str,
     text: Path | None,
-    base: Path | None,
+    base: str | None,
+    revision: str | None,
     lm_eval: str | None,
     lm_eval_tasks: Path | None,
     lm_eval_limit: int | None,
@@ -222,7 +258,7 @@ def _eval(
     as_json: bool,
 ) -> None:
     if base is not None:
-        refuse_swapped(model, base, holds_checkpoint, f"globe eval {base} --base {model}")
+        refuse_swapped(Path(model), Path(base), holds_checkpoint, f"globe eval {base} --base {model}")
     if lm_eval is None and (lm_eval_tasks or lm_eval_limit):
         raise RequestError("--lm-eval-tasks and --lm-eval-limit need tasks; name the tasks with --lm-eval TASKS.")
     names = [name for word in (lm_eval or "").split(",") if (name := word.strip())]
@@ -230,24 +266,27 @@ def _eval(
         raise RequestError("--lm-eval names no task; name tasks separated by commas, such as arc_easy,hellaswag.")
     if text is None and lm_eval is None:
         raise RequestError("globe eval has nothing to measure on; give --text FILE, --lm-eval TASKS, or both.")
-    is_checkpoint = holds_checkpoint(model)
+    found = _local(model, None if base else revision)
+    is_checkpoint = holds_checkpoint(found)
     if is_checkpoint and base is None:
         raise RequestError(f"{model} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    if not holds_model(base or model) or (base is not None and holds_export(base)):
-        raise not_a_model(base or model)
-    windows = None if text is None else token_windows(base or model, text)
+    base_dir = None if base is None else _local(base, revision)
+    whole = base_dir or found
+    if not holds_model(whole) or (base_dir is not None and holds_export(base_dir)):
+        raise not_a_model(whole)
+    windows = None if text is None else token_windows(whole, text)
     tasks = load_tasks(names, lm_eval_tasks) if names else None
     target = resolve_device(device or "auto")
     models, labels, strategies = {}, {}, ()
-    if base is not None:
-        models["dense"], labels["dense"] = load_model(base, target), f"dense: {base}"
+    if base_dir is not None:
+        models["dense"], labels["dense"] = load_model(base_dir, target), f"dense: {base}"
     if is_checkpoint:
         models["globe"] = shared_copy(models["dense"])
-        strategies = patch(models["globe"], model).strategies
+        strategies = patch(models["globe"], found).strategies
         labels["globe"] = f"GloBE: checkpoint {model} in {base}, by {' and '.join(strategies)}"
     else:
         name = "globe" if base is not None else "model"
-        models[name], labels[name] = load_model(model, target), f"{_kind(model)}: {model}"
+        models[name], labels[name] = load_model(found, target), f"{_kind(found)}: {model}"
     figures: dict[str, Any] = {"labels": labels}
     if windows is not None:
         with show_progress(as_json) as shown:
@@ -259,18 +298,18 @@ def _eval(
     if tasks is not None:
         figures["lm_eval"] = run_tasks(
             models,
-            base or model,
+            whole,
             tasks,
             limit=lm_eval_limit,
             bars=sys.stderr.isatty() and not as_json,
             on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
         )
     _show(figures, as_json, lambda _: print_evaluation(figures, text))
-    if is_checkpoint and text is not None:
+    if is_checkpoint and text is not None and repository_of(found) is None:  # the cache of the Hub is not ours
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
         try:
-            record_evaluation(GlobeCheckpoint(model), kept | {name: figures[name] for name in models})
+            record_evaluation(GlobeCheckpoint(found), kept | {name: figures[name] for name in models})
         except GlobeError as error:  # the figures are printed already
             say(f"The report of {model} will not have these figures: {error}")
 
@@ -281,14 +320,18 @@ def _kind(model: Path) -> str:
     return "dense, reconstructed from GloBE" if is_earlier_export(model) else "dense"
 
 
-def _inspect(globe_dir: Path, verify: bool, layers: bool, as_json: bool) -> None:
-    checkpoint = GlobeCheckpoint(globe_dir, verify=verify)
+def _inspect(globe_dir: str, verify: bool, layers: bool, as_json: bool) -> None:
+    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=verify)
     _show(inspect_checkpoint(checkpoint), as_json, lambda figures: print_inspection(figures, layers))
 
 
-def _report(globe_dir: Path, out: Path | None, base: Path | None, png: bool, as_json: bool) -> None:
-    figures = write_report(globe_dir, out, base=base, png=png)
-    _show(figures, as_json, lambda written: print("\n".join([written["html"], *written["png"]])))
+def _report(globe_dir: str, out: Path | None, base: str | None, revision: str | None, png: bool, as_json: bool) -> None:
+    found = _local(globe_dir)
+    if out is None and repository_of(found) is not None:
+        raise RequestError(f"{globe_dir} comes from the Hub, whose cache takes no page; give a file with -o.")
+    figures = write_report(found, out, base=None if base is None else _local(base, revision), png=png)
+    page = Path(figures["html"])
+    _show(figures, as_json, lambda written: print("\n".join([written["html"], *written["png"]])), on_disk=page)
 
 
 def _demo(out: Path | None, as_json: bool) -> None:
@@ -315,6 +358,24 @@ _COMMANDS = {
 }
 
 
+@contextmanager
+def _saying_warnings() -> Iterator[None]:
+    """Print the sentence of each GlobeWarning inside once, as a sentence of the command."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if not issubclass(category, GlobeWarning):
+            usual(message, category, *rest)
+        elif leads() and str(message) not in said:
+            said.add(str(message))
+            say(str(message))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GlobeWarning)
+        usual, warnings.showwarning = warnings.showwarning, show
+        yield
+
+
 def run(command: str, options: dict[str, Any]) -> None:
     """Do the work of a command. `options` are the parameters of its function here."""
     logging.disable_progress_bar()
@@ -323,8 +384,11 @@ def run(command: str, options: dict[str, Any]) -> None:
     end_with_the_others()
     if ranks_in_all() > 1 and command != "fit":
         raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
+    if sys.stderr.isatty():
+        enable_progress_bars()  # of downloads, which the line above took away too
     try:
-        _COMMANDS[command](**options)
+        with _saying_warnings():
+            _COMMANDS[command](**options)
     except KeyboardInterrupt as stopped:
         raise Interrupted(f"{str(stopped) or 'interrupted'}.") from stopped
     leave()

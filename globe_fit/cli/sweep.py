@@ -28,7 +28,7 @@ from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import holds_fit, holds_model, is_empty, require_place
 from globe_kernels.format.files import replacing_file, require_room
@@ -236,13 +236,19 @@ def is_sweep(directory: Path) -> bool:
 
 
 def write_rows(rows: list[dict], out: Path) -> Path | None:
-    """Write sweep.jsonl and sweep.png in `out`; returns the path of the plot, None where there is no matplotlib."""
-    with replacing_file(out / ROWS_NAME) as path:
+    """Write sweep.jsonl and sweep.png in `out`; returns the path of the plot, None where there is no plot.
+
+    A failure is a warning: the checkpoints of the points have everything.
+    """
+    kept = f"the checkpoints in {out} are complete"
+    with tolerating(f"Writing {ROWS_NAME}", kept), replacing_file(out / ROWS_NAME) as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    try:
-        figure = plots.sweep(list({row["point"]: row for row in rows}.values()))
-    except RequestError:
-        return None
-    with replacing_file(out / PLOT_NAME) as path:
-        plots.save_png(figure, "Error against bytes on disk", str(path))
-    return out / PLOT_NAME
+    with tolerating(f"Drawing {PLOT_NAME}", kept):
+        try:
+            figure = plots.sweep(list({row["point"]: row for row in rows}.values()))
+        except RequestError:  # no matplotlib
+            return None
+        with replacing_file(out / PLOT_NAME) as path:
+            plots.save_png(figure, "Error against bytes on disk", str(path))
+        return out / PLOT_NAME
+    return None

@@ -16,6 +16,7 @@ from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_export, holds_model, not_a_model
+from globe_kernels.format.hub import local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import routed_experts
 
@@ -30,13 +31,13 @@ def load_model(
     *,
     offload_folder: Path | None = None,
 ) -> nn.Module:
-    """Load a causal language model from a local directory, dense or exported by GloBE, in evaluation mode.
+    """Load a causal language model from a directory or the Hub, dense or exported by GloBE, in evaluation mode.
 
     With `offload_folder` its layers stay on disk, in this folder or in the checkpoint, until they are called. A
     quantised model is loaded with the values of its weights, as a fit reads them. Raises RequestError for another
     directory, GlobeError for a model that transformers cannot load.
     """
-    path = Path(path)
+    path = local_directory(path)
     if not holds_model(path):
         raise not_a_model(path)
     config = read_transformers_config(path)
@@ -110,8 +111,9 @@ def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
 
 def load_tokenizer(model_dir: str | Path):
     """Load the tokenizer of a model directory. Raises RequestError when it has none."""
+    model_dir = local_directory(model_dir)
     # without the files of a tokenizer, transformers invents a tokenizer with an empty vocabulary
-    if not any((Path(model_dir) / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the tokenizer of the model.")
     try:
         return AutoTokenizer.from_pretrained(model_dir)

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.hub import model_name
 from globe_kernels.format.names import MODEL_CONFIG_NAME
 from globe_kernels.model.discovery import DenseExperts, routed_experts, top_k_of
 
@@ -91,6 +92,13 @@ class Outline:
         return top_k_of(self.model, next(iter(self.experts.values())))
 
     @property
+    def name(self) -> str:
+        """The name of the model, for people."""
+        if self.where.is_dir() or self.where.name == MODEL_CONFIG_NAME:
+            return model_name(self.where if self.where.is_dir() else self.where.parent)
+        return self.where.stem
+
+    @property
     def num_layers(self) -> int:
         """The layers of the language model, with and without experts."""
         return int(self.model.config.get_text_config().num_hidden_layers)
@@ -102,7 +110,7 @@ class Outline:
         sizes = {layer: experts.sizes for layer, experts in self.experts.items()}
         inner, width = shape_of_most(sizes)
         return BaseModel(
-            name=_model_name(self.where),
+            name=self.name,
             model_type=first.model_type,
             hidden_size=width,
             intermediate_size=inner,
@@ -118,12 +126,3 @@ def shape_of_most(sizes: dict[int, tuple[int, int, int]]) -> tuple[int, int]:
     for count, inner, width in sizes.values():
         weights[inner, width] = weights.get((inner, width), 0) + count * inner * width
     return max(weights, key=lambda shape: weights[shape])
-
-
-def _model_name(where: Path) -> str:
-    """Name a model by its directory; in the cache of the Hub by its id there, organisation/name."""
-    directory = where.absolute().parent if where.name == MODEL_CONFIG_NAME else where.absolute()
-    for part in directory.parts:
-        if part.startswith("models--"):
-            return part.removeprefix("models--").replace("--", "/")
-    return directory.resolve().name if directory.is_dir() else where.stem

@@ -20,13 +20,12 @@ from globe_fit.data.outline import Outline, shape_of_most
 from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.directories import holds_export, holds_model, not_a_model
-from globe_kernels.format.files import read_json
+from globe_kernels.format.directories import holds_export, holds_model, no_weights, not_a_model, weights_entry
+from globe_kernels.format.files import inner_file, read_json
+from globe_kernels.format.hub import index_of, local_directory
 from globe_kernels.format.layout import GATE_UP
 from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 _READABLE = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,48 +37,41 @@ def read_config(model_dir: Path) -> dict:
 
 
 class TensorFiles:
-    """The safetensors files of a model directory, and which file holds which tensor."""
+    """The safetensors files from which transformers loads a model, and which file holds which tensor."""
 
     def __init__(self, model_dir: Path):
-        """Open the files. Raises GlobeError for a shard that is missing, truncated or lacks a tensor of the index."""
-        self.model_dir = model_dir
-        index = model_dir / INDEX_NAME
-        if index.is_file():
-            weight_map = read_json(index, "download it again").get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise GlobeError(f"{index} is not a valid shard index, a map of tensors to files; download it again.")
-            self.weight_map: dict[str, str] = weight_map
-            self._handles = {name: self._open(name) for name in sorted(set(weight_map.values()))}
-            self._require_listed_keys()
-        elif (model_dir / SINGLE_NAME).is_file():
-            self._handles = {SINGLE_NAME: self._open(SINGLE_NAME)}
-            self.weight_map = dict.fromkeys(self._handles[SINGLE_NAME].keys(), SINGLE_NAME)
-        else:
-            raise RequestError(
-                f"{model_dir} holds neither {SINGLE_NAME} nor {INDEX_NAME}; GloBE reads safetensors, so download or "
-                "convert the model in that format."
-            )
+        """Open the files that from_pretrained would open, and no others.
 
-    def _open(self, name: str):
-        path = self.model_dir / name
+        Of a tensor that several shards hold the last shard counts, as in transformers. Raises RequestError when there
+        are no such files, GlobeError for a shard that is missing, truncated or outside of the directory, and for a
+        tensor that the index lists and no shard holds.
+        """
+        self.model_dir = model_dir
+        entry = weights_entry(model_dir)
+        if entry is None:
+            raise no_weights(model_dir)
+        listed = index_of(self._require(entry, MODEL_CONFIG_NAME)) if entry.endswith(".json") else {}
+        lister = entry if listed else MODEL_CONFIG_NAME
+        self._handles = {name: self._open(name, lister) for name in sorted(set(listed.values()) or {entry})}
+        self.weight_map = {key: name for name, handle in self._handles.items() for key in handle.keys()}  # noqa: SIM118
+        for key, name in listed.items():
+            if key not in self.weight_map:
+                raise GlobeError(f"Shard {name} in {model_dir} lacks {key}, which the index lists; download it again.")
+
+    def _require(self, name: str, lister: str) -> Path:
+        path = inner_file(self.model_dir, name)
         if not path.is_file():
-            raise GlobeError(
-                f"Shard {name} is missing from {self.model_dir}; {INDEX_NAME} lists it, download it again."
-            )
+            raise GlobeError(f"Shard {name} is missing from {self.model_dir}; {lister} lists it, download it again.")
+        return path
+
+    def _open(self, name: str, lister: str):
+        path = self._require(name, lister)
         try:
             return safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError) as error:
             raise GlobeError(
                 f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
             ) from error
-
-    def _require_listed_keys(self) -> None:
-        present = {name: set(handle.keys()) for name, handle in self._handles.items()}
-        for key, name in self.weight_map.items():
-            if key not in present[name]:
-                raise GlobeError(
-                    f"Shard {name} in {self.model_dir} lacks {key}, which the index lists; download it again."
-                )
 
     @property
     def names(self) -> list[str]:
@@ -127,7 +119,7 @@ class ExpertSource:
 
     def __init__(self, model_dir: str | Path):
         """Read the headers. Raises RequestError for a directory without a known MoE model, GlobeError for damage."""
-        self.model_dir = Path(model_dir)
+        self.model_dir = local_directory(model_dir)
         quantization = quantization_of(read_config(self.model_dir))
         self.files = StoredTensors(TensorFiles(self.model_dir), quantization)
         self.outline = Outline.read(self.model_dir)

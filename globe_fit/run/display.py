@@ -5,9 +5,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from typing import TextIO
+from typing import Any, TextIO
 
 from globe_fit.run.progress import Progress
 from globe_kernels.table import WIDTH
@@ -21,12 +21,42 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
     A line of stderr that is no terminal stays whole, for a log.
     """
-    where = sys.stdout if stream is None else stream
+    where = sys.stdout if stream is None else _Lasting(stream)
     if where.isatty() or stream is None:
         width = shutil.get_terminal_size().columns if where.isatty() else WIDTH
         words = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
         text = "\n".join(words.fill(line) for line in text.split("\n"))
     print(text, file=where, flush=True)
+
+
+class _Lasting:
+    """A stream that drops the text that nobody can read any more: its terminal or its pipe went away, its disk is full.
+
+    Work that lasts hours does not end because of a line about it.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError, AttributeError):  # ValueError: a closed file, AttributeError: None
+            try:
+                self._stream.write(text)
+            except UnicodeEncodeError as error:
+                self._stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with suppress(ValueError, AttributeError):
+            return self._stream.isatty()
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def say(sentence: str) -> None:
@@ -48,7 +78,7 @@ def show_progress(quiet: bool = False) -> Iterator[Progress]:
 
 
 def _has_live_output() -> bool:
-    if sys.stderr.isatty():
+    if _Lasting(sys.stderr).isatty():
         return True
     from rich.console import Console
 
@@ -136,8 +166,11 @@ class _Bar(_Stages):
         super().__init__()
         fields = (TextColumn(f"{{task.fields[{name}]}}") for name in ("steps", "note", "left"))
         columns = (TextColumn("{task.description}"), BarColumn(None), *fields, TimeElapsedColumn())
+        # a notebook has no terminal, and rich draws there without the stream
+        stream: Any = _Lasting(sys.stderr)
+        console = Console(file=stream) if stream.isatty() else Console(stderr=True)
         # stdout may be a file: its lines do not go through the console
-        self._bars = Bars(*columns, console=Console(stderr=True), expand=True, redirect_stdout=False)
+        self._bars = Bars(*columns, console=console, expand=True, redirect_stdout=False)
         self._bars.start()
 
     def begin(self, name: str, total: float) -> None:

@@ -3,11 +3,12 @@
 import importlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from globe_fit.run.snapshots import Snapshots, stream_path
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import RequestError, tolerating
 from globe_kernels.format.names import FAMILIES, METRICS_NAME
 
 
@@ -16,7 +17,8 @@ class MetricStream:
 
     The file is metrics.jsonl in the directory of the snapshots. A record is a line of the file at once, so a fit that
     is killed leaves its curve. A fit that continues keeps the records before its snapshot, so no step is in the file
-    twice. Each of `listeners` gets the same records, the kept records first.
+    twice. Each of `listeners` gets the same records, the kept records first. After a record that cannot be written the
+    file gets no other record, with a warning: its curve would have a hole, and the fit goes on.
     """
 
     def __init__(self, snapshots: Snapshots, listeners: Sequence[Callable[[dict], object]] = ()):
@@ -24,31 +26,34 @@ class MetricStream:
         self._kept = [record for record in read_stream(self._path) if record["step"] < reached.get(record["family"], 0)]
         self._listeners = listeners
         self._file: Any = None  # opened with the first record: a fit that is refused leaves nothing
+        self._is_writable = True
 
     def __enter__(self) -> "MetricStream":
         return self
 
     def __call__(self, record: dict) -> None:
-        """Write a record. Raises GlobeError when it cannot be written."""
-        new = [record]
-        try:
-            if self._file is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self._path.open("w", encoding="utf-8")
-                new = [*self._kept, record]
-            self._file.writelines(json.dumps(each) + "\n" for each in new)
-            self._file.flush()
-        except OSError as error:
-            raise GlobeError(
-                f"Writing {self._path} failed ({error}); mend the cause and run the same command again."
-            ) from error
+        """Write a record, and give it to the listeners."""
+        new, self._kept = [*self._kept, record], []
+        if self._is_writable:
+            self._is_writable = False
+            with tolerating(f"Writing {self._path}", "the fit goes on, and the curve of later steps is not kept"):
+                self._write(new)
+                self._is_writable = True
         for each in new:
             for listener in self._listeners:
                 listener(each)
 
+    def _write(self, records: list[dict]) -> None:
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("w", encoding="utf-8")
+        self._file.writelines(json.dumps(each) + "\n" for each in records)
+        self._file.flush()
+
     def __exit__(self, *_) -> None:
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # the last record was flushed, or there was a warning
+                self._file.close()
 
 
 def read_stream(path: Path) -> list[dict]:
@@ -65,7 +70,8 @@ def read_stream(path: Path) -> list[dict]:
 class WandbRun:
     """A new run of a Weights & Biases project, with `facts` about the fit; used as a context manager.
 
-    WANDB_MODE=offline needs no account. Raises RequestError when wandb is not installed or begins no run.
+    WANDB_MODE=offline needs no account. Raises RequestError when wandb is not installed or begins no run. Once the run
+    has begun, wandb fails with a warning and gets no more records.
     """
 
     def __init__(self, project: str, facts: dict):
@@ -78,21 +84,27 @@ class WandbRun:
             ) from None
         try:
             self._run = self._wandb.init(project=project, config=facts)
-        except self._wandb.Error as error:
+            for family in FAMILIES:  # both families count their steps from 0
+                self._run.define_metric(f"{family}/*", step_metric=f"{family}/step")
+        except Exception as error:  # of wandb, or of the network below it
             raise RequestError(
                 f"wandb began no run of {project!r} ({error}); run `wandb login`, set WANDB_MODE=offline, or fit "
                 "without --wandb."
             ) from error
-        for family in FAMILIES:  # both families count their steps from 0
-            self._run.define_metric(f"{family}/*", step_metric=f"{family}/step")
+        self._is_heard = True
 
     def __enter__(self) -> "WandbRun":
         return self
 
     def log(self, record: dict) -> None:
         """Send a record, under names that begin with its family."""
-        values = {f"{record['family']}/{name}": self._value(value) for name, value in record.items()}
-        self._run.log({name: value for name, value in values.items() if value is not None})
+        if not self._is_heard:
+            return
+        self._is_heard = False
+        with tolerating("Sending metrics to wandb", f"the fit goes on, and {METRICS_NAME} has the metrics"):
+            values = {f"{record['family']}/{name}": self._value(value) for name, value in record.items()}
+            self._run.log({name: value for name, value in values.items() if value is not None})
+            self._is_heard = True
 
     def _value(self, value: Any) -> Any:
         if isinstance(value, dict):
@@ -100,4 +112,5 @@ class WandbRun:
         return value
 
     def __exit__(self, kind: type | None, *_) -> None:
-        self._run.finish(exit_code=0 if kind is None else 1)
+        with tolerating("Ending the run of wandb", f"{METRICS_NAME} has the metrics"):
+            self._run.finish(exit_code=0 if kind is None else 1)

@@ -40,6 +40,7 @@ class Snapshots:
         self._identity, self._seconds = identity | {"ranks": ranks.world}, 60 * minutes
         self._last = time.monotonic()
         self._stop, self._ranks = False, ranks
+        self._failure: Exception | None = None
         for path in self._parts():
             self._require_same(path)
         self._keep_common_steps()
@@ -118,10 +119,14 @@ class Snapshots:
         """Whether it is time for the next snapshot, on any rank."""
         return self._any(self._stop or time.monotonic() - self._last >= self._seconds)
 
+    def stop(self, failure: Exception) -> None:
+        """Ask for a snapshot and then for the end of the fit, by the exception of a caller's function."""
+        self._stop, self._failure = True, failure
+
     def stop_if_asked(self) -> None:
-        """Raise KeyboardInterrupt on all ranks when Ctrl-C was pressed; call it when a snapshot is complete."""
+        """Raise the exception of `stop`, or KeyboardInterrupt on all ranks; call it when a snapshot is complete."""
         if self._any(self._stop):
-            raise KeyboardInterrupt
+            raise self._failure or KeyboardInterrupt
 
     def _any(self, wish: bool) -> bool:
         return any(value for (value,) in self._ranks.every(wish))

@@ -31,9 +31,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from globe_kernels.errors import GlobeError
+from globe_kernels.errors import GlobeError, tolerating
 from globe_kernels.format.directories import holds_model, not_a_checkpoint
-from globe_kernels.format.files import ShardWriter, read_json, sha256, staged_directory
+from globe_kernels.format.files import ShardWriter, inner_file, read_json, sha256, staged_directory
+from globe_kernels.format.hub import local_directory
 from globe_kernels.format.names import (
     BANK_NAME,
     CHECKPOINT_GUARD,
@@ -188,9 +189,10 @@ class GlobeCheckpoint:
     def __init__(self, path: str | Path, *, verify: bool = False):
         """Open the checkpoint in directory `path`; `verify` also compares the sha256 of every file.
 
-        Raises RequestError when `path` holds no GloBE checkpoint, GlobeError when it is damaged.
+        `path` may be the id of a checkpoint on the Hub, also as id@revision. Raises RequestError when `path` holds no
+        GloBE checkpoint, GlobeError when it is damaged.
         """
-        self.path = Path(path)
+        self.path = local_directory(path)
         config_path = self.path / CONFIG_NAME
         if not config_path.is_file():
             raise not_a_checkpoint(path)
@@ -205,7 +207,7 @@ class GlobeCheckpoint:
             self.verify()
 
     def _open(self, name: str):
-        path = self.path / name
+        path = inner_file(self.path, name)
         if not path.is_file():
             raise GlobeError(f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again.")
         try:
@@ -302,6 +304,7 @@ class CheckpointWriter:
         self._fingerprint = digest.hexdigest()
         self._shards = ShardWriter(staging, "globe", {"fingerprint": self._fingerprint})
         self._missing = config.tensor_shapes()
+        self.left_out: list[str] = []  # files beside the tensors that could not be written
         for family in FAMILIES:
             self._add(f"bank.{family}", banks[family])
 
@@ -322,13 +325,23 @@ class CheckpointWriter:
         names = sorted(set(self._shards.finish().values()))
         files = {name: sha256(self._staging / name) for name in names}
         config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": files}
-        lines = "".join(json.dumps(record) + "\n" for record in metrics)
-        (self._staging / METRICS_NAME).write_text(lines, encoding="utf-8")
-        (self._staging / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        (self._staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if not holds_model(self._target):  # of a checkpoint beside its model: that config.json stays
             guard = {"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}
-            (self._staging / MODEL_CONFIG_NAME).write_text(json.dumps(guard, indent=2) + "\n", encoding="utf-8")
-        (self._staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            self._write_beside(MODEL_CONFIG_NAME, json.dumps(guard, indent=2) + "\n")
+        self._write_beside(METRICS_NAME, "".join(json.dumps(record) + "\n" for record in metrics))
+        self._write_beside(REPORT_NAME, json.dumps(report, indent=2) + "\n")
+
+    def _write_beside(self, name: str, text: str) -> None:
+        """Write a file without which the checkpoint is whole; a failure leaves the checkpoint without it."""
+        path = self._staging / name
+        with tolerating(f"Writing {name}", f"the checkpoint in {self._target} is complete without it"):
+            try:
+                path.write_text(text, encoding="utf-8")
+            except OSError:
+                path.unlink(missing_ok=True)  # half a file
+                self.left_out.append(name)
+                raise
 
 
 @contextmanager
@@ -343,8 +356,9 @@ def writing_checkpoint(
     target = Path(path)
     old = _listed_files(target)
     with staged_directory(target, last=CONFIG_NAME) as staging:
-        yield CheckpointWriter(staging, target, config, banks)
-    for name in old - _listed_files(target):
+        writer = CheckpointWriter(staging, target, config, banks)
+        yield writer
+    for name in (old - _listed_files(target)).union(writer.left_out):
         (target / name).unlink(missing_ok=True)
 
 

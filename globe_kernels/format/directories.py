@@ -6,27 +6,43 @@
     unfinished   the snapshots of a fit
     sweep        a directory of checkpoints
 
-Adapters, GGUF files and names of the Hugging Face Hub are known too, because people try them.
+Adapters, GGUF files and weights in other formats are known too, because people try them.
 """
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.names import (
+    ADAPTER_CONFIG_NAME,
     CARD_MARK,
     CARD_NAME,
     CHECKPOINT_GUARD,
     CONFIG_NAME,
     GUARD_KEY,
+    INDEX_NAME,
     MODEL_CONFIG_NAME,
     QUANT_METHOD,
+    SINGLE_NAME,
     SNAPSHOT_DIRECTORY,
 )
 
 _SHOWN = 3  # names of files in an error
+_CONVERT = "load the model with transformers and save it with save_pretrained"
+# Weights that GloBE does not read, of a model without model.safetensors and without an index; the first that is there.
+_OTHER_WEIGHTS = (
+    ("*/" + SINGLE_NAME, "below it; give the directory that holds both config.json and the weights"),
+    ("*/" + INDEX_NAME, "below it; give the directory that holds both config.json and the weights"),
+    ("model-*-of-*.safetensors", f"without {INDEX_NAME}, which says its tensors; download the index"),
+    ("model.*.safetensors*", f"as a variant, which from_pretrained takes by its name alone; {_CONVERT}"),
+    ("adapter_model.*", "for an adapter alone; add the weights of the model, or merge the adapter and save the result"),
+    ("*.safetensors*", f"by a name that transformers does not load; add {SINGLE_NAME}, or {INDEX_NAME} and its files"),
+    ("*.bin*", f"in a format of pickled files; {_CONVERT}"),
+    ("*.pt*", f"in a format of pickled files; {_CONVERT}"),
+    ("*.h5", f"in a format of TensorFlow; {_CONVERT}"),
+    ("*.msgpack", f"in a format of Flax; {_CONVERT}"),
+)
 
 
 def holds_checkpoint(path: Path) -> bool:
@@ -57,6 +73,46 @@ def is_earlier_export(path: Path) -> bool:
     return card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
+def named_weights(path: Path) -> str | None:
+    """Return the file of the weights that config.json names, also of an export; None where the name is usual."""
+    config = _model_config(path) or {}
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+        return quantization.get("weights")
+    named = config.get(GUARD_KEY)
+    return named if isinstance(named, str) else None
+
+
+def weights_entry(path: Path) -> str | None:
+    """Return the file in which transformers begins to load the weights of a model; None where it finds none.
+
+    The order of transformers: the file that config.json names, one file, the index of several files.
+    """
+    usual = (name for name in (SINGLE_NAME, INDEX_NAME) if (path / name).is_file())
+    return named_weights(path) or next(usual, None)
+
+
+def no_weights(path: Path) -> RequestError:
+    """Make the error for a model without weights that GloBE reads, by the weights that it has."""
+    for pattern, trouble in _OTHER_WEIGHTS:
+        if found := sorted(each.relative_to(path).as_posix() for each in path.glob(pattern)):
+            return RequestError(f"{path} has its weights in {found[0]}, {trouble}.")
+    return RequestError(
+        f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}; GloBE reads safetensors, so download or convert the "
+        "model in that format."
+    )
+
+
+def adapter_note(path: Path) -> str | None:
+    """Return a sentence about the adapter beside a model, which nobody fits; None where there is none."""
+    if not (path / ADAPTER_CONFIG_NAME).is_file():
+        return None
+    return (
+        f"{path} holds an adapter too ({ADAPTER_CONFIG_NAME}): it is no part of the weights that GloBE fits, measures "
+        "and exports, though transformers with peft would load it; merge the adapter first if it belongs to the model."
+    )
+
+
 def holds_fit(path: Path) -> bool:
     """Whether `path` belongs to `globe fit`, finished or not, and to nobody else."""
     return not holds_model(path) and (holds_checkpoint(path) or holds_unfinished_fit(path))
@@ -83,14 +139,11 @@ def _model_config(path: Path) -> dict | None:
 def not_a_model(path: str | Path) -> RequestError:
     """Make the error for a path where a dense model is expected, by what the path is."""
     found, text = Path(path), str(path)
-    if not found.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        name = text.rpartition("/")[2]
-        return RequestError(
-            f"{text} is no directory here. If it is a model of the Hugging Face Hub, download it first: `hf download "
-            f"{text} --local-dir {name}`, then give {name}."
-        )
     if not found.exists():
-        return RequestError(f"{text} does not exist; give the local directory of a Hugging Face model.")
+        return RequestError(
+            f"{text} does not exist; give the local directory of a Hugging Face model, or its id on the Hub, such as "
+            "Qwen/Qwen3-30B-A3B."
+        )
     if found.suffix == ".gguf" or (found.is_dir() and not holds_model(found) and any(found.glob("*.gguf"))):
         return RequestError(
             f"{text} is a model in GGUF, which GloBE does not read; give the Hugging Face directory (safetensors) that "
@@ -98,7 +151,7 @@ def not_a_model(path: str | Path) -> RequestError:
         )
     if not found.is_dir():
         return RequestError(f"{text} is not a directory; give the local directory of a Hugging Face model.")
-    if (found / "adapter_config.json").is_file() and not holds_model(found):
+    if (found / ADAPTER_CONFIG_NAME).is_file() and not holds_model(found):
         return RequestError(
             f"{text} is a LoRA adapter without its model; merge it first (in peft: merge_and_unload, then "
             "save_pretrained) and give the directory of the merged model."

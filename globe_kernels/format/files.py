@@ -24,10 +24,11 @@ _STAGING_PREFIX = ".staging-"
 def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
     """Write a set of files into `target` so that a failure leaves `target` as it was.
 
-    Yields an empty staging directory on the same file system. On success its files are synced and renamed into
-    `target`. The file named `last` makes the set valid: the old file of this name goes before the first rename, the new
-    file comes after all others, so a process killed in between leaves a directory that loaders refuse, never a mixture.
-    A failure before the renames removes the staging directory; the next writer removes the staging of a killed process.
+    Yields an empty staging directory on the same file system. On success its files, also in folders, are synced and
+    renamed into `target`. The file named `last` makes the set valid: the old file of this name goes before the first
+    rename, the new file comes after all others, so a process killed in between leaves a directory that loaders refuse,
+    never a mixture. Other files of `target` stay, also in folders. A failure before the renames removes the staging
+    directory; the next writer removes the staging of a killed process.
     """
     require_room(target, 0)
     created = not target.exists()
@@ -36,15 +37,21 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
         target.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         yield staging
-        for path in staging.iterdir():
-            if (target / path.name).is_dir():
-                raise RequestError(f"{target / path.name} is a directory and a file must go there; move the directory.")
+        files = {path.relative_to(staging): path for path in staging.rglob("*") if path.is_file()}
+        for name, path in files.items():
+            if (target / name).is_dir():
+                raise RequestError(f"{target / name} is a directory and a file must go there; move the directory.")
+            for folder in name.parents:
+                if (target / folder).is_file():
+                    raise RequestError(f"{target / folder} is a file and a directory must go there; move the file.")
             path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
             _sync(path)
         (target / last).unlink(missing_ok=True)
-        for path in sorted(staging.iterdir(), key=lambda path: path.name == last):
-            os.replace(path, target / path.name)
-        _sync(target)
+        for name, path in sorted(files.items(), key=lambda item: str(item[0]) == last):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target / name)
+        for folder in {folder for name in files for folder in name.parents}:
+            _sync(target / folder)
     except (OSError, SafetensorError) as error:
         raise _as_user_error(error, target) from error
     finally:
@@ -130,6 +137,24 @@ def _is_running(pid: str) -> bool:
     except (ValueError, OSError):
         return False
     return int(pid) != os.getpid()
+
+
+def inner_file(directory: Path, name: str) -> Path:
+    """Return the path of the file `name` of a directory, a name that an index or another file states.
+
+    Raises GlobeError when the name or a link leads out of the directory: a file of others would be read, and uploaded
+    with an export. A snapshot in the cache of the Hub links into the blobs of its model, which are its own files.
+    """
+    path, root = directory / name, directory.resolve()
+    blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    if not Path(name).is_absolute() and ".." not in Path(name).parts:
+        if any(path.resolve().is_relative_to(home) for home in (root, *blobs)):
+            return path
+        name = f"{name}, a link to {path.resolve()}"
+    raise GlobeError(
+        f"{directory} names the file {name}, which is outside of the directory; GloBE reads the files of a model and "
+        "of a checkpoint from its own directory alone, so copy the file there."
+    )
 
 
 def read_json(path: Path, remedy: str) -> dict:

@@ -15,7 +15,11 @@ SCOPES = ("global", "layer")
 # dtypes of an export, as a person names them
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 SNAPSHOT_DIRECTORY = ".snapshot"  # of an unfinished fit, in the directory of its checkpoint
-MODEL_CONFIG_NAME = "config.json"  # of transformers
+# of transformers: the configuration of a model, its weights in one file, the index of several files, an adapter beside
+MODEL_CONFIG_NAME = "config.json"
+SINGLE_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 CARD_NAME = "README.md"
 CARD_MARK = "Compressed with GloBE"  # in the model card of an export
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.directories import holds_checkpoint
+from globe_kernels.format.hub import local_directory
 from globe_kernels.format.layout import GATE_UP
 from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES
 from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
@@ -98,10 +101,10 @@ def patch(
     cache_bytes: int | str | None = None,
     keep_dense: bool = False,
 ) -> PatchReport:
-    """Replace the routed experts of `model`, in place, by the GloBE checkpoint in directory `path`.
+    """Replace the routed experts of `model`, in place, by the GloBE checkpoint in `path`, a directory or a Hub id.
 
     `model` is a transformers model, or a module that holds one: of torch.compile, of PEFT, or your own. Without `path`,
-    take the checkpoint in the directory that the model was loaded from. `strategy` is a name of
+    take the checkpoint in the directory or the repository that the model was loaded from. `strategy` is a name of
     globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
     all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
     `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
@@ -208,8 +211,9 @@ def _module_bytes(module: nn.Module) -> int:
 
 def _checkpoint_path(model: nn.Module) -> Path:
     name = getattr(getattr(model, "config", None), "name_or_path", "")
-    if name and (Path(name) / CONFIG_NAME).is_file():
-        return Path(name)
+    with suppress(GlobeError):  # a Hub that does not answer
+        if name and holds_checkpoint(local_directory(name, weights=False)):
+            return local_directory(name)
     raise RequestError(
         f"The model's directory ({name or 'unknown'}) holds no {CONFIG_NAME}; pass the GloBE checkpoint: "
         'globe_kernels.patch(model, "out/globe").'

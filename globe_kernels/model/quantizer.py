@@ -81,6 +81,7 @@ class GlobeHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
+        _require_all_weights(model)
         bank = getattr(model, BANK_NAME)
         _bring(bank)
         for name, module in globe_modules(model).items():
@@ -146,15 +147,16 @@ def _check_exported_files(files: list[str], model: Any) -> None:
     """
     renaming = Renaming(model)
     found: dict[str, tuple[int, ...]] = {}
-    merged: dict[str, int] = {}
+    pieces: dict[str, list[tuple[int, ...]]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
             for key in list(handle.keys()):
-                live = renaming.live(key)
-                if len(shape := tuple(handle.get_slice(key).get_shape())) == 2 and live.converter is not None:
-                    merged[live.key] = merged.get(live.key, 0) + 1
-                    shape = (merged[live.key], *shape)
+                live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
+                if len(shape) == 2 and live.converter is not None:
+                    pieces.setdefault(live.key, []).append(shape)
                 found[live.key] = shape
+    # transformers merges the experts that it finds, however many there are
+    found |= {key: (len(shapes), *min(shapes)) for key, shapes in pieces.items() if min(shapes) == max(shapes)}
     bank = getattr(model, BANK_NAME)
     expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
     for path, module in globe_modules(model).items():
@@ -164,6 +166,23 @@ def _check_exported_files(files: list[str], model: Any) -> None:
             raise GlobeError(
                 f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
                 "export the checkpoint again."
+            )
+
+
+def _require_all_weights(model: Any) -> None:
+    """Refuse a model with weights that no file held: transformers gives them random values, and warns at most.
+
+    The new head of a task that the export was not made for is no such weight. A tensor on the meta device is on disk.
+    """
+    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    heads = set() if head is None else set(head.parameters())
+    is_body = getattr(model, model.base_model_prefix, None) is None
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        belongs = is_body or name.startswith(body) or tensor in heads
+        if belongs and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+            raise GlobeError(
+                f"{name} is missing in the model's safetensors files, and transformers gave it random values; restore "
+                "the files or export the checkpoint again."
             )
 
 

@@ -107,7 +107,7 @@ def test_what_is_no_model_is_named(globe, export_tiny, fit_tiny, model_dir, tmp_
     (unfinished / ".snapshot").mkdir()
     (unfinished / ".snapshot" / "gate-3-0.safetensors").touch()
     sentences = {
-        "Qwen/Qwen3-30B-A3B": "`hf download Qwen/Qwen3-30B-A3B --local-dir Qwen3-30B-A3B`, then give Qwen3-30B-A3B",
+        "Qwen/Qwen3-30B-A3B": "is no directory here, and a model of the Hugging Face Hub of this name is not",
         "/nowhere/at/all": "/nowhere/at/all does not exist; give the local directory",
         named(tmp_path, "lora", adapter_config__json="{}"): "is a LoRA adapter without its model; merge it first",
         named(tmp_path, "quants", model__gguf="GGUF"): "is a model in GGUF, which GloBE does not read",

@@ -68,6 +68,11 @@ class StoredTensors:
         """Whether `key` is stored as codes and scales."""
         return key in self._quantized
 
+    @property
+    def default_dtype(self) -> torch.dtype:
+        """The dtype that transformers gives the values where config.json states none: of the first floating tensor."""
+        return next((dtype for key in self.keys if (dtype := self.dtype(key)).is_floating_point), torch.float32)
+
     def shape(self, key: str) -> tuple[int, ...]:
         """Return the shape of the values."""
         weight = self._quantized.get(key)

@@ -55,6 +55,9 @@ def drop_keys(model_dir: Path, dropped) -> None:
     index = json.loads(index_path.read_text())
     index["weight_map"] = {key: name for key, name in index["weight_map"].items() if not dropped(key)}
     index_path.write_text(json.dumps(index))
+    for name in set(index["weight_map"].values()):
+        kept = {key: tensor for key, tensor in load_file(model_dir / name).items() if not dropped(key)}
+        save_file(kept, model_dir / name, {"format": "pt"})
 
 
 def change_config(model_dir: Path, **changes) -> None:
