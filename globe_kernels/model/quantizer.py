@@ -154,13 +154,19 @@ def _check_exported_files(files: list[str], model: Any) -> None:
                 live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
                 if len(shape) == 2 and live.converter is not None:
                     pieces.setdefault(live.key, []).append(shape)
-                found[live.key] = shape
-    # transformers merges the experts that it finds, however many there are
-    found |= {key: (len(shapes), *min(shapes)) for key, shapes in pieces.items() if min(shapes) == max(shapes)}
+                else:
+                    found[live.key] = shape
     bank = getattr(model, BANK_NAME)
     expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
     for path, module in globe_modules(model).items():
         expected |= {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for key, shapes in pieces.items():
+        # transformers merges the experts that it finds, however many there are
+        if (shape := expected.pop(key, None)) and shapes != [shape[1:]] * shape[0]:
+            raise GlobeError(
+                f"{key} is in {len(shapes)} matrices in the model's safetensors files, from {min(shapes)} to "
+                f"{max(shapes)}, and config.json says {shape}; export the checkpoint again."
+            )
     for key, shape in expected.items():
         if (actual := found.get(key)) != shape:
             raise GlobeError(
