@@ -192,10 +192,6 @@ def both_dtypes(config: dict) -> None:
     config |= {"torch_dtype": "float16", "dtype": "float32"}
 
 
-def dtypes_of_parts(config: dict) -> None:
-    config["dtype"] = {"": "float32", "text_config": "float32"}
-
-
 @pytest.mark.parametrize("dense", [False, True], ids=["globe", "dense"])
 @pytest.mark.parametrize("stated", [without_a_dtype, as_of_transformers_4, both_dtypes])
 def test_auto_is_the_dtype_of_the_export(base_dir, exported, stated, dense):
