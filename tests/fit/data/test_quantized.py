@@ -168,7 +168,7 @@ def test_a_read_takes_the_memory_of_its_slice(tmp_path, name):
     assert of_slice.largest <= 2 * part.numel() * 4 and of_slice.total <= 16 * part.numel()
     with Numbers() as of_whole:
         whole = tensors.read(FUSED)
-    assert of_whole.largest == whole.numel() * 2  # the result: one expert at a time is in fp32
+    assert of_whole.largest == whole.numel() * 2  # the result alone: few rows at a time are in fp32
 
 
 _INT4_PARTS = integers(random_weight(96, 64))
