@@ -186,6 +186,8 @@ class GlobeMoEFFN(nn.Module):
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
         atoms = self.device_bank.gate
+        if torch.is_grad_enabled():
+            self._check_frozen()
         strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
         if not strategy.holds_bases and atoms.device != hidden_states.device:
             # a kernel would read whatever the address means on its device
@@ -195,6 +197,21 @@ class GlobeMoEFFN(nn.Module):
             )
         return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
+    def _check_frozen(self) -> None:
+        """Raise RequestError when a factor requires a gradient: it would get none, or from some strategies alone."""
+        bank = {f"atoms of {family}": self.device_bank.atoms(family) for family in FAMILIES}
+        trained = [name for name, tensor in (*self._parameters.items(), *bank.items()) if _is_trained(tensor)]
+        if trained:
+            raise RequestError(
+                f"Layer {self.layer} has factors that require a gradient ({', '.join(trained)}) and GloBE trains the "
+                "layers around frozen experts alone; call requires_grad_(False) on them, or train the dense model and "
+                "fit it again."
+            )
+
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape
         return f"experts={num_experts}, hidden={self.hidden_dim}, intermediate={inner}, rank={rank}, phi={self.phi}"
+
+
+def _is_trained(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad

@@ -254,9 +254,8 @@ def _build(
         for name in ("down_proj", "gate_up_proj_bias", "down_proj_bias"):
             fused = getattr(target.module, name, None)
             for parameter, tensor in architecture.kept(name, fused).items() if fused is not None else ():
-                if not isinstance(tensor, nn.Parameter):  # a view, in another layout than GlobeMoEFFN has
-                    tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-                setattr(module, parameter, tensor)
+                # frozen, in the memory of the dense tensor unless GlobeMoEFFN has another layout
+                setattr(module, parameter, nn.Parameter(tensor.detach().contiguous(), requires_grad=False))
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
             adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)

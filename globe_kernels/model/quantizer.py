@@ -80,11 +80,13 @@ class GlobeHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         bank = getattr(model, BANK_NAME)
         _bring(bank)
+        bank.requires_grad_(False)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.globe.num_atoms, name)
-            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
-            module.to(self.dtype)
+            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
+            # version makes parameters that require gradients
+            module.to(self.dtype).requires_grad_(False)
         modules = list(globe_modules(model).values())
         arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model), AUTO))
         install_bank(model, bank)
@@ -99,7 +101,7 @@ class GlobeHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        return False
+        return True  # the layers around the experts
 
     @property
     def is_compileable(self) -> bool:
