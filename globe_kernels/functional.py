@@ -10,6 +10,8 @@ from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as _moe_ffn_bank_first_op
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.ops.moe_ffn_cached import moe_ffn_cached as _moe_ffn_cached_op
+from globe_kernels.ops.moe_ffn_scratch import ScratchWeights
+from globe_kernels.ops.moe_ffn_scratch import moe_ffn_scratch as _moe_ffn_scratch_op
 
 
 def moe_ffn(
@@ -37,6 +39,22 @@ def moe_ffn(
             f"{down.dtype} {tuple(down.shape)}; compose them for these experts."
         )
     return _moe_ffn_op(*routed, weights.to_list(), activation, deterministic)
+
+
+def moe_ffn_scratch(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: ScratchWeights,
+    activation: str,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """Run the experts as `moe_ffn` does, from bases that may be overwritten after the call."""
+    routed = (hidden_states, top_k_index, top_k_weights)
+    basis, (gate, up), banks, phi, from_rank = weights
+    _check_inputs(*routed, from_rank.down_proj)
+    mixtures = ([*gate, *up], list(banks), list(from_rank))
+    return _moe_ffn_scratch_op(*routed, basis, *mixtures, phi, activation, deterministic)
 
 
 def moe_ffn_bank_first(

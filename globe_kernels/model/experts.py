@@ -243,6 +243,8 @@ class GlobeMoEFFN(nn.Module):
 
     def _run(self, routed: Routed) -> torch.Tensor:
         bank, hidden = self.device_bank, routed.hidden_states
+        if torch.is_grad_enabled():
+            self._check_frozen()
         if any(map(is_split, (hidden, *self._parameters.values()))):
             raise RequestError(
                 f"Layer {self.layer} is called with a DTensor, which no kernel can read; load the export with "
@@ -269,6 +271,21 @@ class GlobeMoEFFN(nn.Module):
                     f"over {shape}; put back atoms of that shape, and call the whole model where FSDP has split it."
                 )
 
+    def _check_frozen(self) -> None:
+        """Raise RequestError when a factor requires a gradient: it would get none, or from some strategies alone."""
+        bank = {f"atoms of {family}": self.device_bank.atoms(family) for family in FAMILIES}
+        trained = [name for name, tensor in (*self._parameters.items(), *bank.items()) if _is_trained(tensor)]
+        if trained:
+            raise RequestError(
+                f"Layer {self.layer} has factors that require a gradient ({', '.join(trained)}) and GloBE trains the "
+                "layers around frozen experts alone; call requires_grad_(False) on them, or train the dense model and "
+                "fit it again."
+            )
+
     def extra_repr(self) -> str:
         sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
         return f"{sizes}, rank={self.gate_adapter.shape[2]}, phi={self.phi}"
+
+
+def _is_trained(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad

@@ -273,9 +273,8 @@ def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tu
         module = globe_experts(config, target)
         for name, fused in target.module.named_parameters():
             for parameter, tensor in target.layout.kept(name, fused).items() if name != GATE_UP else ():
-                if not isinstance(tensor, nn.Parameter):  # a view, in another layout than GlobeMoEFFN has
-                    tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-                setattr(module, parameter, tensor)
+                # frozen, in the memory of the dense tensor unless GlobeMoEFFN has another layout
+                setattr(module, parameter, nn.Parameter(tensor.detach().contiguous(), requires_grad=False))
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
             adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)

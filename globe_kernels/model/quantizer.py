@@ -84,11 +84,13 @@ class GlobeHfQuantizer(HfQuantizer):
         _require_all_weights(model)
         bank = getattr(model, BANK_NAME)
         _bring(bank)
+        bank.requires_grad_(False)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.globe.num_atoms, name)
-            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
-            module.to(self.dtype)
+            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
+            # version makes parameters that require gradients
+            module.to(self.dtype).requires_grad_(False)
         modules = list(globe_modules(model).values())
         take_share(bank, modules)
         arrange(bank, modules, plan_arrangement(bank, modules, self.top_k, AUTO))
@@ -114,7 +116,7 @@ class GlobeHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        return False
+        return True  # the layers around the experts
 
     @property
     def is_compileable(self) -> bool:

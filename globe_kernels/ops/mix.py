@@ -191,5 +191,6 @@ def mix_ref(z: tuple[torch.Tensor, torch.Tensor], top_k_index: torch.Tensor, cod
     mixed = []
     for product, value, scale in zip(z, codes[::2], codes[1::2], strict=True):
         code = value[expert, : product.shape[1]] * (scale[expert] * routed)[..., None]
-        mixed.append(torch.bmm(code, product.float()).to(product.dtype))
+        dtype = torch.promote_types(product.dtype, code.dtype)
+        mixed.append(torch.bmm(code.to(dtype), product.to(dtype)).to(product.dtype))
     return torch.cat(mixed, dim=2).flatten(0, 1)
