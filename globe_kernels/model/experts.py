@@ -187,15 +187,9 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        routed = Routed(hidden_states, top_k_index, top_k_weights)
-        if torch.compiler.is_compiling():
-            return self._run(routed)
-        with self.calls.one():
-            return self._run(routed)
-
-    def _run(self, routed: Routed) -> torch.Tensor:
-        device, atoms = routed.hidden_states.device, self.device_bank.gate
-        strategy = STRATEGIES[self.strategy(routed.hidden_states.shape[0])]
+        self.calls.arrive(self)
+        device, atoms = hidden_states.device, self.device_bank.gate
+        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
         if not strategy.holds_bases and atoms.device != device:
             # a kernel would read whatever the address means on its device
             raise RequestError(
@@ -203,7 +197,7 @@ class GlobeMoEFFN(nn.Module):
                 "by one call globe_kernels.set_strategy(model, ...) again, and for nn.DataParallel use the strategy "
                 "composed."
             )
-        return strategy.run(self, routed)
+        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
     def extra_repr(self) -> str:
         num_experts, inner, rank = self.gate_adapter.shape
