@@ -235,25 +235,19 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        routed = Routed(hidden_states, top_k_index, top_k_weights)
-        if torch.compiler.is_compiling():
-            return self._run(routed)
-        with self.calls.one():
-            return self._run(routed)
-
-    def _run(self, routed: Routed) -> torch.Tensor:
-        bank, hidden = self.device_bank, routed.hidden_states
+        self.calls.arrive(self)
+        bank = self.device_bank
         if torch.is_grad_enabled():
             self._check_frozen()
-        if any(map(is_split, (hidden, *self._parameters.values()))):
+        if any(map(is_split, (hidden_states, *self._parameters.values()))):
             raise RequestError(
                 f"Layer {self.layer} is called with a DTensor, which no kernel can read; load the export with "
                 "from_pretrained(..., distributed_config=...), which splits GloBE experts, and call the whole model."
             )
-        strategy = STRATEGIES[self.strategy(hidden.shape[0])]
+        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
         if not strategy.holds_bases:
-            self._refuse_atoms(bank, hidden.device)
-        return strategy.run(self, routed)
+            self._refuse_atoms(bank, hidden_states.device)
+        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
     def _refuse_atoms(self, bank: DeviceBank, device: torch.device) -> None:
         """Raise RequestError when a kernel would read atoms of another device or size, whatever is at the address."""

@@ -5,12 +5,12 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from globe_kernels.format.architectures import ARCHITECTURES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import globe_kernels
 from globe_kernels import RequestError
-from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.model import scratch
 from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
