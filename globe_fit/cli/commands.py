@@ -45,7 +45,7 @@ from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, warn
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.directories import (
     holds_checkpoint,
@@ -308,10 +308,8 @@ def _eval(
     if is_checkpoint and text is not None and repository_of(found) is None:  # the cache of the Hub is not ours
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
-        try:
+        with tolerating("Keeping the evaluation", f"the report of {model} will not have these figures"):
             record_evaluation(GlobeCheckpoint(found), kept | {name: figures[name] for name in models})
-        except GlobeError as error:  # the figures are printed already
-            say(f"The report of {model} will not have these figures: {error}")
 
 
 def _kind(model: Path) -> str:
