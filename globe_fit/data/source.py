@@ -73,11 +73,6 @@ class TensorFiles:
                 f"Shard {path} is truncated or damaged ({path.stat().st_size} bytes: {error}); download it again."
             ) from error
 
-    @property
-    def names(self) -> list[str]:
-        """Return the file names of the shards."""
-        return list(self._handles)
-
     def view(self, key: str):
         """Return a lazy slice of a tensor: its shape, its dtype, and rows on demand."""
         return self._handles[self.weight_map[key]].get_slice(key)

@@ -171,6 +171,16 @@ def test_a_read_takes_the_memory_of_its_slice(tmp_path, name):
     assert of_whole.largest == whole.numel() * 2  # the result alone: few rows at a time are in fp32
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "ndim"), VARIANTS, ids=lambda value: str(value))
+def test_a_gpu_makes_the_same_values(tmp_path, name, ndim):
+    case, key, weight = CASES[name], KEY if ndim == 2 else FUSED, random_weight(*(3, 96, 64)[-ndim:])
+    tensors = open_checkpoint(tmp_path, stored_names(key, case.quantize(weight)), case.config)
+    part = (slice(None),) * (ndim - 1) + (slice(3, 50),)
+    assert torch.equal(tensors.read(key, *part, device="cuda").cpu(), tensors.read(key, *part))
+
+
 _INT4_PARTS = integers(random_weight(96, 64))
 _ASYMMETRIC = compressed_tensors("pack-quantized", num_bits=4, type="int", symmetric=False, group_size=32)
 _SCALED = fp8(random_weight(96, 64), 32, 16, end="_scale_inv")
