@@ -267,19 +267,16 @@ class GlobeMoEFFN(nn.Module):
 
     def _check_frozen(self) -> None:
         """Raise RequestError when a factor requires a gradient: it would get none, or from some strategies alone."""
-        bank = {f"atoms of {family}": self.device_bank.atoms(family) for family in FAMILIES}
-        trained = [name for name, tensor in (*self._parameters.items(), *bank.items()) if _is_trained(tensor)]
+        atoms = {f"atoms of {family}": self.device_bank.atoms(family) for family in FAMILIES}
+        factors = self.from_rank._asdict() | atoms
+        trained = [name for name, tensor in factors.items() if tensor is not None and tensor.requires_grad]
         if trained:
             raise RequestError(
                 f"Layer {self.layer} has factors that require a gradient ({', '.join(trained)}) and GloBE trains the "
-                "layers around frozen experts alone; call requires_grad_(False) on them, or train the dense model and "
-                "fit it again."
+                "layers around frozen experts alone; call requires_grad_(False) on them, give PEFT the names of other "
+                'layers in place of "all-linear", or train the dense model and fit it again.'
             )
 
     def extra_repr(self) -> str:
         sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"
         return f"{sizes}, rank={self.gate_adapter.shape[2]}, phi={self.phi}"
-
-
-def _is_trained(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.requires_grad
