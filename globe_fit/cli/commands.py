@@ -89,7 +89,8 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None], *,
 
 def _local(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the directory of a model or a checkpoint, from the Hub if it is an id there."""
-    return local_directory(at_revision(model, revision), weights=weights, say=say)
+    tell = say if leads() else (lambda sentence: None)
+    return local_directory(at_revision(model, revision), weights=weights, say=tell)
 
 
 def _command() -> str:
