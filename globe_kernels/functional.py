@@ -24,7 +24,7 @@ def moe_ffn(
 ) -> torch.Tensor:
     """Run the routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
 
-    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, within int32, where ids
+    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, where ids
     outside 0..E-1 contribute nothing; top_k_weights (T, K) of any float dtype. Any strides.
     Returns (T, D). Without `deterministic` a GPU sums the choices of a token in any order. Raises RequestError
     when shapes or dtypes do not fit.
@@ -126,6 +126,10 @@ def _check_inputs(
         raise RequestError(
             f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
             f"(tokens, top_k) with {hidden_states.shape[0]} tokens."
+        )
+    if top_k_index.dtype.is_floating_point or top_k_index.dtype == torch.bool:
+        raise RequestError(
+            f"top_k_index is {top_k_index.dtype} and ids of experts are integers; pass the router's indices."
         )
     if hidden_states.dtype != down_proj.dtype:
         raise RequestError(

@@ -134,7 +134,7 @@ class FamilyWeights:
         in_metric = sum(
             measured.weighted(block, block.weights).square().sum().item() for block in measured.normalised()
         )
-        return replace(measured, normalised_energy=in_metric)
+        return replace(measured, normalised_energy=in_metric or float(count))
 
     def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
         """Bring the columns of `matrices` (..., D), of the experts of a block, into the metric."""

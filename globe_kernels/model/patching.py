@@ -243,6 +243,8 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
     )
     gate = weights.float().cpu()
     largest = gate.abs().max()
+    if not torch.isfinite(largest):
+        raise GlobeError(f"{target.name}.gate_up_proj holds NaN or infinity; load the model's weights again.")
     unit = torch.where(largest > 0, largest, 1.0)  # float32 may not hold the squares of the weights
     lost = ((gate - factors.adapter.float() @ basis) / unit).square().sum().item()
     energy = (gate / unit).square().sum().item()
