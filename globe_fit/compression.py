@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict
 
 from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
@@ -16,12 +17,14 @@ from globe_fit.result import FitResult, stored_fit
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, FitStages, Progress
+from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import differences, discard_snapshots
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import adapter_note, holds_checkpoint, holds_unfinished_fit
-from globe_kernels.format.names import EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
+from globe_kernels.format.names import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
+from globe_kernels.format.typed import checked
 
 
 def compress(
@@ -141,14 +144,15 @@ def finished_fit(
     if not holds_checkpoint(Path(out)):
         return None
     checkpoint = GlobeCheckpoint(out)
-    recorded = {REPORT_NAME: "status" in checkpoint.report(), METRICS_NAME: (Path(out) / METRICS_NAME).is_file()}
+    recorded = {REPORT_NAME: "status" in read_report(checkpoint), METRICS_NAME: (Path(out) / METRICS_NAME).is_file()}
     for name, is_there in recorded.items():
         if not is_there:
             raise RequestError(
                 f"{out} holds a checkpoint without its {name}, so nothing tells whether it is this fit; give another "
                 "directory, or fit over it (--restart, in Python resume=False)."
             )
-    provenance = checkpoint.config.provenance or {}
+    where = f"provenance in {checkpoint.path / CONFIG_NAME}"
+    provenance = checked(_Provenance, checkpoint.config.provenance, where, "restore the file or fit again")
     calibration = provenance.get("calibration") or {}
     found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
     require_same_weights(checkpoint, source)
@@ -160,6 +164,20 @@ def finished_fit(
             "(--restart, in Python resume=False)."
         )
     return checkpoint
+
+
+class _FitSettings(TypedDict, total=False):
+    solver: str
+
+
+class _Text(TypedDict, total=False):
+    sha256: str | None
+    text: str | None
+
+
+class _Provenance(TypedDict, total=False):
+    fit: _FitSettings
+    calibration: _Text | None
 
 
 def _identity(settings: dict, sizes: GlobeConfig, calibrated_on: str | None) -> dict:

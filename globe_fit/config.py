@@ -109,7 +109,7 @@ def _require_one_of(name: str, value, allowed: tuple[str, ...]) -> None:
 def _require(name: str, value, kind: type, low: float, high: float = math.inf) -> None:
     """Raise RequestError unless `value` is a number of type `kind` from `low` to `high`."""
     is_kind = isinstance(value, int) if kind is int else isinstance(value, (int, float))
-    if isinstance(value, bool) or not is_kind or not low <= value <= high:
+    if isinstance(value, bool) or not is_kind or not low <= value <= high or value == math.inf:
         number = "a whole number" if kind is int else "a number"
         limit = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise RequestError(f"{name} is {value!r}; expected {number} {limit}.")
@@ -177,7 +177,7 @@ class FitConfig:
         if toml_file is not None:
             try:
                 settings = tomllib.loads(toml_file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, RecursionError) as error:
                 raise RequestError(f"{toml_file} is not a readable TOML file ({error}).") from error
         settings |= {name: value for name, value in options.items() if value is not None and name != "steps"}
         config = _from_table(cls, settings, "", toml_file)

@@ -14,6 +14,7 @@ from globe_fit.data.quantized.config import without_quantization
 from globe_fit.data.source import ExpertSource, read_config
 from globe_fit.model_card import model_card
 from globe_fit.result import FitResult, reconstruct, slice_experts
+from globe_fit.run.reports import read_report
 from globe_kernels.errors import GlobeError, RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import (
     GlobeCheckpoint,
@@ -195,7 +196,7 @@ def _bytes(base: ExpertSource, keys: list[str]) -> int:
 
 def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
     """Raises RequestError when a checkpoint was fitted on other weights, as far as its report records them."""
-    recorded = (checkpoint.report().get("base") or {}).get(WEIGHTS_KEY)
+    recorded = (read_report(checkpoint).get("base") or {}).get(WEIGHTS_KEY)
     if recorded is not None and recorded != base.weights_sha256:
         raise RequestError(
             f"{checkpoint.path} was fitted on other weights than the weights of {base.model_dir}: the experts have "

@@ -8,6 +8,7 @@ from huggingface_hub.repocard import metadata_load
 from globe_fit.data.source import ExpertSource
 from globe_fit.measure.evaluate import read_evaluation
 from globe_fit.plan.footprint import footprint, quantized_note
+from globe_fit.run.reports import read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.names import CARD_MARK, CARD_NAME, FAMILIES
 from globe_kernels.strategies.budget import palettes_of
@@ -53,7 +54,7 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
 
 def model_card(checkpoint: GlobeCheckpoint, base: ExpertSource, *, dense: bool) -> str:
     """Return the text of README.md of an export of `checkpoint`; `dense`: of the reconstructed dense model."""
-    sizes, report = checkpoint.config, checkpoint.report()
+    sizes, report = checkpoint.config, read_report(checkpoint)
     name, shape = base.base.name, {"atoms": sizes.num_atoms, "rank": sizes.rank, "support": sizes.support}
     facts = {"library_name": "transformers", "tags": ["globe", "moe"], "pipeline_tag": "text-generation"}
     if "/" in name:  # the Hub takes the id of a model there and nothing else

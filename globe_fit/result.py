@@ -7,8 +7,10 @@ from html import escape
 import torch
 
 from globe_fit.run.loggers import read_stream
-from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, GlobeConfig, LayerFactors
-from globe_kernels.format.names import FAMILIES, METRICS_NAME
+from globe_fit.run.reports import read_report
+from globe_kernels.errors import GlobeError
+from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, GlobeConfig, LayerFactors, require_finite
+from globe_kernels.format.names import FAMILIES, METRICS_NAME, REPORT_NAME
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.table import Table, bytes_table
 
@@ -32,9 +34,14 @@ def slice_experts(factors: LayerFactors, span: slice) -> LayerFactors:
 
 
 def reconstruct(layer: LayerFactors, bank: torch.Tensor, phi: str) -> torch.Tensor:
-    """Return the dense weights (E, P, D) float32 that the factors stand for, without rounding in between."""
+    """Return the dense weights (E, P, D) float32 that the factors stand for, without rounding in between.
+
+    Raises GlobeError for factors whose product is beyond float32.
+    """
     basis = compose_basis_ref(layer.code.index, layer.code.value, bank, phi, torch.float32)
-    return layer.adapter.float() @ basis
+    dense = layer.adapter.float() @ basis
+    require_finite(dense, "The product of the factors of a layer")
+    return dense
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def error_table(families: dict, rank: int) -> Table:
     rows = [
         [label, *(f"{families[family][key]:.4f}" for family in FAMILIES)]
         for label, key in errors.items()
-        if families[FAMILIES[0]][key] is not None
+        if all(families[family].get(key) is not None for family in FAMILIES)
     ]
     return Table("Relative squared error", ["", *FAMILIES], rows)
 
@@ -128,8 +135,12 @@ class _StoredFactors(Mapping[str, FamilyFactors]):
 
 
 def stored_fit(checkpoint: GlobeCheckpoint) -> FitResult:
-    """Return the result of the fit that wrote `checkpoint`."""
-    report = checkpoint.report()
-    status = FitStatus(**report["status"])
+    """Return the result of the fit that wrote `checkpoint`. Raises GlobeError when its report is missing or damaged."""
+    report = read_report(checkpoint)
+    if missing := {"families", "status"} - report.keys():
+        raise GlobeError(f"{checkpoint.path / REPORT_NAME} has no {min(missing)}; restore the file or fit again.")
+    status = FitStatus(
+        **{name: report["status"][name] for name in FitStatus.__annotations__ if name in report["status"]}
+    )
     history = read_stream(checkpoint.path / METRICS_NAME)
     return FitResult(checkpoint.config, _StoredFactors(checkpoint), status, history, report)

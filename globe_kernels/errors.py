@@ -7,11 +7,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_LONGEST = 2000  # characters of a sentence
+
 
 class GlobeError(ValueError):
     """Data or a resource failed under way: a damaged file, NaN in a weight, a full disk."""
 
     exit_code = 1
+
+    def __init__(self, sentence: str):
+        super().__init__(one_line(sentence))
 
 
 class RequestError(GlobeError):
@@ -24,9 +29,18 @@ class GlobeWarning(UserWarning):
     """A sentence about work that goes on: a part beside it failed, or is left out."""
 
 
+def one_line(text: str) -> str:
+    """Return `text` for a terminal: names out of a file may hold line breaks, escape codes, or a megabyte."""
+    words = " ".join(text.split())
+    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
+    if len(printable) <= _LONGEST:
+        return printable
+    return f"{printable[: _LONGEST * 3 // 4]} ... {printable[-_LONGEST // 5 :]}"
+
+
 def warn(sentence: str, stacklevel: int = 2) -> None:
     """Warn the caller of the caller; the `globe` command prints the sentence as its own."""
-    warnings.warn(sentence, GlobeWarning, stacklevel=stacklevel + 1)
+    warnings.warn(one_line(sentence), GlobeWarning, stacklevel=stacklevel + 1)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.progress import SILENT, Progress
+from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
@@ -199,7 +200,7 @@ class Sweep:
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)
-        report = checkpoint.report()
+        report = read_report(checkpoint)
         records = read_stream(self._out / point.name / METRICS_NAME)
         seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")

@@ -1,20 +1,30 @@
 """A model without its weights: built by transformers on the meta device, from config.json alone."""
 
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import transformers
-from transformers import AutoConfig
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers import AutoConfig, PreTrainedModel
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.hub import model_name
 from globe_kernels.format.names import MODEL_CONFIG_NAME
+from globe_kernels.format.typed import checked
 from globe_kernels.model.discovery import DenseExperts, routed_experts, top_k_of
 
+# Of counts in config.json, and of the modules of a model: more than any model has, and few enough for some seconds.
+_MOST, _MOST_MODULES = 2**18, 25_000
+_COUNT = re.compile(r"num|^n_|layers|depth|labels")
 # Where config.json names no class: the heads that a language model may have.
 _HEADS = ("AutoModelForCausalLM", "AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModel")
 
@@ -24,6 +34,7 @@ def read_transformers_config(where: Path) -> Any:
 
     Raises RequestError for a model that transformers does not know, GlobeError for a damaged file.
     """
+    _require_sane(where)
     try:
         return AutoConfig.from_pretrained(where, trust_remote_code=False)
     except ValueError as error:
@@ -37,6 +48,28 @@ def read_transformers_config(where: Path) -> Any:
         raise _incomplete(where, error) from error
 
 
+def _require_sane(where: Path) -> None:
+    """Refuse values that would end in the code of a configuration or of a model in any way, or never."""
+    path = inner_file(where, MODEL_CONFIG_NAME) if where.is_dir() else where
+    config = read_json(path, "download it again")
+    checked(_Config, config, str(path), "download it again")
+    level: list[Any] = [config]
+    while level:
+        part = level.pop()
+        if isinstance(part, dict):
+            for name, value in part.items():
+                if isinstance(value, int) and value > _MOST and _COUNT.search(name):
+                    raise GlobeError(
+                        f"{path} says {name} is {value}, and no model has more than {_MOST}; download it again."
+                    )
+        level += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+
+
+class _Config(TypedDict, total=False):
+    model_type: str | None
+    architectures: list[str] | None
+
+
 def _incomplete(where: Path, error: Exception) -> GlobeError:
     first = str(error).strip().partition("\n")[0]
     return GlobeError(
@@ -47,8 +80,9 @@ def _incomplete(where: Path, error: Exception) -> GlobeError:
 def model_class(config: Any) -> Any:
     """Return the class of transformers that config.json names, else the class that has a head for its model type."""
     for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
-        if named is not None and isinstance(config, named.config_class):
+        named: Any = getattr(transformers, name, None)
+        is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+        if is_model and named.config_class is not None and isinstance(config, named.config_class):
             return named
     for head in _HEADS:
         mapping = getattr(transformers, head, None) and getattr(transformers, head)._model_mapping
@@ -59,6 +93,24 @@ def model_class(config: Any) -> Any:
         f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}; update "
         "transformers, or give another model."
     )
+
+
+@contextmanager
+def _counting_modules() -> Iterator[None]:
+    """Raise inside when a model has more modules than any model has: config.json may say any number of layers."""
+    thread, count = threading.get_ident(), 0
+
+    def register(*_: Any) -> None:
+        nonlocal count
+        count += threading.get_ident() == thread
+        if count > _MOST_MODULES:
+            raise ValueError(f"it has more than {_MOST_MODULES} modules")
+
+    hook = register_module_module_registration_hook(register)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @dataclass(frozen=True)
@@ -76,7 +128,8 @@ class Outline:
             del config.quantization_config
         builder = model_class(config)
         try:
-            with torch.device("meta"):
+            config._attn_implementation = "eager"  # a kernel that config.json names could be fetched from the Hub
+            with torch.device("meta"), _counting_modules():
                 return cls(where, builder(config))
         except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
             raise _incomplete(where, error) from error
@@ -88,8 +141,14 @@ class Outline:
 
     @cached_property
     def top_k(self) -> int:
-        """K, the experts per token."""
-        return top_k_of(self.model, next(iter(self.experts.values())))
+        """K, the experts per token. Raises GlobeError for more experts than there are."""
+        experts = next(iter(self.experts.values()))
+        top_k, (count, _, _) = top_k_of(self.model, experts), experts.sizes
+        if not 0 < top_k <= count:
+            raise GlobeError(
+                f"{self.where} says that a token takes {top_k} of the {count} experts of a layer; download it again."
+            )
+        return top_k
 
     @property
     def name(self) -> str:

@@ -33,7 +33,7 @@ def read_config(model_dir: Path) -> dict:
     """Read config.json of a dense model. Raises RequestError for another directory, GlobeError for a damaged file."""
     if not holds_model(model_dir) or holds_export(model_dir):
         raise not_a_model(model_dir)
-    return read_json(model_dir / MODEL_CONFIG_NAME, "download it again")
+    return read_json(inner_file(model_dir, MODEL_CONFIG_NAME), "download it again")
 
 
 class TensorFiles:
@@ -54,6 +54,9 @@ class TensorFiles:
         lister = entry if listed else MODEL_CONFIG_NAME
         self._handles = {name: self._open(name, lister) for name in sorted(set(listed.values()) or {entry})}
         self.weight_map = {key: name for name, handle in self._handles.items() for key in handle.keys()}  # noqa: SIM118
+        for key in self.weight_map:
+            if (dtype := self.view(key).get_dtype()) not in DTYPES:
+                raise RequestError(f"{key} in {model_dir} is stored as {dtype}, which GloBE does not read.")
         for key, name in listed.items():
             if key not in self.weight_map:
                 raise GlobeError(f"Shard {name} in {model_dir} lacks {key}, which the index lists; download it again.")
@@ -335,7 +338,10 @@ class ExpertSource:
         # one reduction: a NaN or an infinity anywhere makes the largest magnitude non-finite
         if torch.isfinite(weights.abs().amax()):
             return
-        expert = experts[int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])]
+        broken = (~torch.isfinite(weights)).flatten(1).any(1)
+        if not broken.any():  # large values, whose sum alone is infinite
+            return
+        expert = experts[int(broken.nonzero()[0])]
         keys = layer.gate_or_up(family)
         raise GlobeError(
             f"Expert {expert} of layer {layer.layer} has NaN or infinity in its {family} matrix "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from globe_fit.data.model import load_tokenizer
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
-from globe_kernels.format.files import read_json, replacing_file
+from globe_kernels.format.files import inner_file, read_json, replacing_file
 from globe_kernels.format.names import EVALUATION_NAME
+from globe_kernels.format.typed import Above, checked
 
 _BATCH = 16
 
@@ -101,10 +102,31 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
     if not path.is_file():
         return None
     try:
-        kept = read_json(path, "run globe eval again")
+        kept = read_json(inner_file(checkpoint.path, EVALUATION_NAME), "run globe eval again")
+        checked(_Evaluation, kept, str(path), "run globe eval again")
     except GlobeError:  # an export and a report are worth more than these figures
         return None
     return kept if kept.get("fingerprint") == checkpoint.fingerprint else None
+
+
+class _Measured(TypedDict):
+    perplexity: Annotated[float, Above(0)]
+    kl: float
+    top1: float
+    tokens_per_s: Annotated[float, Above(0)]
+    timed_batches: NotRequired[int]
+
+
+class _Evaluation(TypedDict):
+    """The figures that the report and the model card show."""
+
+    text: str
+    tokens: int
+    command: str
+    device: str
+    threads: int
+    dense: _Measured
+    globe: _Measured
 
 
 def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:

@@ -5,6 +5,7 @@ import torch
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
+from globe_fit.run.reports import read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
@@ -44,7 +45,7 @@ def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
     sizes, palettes = checkpoint.config, palettes_of(checkpoint)
     item_size = sizes.torch_dtype.itemsize
     # a checkpoint of before its report had the facts about its base does not know top_k
-    top_k = (checkpoint.report().get("base") or {}).get("top_k") or 1
+    top_k = (read_report(checkpoint).get("base") or {}).get("top_k") or 1
     held, peak = {}, {}
     for strategy in (DENSE.name, *strategies_of(sizes)):
         of_experts = resident(sizes, (strategy,), item_size=item_size, palettes=palettes)
@@ -60,7 +61,7 @@ def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:
     found = sparsity(stored_codes(checkpoint, family), sizes.base)
     sampled = layers[:: max(1, len(layers) // _SAMPLED_LAYERS)]
     spectra = {str(layer): _effective_rank(checkpoint.layer(layer, family), bank, sizes.phi) for layer in sampled}
-    report = checkpoint.report().get("families", {}).get(family, {})
+    report = read_report(checkpoint).get("families", {}).get(family, {})
     return {
         "relative_error": report.get("relative_error"),
         "svd_equal_bytes": report.get("svd_equal_bytes"),

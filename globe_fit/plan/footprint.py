@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from globe_fit.run.reports import read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import DENSE
@@ -79,5 +80,5 @@ def quantized_note(sizes: dict) -> str:
 def footprint_of(checkpoint: GlobeCheckpoint) -> dict:
     """Return the footprint of a checkpoint, whose report has the facts about its dense model."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = checkpoint.report().get("base")
+    facts = read_report(checkpoint).get("base")
     return footprint(checkpoint.config, facts, palettes=palettes_of(checkpoint), device=device)

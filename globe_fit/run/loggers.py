@@ -7,8 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from globe_fit.run.reports import read_record
 from globe_fit.run.snapshots import Snapshots, stream_path
 from globe_kernels.errors import RequestError, tolerating
+from globe_kernels.format.files import inner_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME
 
 
@@ -57,13 +59,16 @@ class MetricStream:
 
 
 def read_stream(path: Path) -> list[dict]:
-    """Read the records of a metric stream: none where there is no file, and not the line that a kill cut short."""
+    """Read the records of a metric stream: none where there is no file, and not the line that a kill cut short.
+
+    Raises GlobeError for a link to a file of another directory.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+    if not inner_file(path.parent, path.name).is_file():
+        return records
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            records.append(read_record(line))
     return records
 
 

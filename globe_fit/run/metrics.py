@@ -4,6 +4,26 @@ The records of the metric stream and the families of fit_report.json use only th
 """
 
 from dataclasses import dataclass
+from typing import Any, TypedDict
+
+
+class Histogram(TypedDict):
+    """Counts of values in bins, between edges."""
+
+    counts: list[int]
+    edges: list[float]
+
+
+class SpotCheck(TypedDict):
+    """A comparison of one expert as stored with the raw expert."""
+
+    layer: int
+    expert: int
+    relative_error: float
+    number: list[int]
+    spectrum_dense: list[float]
+    spectrum_stored: list[float]
+    angles_degrees: list[float]
 
 
 @dataclass(frozen=True)
@@ -13,13 +33,14 @@ class MetricRow:
     unit: str
     better: str  # "lower", "higher" or "" for a fact
     meaning: str
+    kind: Any = float | None  # of its values, as globe_kernels.format.typed takes kinds
 
 
 _HISTOGRAM = "counts and edges of equal bins"
 
 METRICS = {
-    "step": MetricRow("", "", "passes over all experts so far"),
-    "family": MetricRow("", "", "gate or up"),
+    "step": MetricRow("", "", "passes over all experts so far", int),
+    "family": MetricRow("", "", "gate or up", str),
     # reconstruction
     "relative_error": MetricRow(
         "",
@@ -28,7 +49,7 @@ METRICS = {
     ),
     "calibrated_error": MetricRow("", "lower", "relative error in the metric of the calibration text"),
     "relative_error_by_layer": MetricRow(
-        "", "lower", "relative error per layer, of the stored factors on the raw weights"
+        "", "lower", "relative error per layer, of the stored factors on the raw weights", dict[str, float | None]
     ),
     "mse": MetricRow("weight^2", "lower", "squared Frobenius error over the number of weights, in raw weights"),
     "svd_equal_bytes": MetricRow("", "lower", "relative error of the truncated SVD of every expert, in the same bytes"),
@@ -44,7 +65,9 @@ METRICS = {
     ),
     "effective_rank_dense": MetricRow("", "", "singular values that hold 95 % of the energy of a sampled expert, mean"),
     "effective_rank_fit": MetricRow("", "", "effective_rank_dense of the projections on the composed bases"),
-    "spot_checks": MetricRow("", "", "sampled experts as stored: error, spectra, angles of the top singular vectors"),
+    "spot_checks": MetricRow(
+        "", "", "sampled experts as stored: error, spectra, angles of the top singular vectors", list[SpotCheck]
+    ),
     "energy": MetricRow("weight^2", "", "squared Frobenius norm of the raw weights"),
     "mean": MetricRow("weight", "", "mean of the raw weights"),
     "scale": MetricRow("weight", "", "standard deviation of the raw weights"),
@@ -54,7 +77,7 @@ METRICS = {
     "support_median": MetricRow("atoms", "lower", "median number of non-zero codes of an expert"),
     "support_max": MetricRow("atoms", "lower", "largest number of non-zero codes of an expert"),
     "support_mean": MetricRow("atoms", "lower", "mean number of non-zero codes of an expert"),
-    "support_histogram": MetricRow("experts", "", f"experts by the size of their support; {_HISTOGRAM}"),
+    "support_histogram": MetricRow("experts", "", f"experts by the size of their support; {_HISTOGRAM}", Histogram),
     "support_overlap": MetricRow("", "", "Jaccard overlap of the supports of gate and up, mean over the experts"),
     "code_entropy": MetricRow(
         "", "", "entropy of the |codes| of an expert, mean; 1: its atoms weigh the same, 0: a single atom"
@@ -63,17 +86,19 @@ METRICS = {
     "atom_use_min": MetricRow("experts", "", "experts that use the least used atom"),
     "atom_use_median": MetricRow("experts", "", "experts that use an atom, median"),
     "atom_use_max": MetricRow("experts", "", "experts that use the most used atom"),
-    "atom_use_histogram": MetricRow("atoms", "", f"atoms by the number of experts that use them; {_HISTOGRAM}"),
+    "atom_use_histogram": MetricRow(
+        "atoms", "", f"atoms by the number of experts that use them; {_HISTOGRAM}", Histogram
+    ),
     "dead_atoms": MetricRow("atoms", "lower", "atoms that no expert uses"),
     "largest_palette": MetricRow("atoms", "lower", "atoms that one layer uses, largest over the layers"),
-    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses"),
+    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses", dict[str, int]),
     # stability
     "atom_norm_min": MetricRow("weight/scale", "", "smallest Frobenius norm of an atom"),
     "atom_norm_median": MetricRow("weight/scale", "", "median Frobenius norm of an atom"),
     "atom_norm_max": MetricRow("weight/scale", "", "largest Frobenius norm of an atom"),
     "coherence_max": MetricRow("", "lower", "|cosine| of the two atoms that are most alike"),
     "coherence_mean": MetricRow("", "lower", "|cosine| of two atoms, mean over all pairs"),
-    "coherence_histogram": MetricRow("pairs", "", f"pairs of atoms by |cosine|; {_HISTOGRAM}"),
+    "coherence_histogram": MetricRow("pairs", "", f"pairs of atoms by |cosine|; {_HISTOGRAM}", Histogram),
     "codes_condition": MetricRow("", "lower", "condition number of codes^T codes over the atoms in use"),
     "gram_condition": MetricRow("", "lower", "condition number of basis basis^T, largest of the sampled experts"),
     "regularised": MetricRow(

@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.files import replacing_file
+from globe_kernels.format.files import inner_file, replacing_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
 
 _ABSENT = object()
@@ -86,17 +87,27 @@ class Snapshots:
         facts = self._facts(path)
         with safe_open(path, framework="pt") as handle:
             # copies: the rounding of a product may depend on where in a cache line a tensor begins
-            return {key: handle.get_tensor(key).clone() for key in handle.keys()}, facts  # noqa: SIM118
+            tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+        if facts["tensors"] != {name: _checksum(tensor) for name, tensor in tensors.items()}:
+            raise self._damaged(path, "its tensors are not the tensors that were saved")
+        return tensors, facts
 
     def _facts(self, path: Path) -> dict:
         try:
-            with safe_open(path, framework="pt") as handle:
-                return json.loads(handle.metadata()["facts"])
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise GlobeError(
-                f"The snapshot {path} is damaged ({error}); discard it (--restart, in Python resume=False) and "
-                "begin again."
-            ) from error
+            with safe_open(inner_file(path.parent, path.name), framework="pt") as handle:
+                metadata = handle.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(path, error) from error
+        facts = metadata.get("facts", "")
+        if metadata.get("checksum") != _checksum_of(facts.encode()):
+            raise self._damaged(path, "its facts are not the facts that were saved")
+        return json.loads(facts)
+
+    def _damaged(self, path: Path, reason: object) -> GlobeError:
+        return GlobeError(
+            f"The snapshot {path} is damaged ({reason}); discard it (--restart, in Python resume=False) and begin "
+            "again."
+        )
 
     def save(self, family: str, step: int, tensors: dict[str, torch.Tensor], facts: dict) -> None:
         """Replace the part of this rank of the snapshot of a family; all ranks save the same step.
@@ -104,7 +115,9 @@ class Snapshots:
         Raises GlobeError for a full disk; the snapshot before is kept then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        metadata = {"facts": json.dumps(facts | {"identity": self._identity})}
+        checksums = {name: _checksum(tensor.cpu()) for name, tensor in tensors.items()}
+        text = json.dumps(facts | {"identity": self._identity, "tensors": checksums})
+        metadata = {"facts": text, "checksum": _checksum_of(text.encode())}
         try:
             with replacing_file(self.directory / f"{family}-{step}-{self._ranks.rank}.safetensors") as path:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
@@ -184,6 +197,14 @@ def differences(found: dict, wanted: dict) -> str:
     was, now = (_flat(json.loads(json.dumps(settings))) for settings in (found, wanted))
     differing = [key for key in {**now, **was} if was.get(key, _ABSENT) != now.get(key, _ABSENT)]
     return ", ".join(f"{key} was {was.get(key)} and is {now.get(key)}" for key in differing)
+
+
+def _checksum(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)} {_checksum_of(tensor.flatten().view(torch.uint8).numpy().data)}"
+
+
+def _checksum_of(data: bytes | memoryview) -> str:
+    return f"{zlib.crc32(data):08x}"
 
 
 def _step(path: Path) -> int:

@@ -23,10 +23,12 @@ Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C suppo
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,8 +49,10 @@ from globe_kernels.format.names import (
     REPORT_NAME,
     SCOPES,
 )
+from globe_kernels.format.typed import Size, checked
 
 FORMAT_VERSION = 1
+_MOST_BYTES = 2**60
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,10 +62,10 @@ class BaseModel:
 
     name: str  # id or path, for people
     model_type: str
-    hidden_size: int  # D
-    intermediate_size: int  # P
-    num_experts: dict[int, int]  # layer id -> E
-    left_dense: dict[int, tuple[int, int]] = field(default_factory=dict)  # (P, D) of layers that no bank stands for
+    hidden_size: Size  # D
+    intermediate_size: Size  # P
+    num_experts: dict[int, Size]  # layer id -> E
+    left_dense: dict[int, tuple[Size, Size]] = field(default_factory=dict)  # (P, D) of layers that no bank stands for
     has_bias: bool = False  # gate, up and down of every expert have a bias
 
     @property
@@ -80,12 +84,12 @@ class GlobeConfig:
     """The configuration of a GloBE checkpoint: its base model and the sizes of its factors."""
 
     base: BaseModel
-    rank: int  # R
-    num_atoms: int  # M, per family
-    support: int  # C
+    rank: Size  # R
+    num_atoms: Size  # M, per family
+    support: Size  # C
     phi: str = "identity"
     scope: str = "global"
-    palette: int | None = None  # U: most atoms that one layer uses in one family; None is no limit
+    palette: Size | None = None  # U: most atoms that one layer uses in one family; None is no limit
     dtype: str = "bfloat16"
     provenance: dict = field(default_factory=dict)  # seed, fit settings, library versions
 
@@ -121,7 +125,7 @@ class GlobeConfig:
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all tensors on disk."""
-        return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensor_shapes().values())
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensor_shapes().values())
 
     def to_dict(self) -> dict:
         base = asdict(self.base)
@@ -141,25 +145,24 @@ class GlobeConfig:
                 f"{where} has GloBE format version {version!r} and this library reads version {FORMAT_VERSION}; "
                 "update globe_kernels, or fit and export again."
             )
-        try:
-            base = dict(data["base"])
-            base["num_experts"] = {int(layer): int(count) for layer, count in base["num_experts"].items()}
-            base["left_dense"] = {int(layer): (int(p), int(d)) for layer, (p, d) in base.get("left_dense", {}).items()}
-            names = {f.name for f in fields(cls)} - {"base"}
-            config = cls(base=BaseModel(**base), **{name: data[name] for name in names})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise GlobeError(
-                f"{where} is not a complete GloBE configuration ({type(error).__name__}: {error}); restore the "
-                "file or fit again."
-            ) from error
+        names = {f.name for f in fields(cls)}
+        remedy = "restore the file or fit again"
+        config = checked(cls, {name: value for name, value in data.items() if name in names}, where, remedy)
         for name, value, allowed in (
             ("phi", config.phi, PHIS),
             ("scope", config.scope, SCOPES),
             ("dtype", config.dtype, tuple(DTYPES)),
-            ("families", tuple(data.get("families", ())), (FAMILIES,)),
+            ("families", data.get("families"), (list(FAMILIES),)),
         ):
             if value not in allowed:
                 raise GlobeError(f"{where} has {name} {value!r}; this library reads {', '.join(map(str, allowed))}.")
+        for found, is_wrong in (
+            ("no layers", not config.base.num_experts),
+            (f"{config.num_atoms} atoms and a support of {config.support}", config.support > config.num_atoms),
+            (f"sizes of {config.tensor_bytes} bytes", config.tensor_bytes >= _MOST_BYTES),
+        ):
+            if is_wrong:
+                raise GlobeError(f"{where} has {found}, which no checkpoint has; {remedy}.")
         return config
 
 
@@ -183,6 +186,13 @@ class LayerFactors:
     code: Code
 
 
+class _Listed(TypedDict, total=False):
+    """The parts of globe_config.json that name the tensor files."""
+
+    files: dict[str, str]  # name -> sha256
+    fingerprint: str | None
+
+
 class GlobeCheckpoint:
     """An opened checkpoint: `config`, and tensors read on demand. Opening checks names, shapes and dtypes."""
 
@@ -196,10 +206,10 @@ class GlobeCheckpoint:
         config_path = self.path / CONFIG_NAME
         if not config_path.is_file():
             raise not_a_checkpoint(path)
-        data = read_json(config_path, "restore the file or fit again")
+        data = read_json(inner_file(self.path, CONFIG_NAME), "restore the file or fit again")
         self.config = GlobeConfig.from_dict(data, str(config_path))
-        self._files: dict[str, str] = data.get("files", {})
-        self.fingerprint: str | None = data.get("fingerprint")
+        listed = checked(_Listed, data, str(config_path), "restore the file or fit again")
+        self._files, self.fingerprint = listed.get("files", {}), listed.get("fingerprint")
         self._handles = {name: self._open(name) for name in self._files}
         self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
@@ -260,7 +270,9 @@ class GlobeCheckpoint:
         return Code(index, value)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return self._where[name].get_tensor(name)
+        tensor = self._where[name].get_tensor(name)
+        require_finite(tensor, f"{name} in {self.path}")
+        return tensor
 
     @property
     def bytes_on_disk(self) -> int:
@@ -270,7 +282,7 @@ class GlobeCheckpoint:
     def report(self) -> dict:
         """Return fit_report.json, the measurements of the fit; {} when the checkpoint came without it."""
         path = self.path / REPORT_NAME
-        return read_json(path, "restore the file or fit again") if path.is_file() else {}
+        return read_json(inner_file(self.path, REPORT_NAME), "restore the file or fit again") if path.is_file() else {}
 
 
 _TORCH_DTYPES = {
@@ -289,6 +301,12 @@ def check_codes(index: torch.Tensor, num_atoms: int, where: str) -> None:
             f"{where} has atom ids from {low} to {high} and the bank has {num_atoms} atoms; the file is damaged, "
             "restore it or fit again."
         )
+
+
+def require_finite(tensor: torch.Tensor, where: str) -> None:
+    """Raise GlobeError when a tensor of factors has NaN or infinity."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise GlobeError(f"{where} holds NaN or infinity; restore the file or fit again.")
 
 
 class CheckpointWriter:
@@ -365,7 +383,8 @@ def writing_checkpoint(
 def _listed_files(directory: Path) -> set[str]:
     """Return the names of the tensor files of the checkpoint in `directory`; none when no checkpoint can be read."""
     try:
-        files = read_json(directory / CONFIG_NAME, "restore the file").get("files", {})
+        data = read_json(inner_file(directory, CONFIG_NAME), "restore the file")
+        files = checked(_Listed, data, CONFIG_NAME, "restore the file").get("files", {})
     except (OSError, GlobeError):
         return set()
     return {name for name in files if name == Path(name).name}

@@ -9,11 +9,11 @@
 Adapters, GGUF files and weights in other formats are known too, because people try them.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.names import (
     ADAPTER_CONFIG_NAME,
     CARD_MARK,
@@ -78,8 +78,9 @@ def named_weights(path: Path) -> str | None:
     config = _model_config(path) or {}
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        return quantization.get("weights")
-    named = config.get(GUARD_KEY)
+        named = quantization.get("weights")
+    else:
+        named = config.get(GUARD_KEY)
     return named if isinstance(named, str) else None
 
 
@@ -124,16 +125,16 @@ def is_empty(path: Path) -> bool:
 
 
 def _model_config(path: Path) -> dict | None:
-    """Return config.json; an empty dict when it is damaged, None when there is none."""
+    """Return config.json; an empty dict when it is damaged or not of this directory, None when there is none."""
+    file = path / MODEL_CONFIG_NAME
     try:
-        config = json.loads((path / MODEL_CONFIG_NAME).read_text(encoding="utf-8"))
+        if not file.is_file():
+            return None
+        return read_json(inner_file(path, file.name), "")
     except PermissionError:
         raise RequestError(f"{path} cannot be read: permission denied; give a directory that you may read.") from None
-    except OSError:
-        return None
-    except ValueError:
+    except GlobeError:
         return {}
-    return config if isinstance(config, dict) else {}
 
 
 def not_a_model(path: str | Path) -> RequestError:

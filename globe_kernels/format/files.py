@@ -5,9 +5,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from globe_kernels.units import format_bytes
 
 MAX_SHARD_BYTES = 4 * 2**30
 _STAGING_PREFIX = ".staging-"
+_MOST_LEVELS = 100  # of values in values of a JSON file
 
 
 @contextmanager
@@ -147,10 +149,17 @@ def inner_file(directory: Path, name: str) -> Path:
     """
     path, root = directory / name, directory.resolve()
     blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    try:
+        resolved = path.resolve()
+        path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a link to itself, a NUL
+        raise GlobeError(
+            f"{directory} names the file {name}, which no path can be ({error}); restore the file."
+        ) from error
     if not Path(name).is_absolute() and ".." not in Path(name).parts:
-        if any(path.resolve().is_relative_to(home) for home in (root, *blobs)):
+        if any(resolved.is_relative_to(home) for home in (root, *blobs)):
             return path
-        name = f"{name}, a link to {path.resolve()}"
+        name = f"{name}, a link to {resolved}"
     raise GlobeError(
         f"{directory} names the file {name}, which is outside of the directory; GloBE reads the files of a model and "
         "of a checkpoint from its own directory alone, so copy the file there."
@@ -160,12 +169,34 @@ def inner_file(directory: Path, name: str) -> Path:
 def read_json(path: Path, remedy: str) -> dict:
     """Read the JSON object in a file. Raises GlobeError, which ends in `remedy`, when the file holds anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not path.is_file():
+            raise GlobeError(f"{path} is no file; {remedy}.")
+        data = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if isinstance(error, (GlobeError, PermissionError)):
+            raise
         raise GlobeError(f"{path} is not valid JSON ({error}); {remedy}.") from error
     if not isinstance(data, dict):
         raise GlobeError(f"{path} holds a {type(data).__name__} and GloBE expects an object; {remedy}.")
     return data
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON. Raises ValueError, also for values that are nested deeper than functions can call themselves."""
+    try:
+        data = json.loads(text)
+    except RecursionError:
+        raise ValueError("its values are nested too deep") from None
+    level = [data]
+    for _ in range(_MOST_LEVELS):
+        level = [inner for value in level for inner in _inside(value)]
+    if level:
+        raise ValueError(f"its values are nested deeper than {_MOST_LEVELS} levels")
+    return data
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def sha256(path: Path) -> str:

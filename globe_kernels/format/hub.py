@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_model, named_weights, weights_entry
@@ -22,6 +22,7 @@ from globe_kernels.format.names import (
     MODEL_CONFIG_NAME,
     SINGLE_NAME,
 )
+from globe_kernels.format.typed import checked
 from globe_kernels.units import format_bytes
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
@@ -84,7 +85,8 @@ def local_directory(
         return download.get(_CONFIGS)
     found = download.get((*_SMALL, *_BESIDE_A_CHECKPOINT))
     if (found / CONFIG_NAME).is_file():
-        download.get_weights(list(read_json(found / CONFIG_NAME, "download it again").get("files", {})), say)
+        listed = read_json(found / CONFIG_NAME, "download it again").get("files", {})
+        download.get_weights(list(checked(dict[str, str], listed, CONFIG_NAME, "download it again")), say)
         if not holds_model(found):  # a checkpoint alone, not beside its model
             return found
     named = named_weights(found)
@@ -99,14 +101,14 @@ def local_directory(
 
 def index_of(path: Path) -> dict[str, str]:
     """Read {tensor: file} of a shard index. Raises GlobeError when it is damaged."""
-    weight_map = read_json(path, "download it again").get("weight_map")
-    if (
-        not isinstance(weight_map, dict)
-        or not weight_map
-        or not all(isinstance(name, str) for name in weight_map.values())
-    ):
-        raise GlobeError(f"{path} is not a valid shard index, a map of tensors to files; download it again.")
+    weight_map = checked(_Index, read_json(path, "download it again"), str(path), "download it again")["weight_map"]
+    if not weight_map:
+        raise GlobeError(f"{path} is not a valid shard index, for it has no tensors; download it again.")
     return weight_map
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 class _Download:

@@ -262,8 +262,11 @@ def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tu
     config = checkpoint.config
     bank = GlobeBank(config, "meta")
     for family in FAMILIES:
-        atoms = _finite(checkpoint.bank(family), f"bank.{family}", checkpoint)
-        setattr(bank, family, nn.Parameter(atoms.to(targets[0].module.down_proj.device), requires_grad=False))
+        setattr(
+            bank,
+            family,
+            nn.Parameter(checkpoint.bank(family).to(targets[0].module.down_proj.device), requires_grad=False),
+        )
     modules = []
     for target in targets:
         down = target.module.down_proj
@@ -274,20 +277,13 @@ def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tu
                 setattr(module, parameter, nn.Parameter(tensor.detach().contiguous(), requires_grad=False))
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
-            adapter = _finite(factors.adapter, f"layers.{target.layer}.{family}_adapter", checkpoint)
-            adapter = nn.Parameter(adapter.to(down.device, down.dtype), requires_grad=False)
+            adapter = nn.Parameter(factors.adapter.to(down.device, down.dtype), requires_grad=False)
             setattr(module, f"{family}_adapter", adapter)
             setattr(module, f"{family}_code_index", factors.code.index.to(down.device))
             setattr(module, f"{family}_code_value", factors.code.value.to(down.device))
         module.train(target.module.training)
         modules.append(module)
     return bank, modules
-
-
-def _finite(tensor: torch.Tensor, name: str, checkpoint: GlobeCheckpoint) -> torch.Tensor:
-    if not torch.isfinite(tensor).all():
-        raise GlobeError(f"{name} in {checkpoint.path} holds NaN or infinity; restore the file or fit again.")
-    return tensor
 
 
 def _set_quantizer(model: nn.Module, config: GlobeConfig | None) -> None:

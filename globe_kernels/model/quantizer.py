@@ -4,6 +4,7 @@ Importing this module registers the quantization method "globe". The experts are
 model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -20,13 +21,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, require_finite
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
+from globe_kernels.format.typed import checked
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import top_k_of
 from globe_kernels.model.owners import refuse_quantized
-from globe_kernels.model.parallel import take_share, write_plans
+from globe_kernels.model.parallel import here, take_share, write_plans
 from globe_kernels.model.renaming import Renaming
 from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
 from globe_kernels.strategies.budget import AUTO
@@ -41,11 +43,13 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
 
     def __init__(self, **data: Any):
         data.pop("quant_method", None)
-        self.weights: str | None = data.pop("weights", None)  # file of an export, None where the name is the usual
+        where = "quantization_config in config.json"
+        # file of an export, None where the name is the usual
+        self.weights: str | None = checked(str | None, data.pop("weights", None), f"weights of {where}", "export again")
         other = data.pop("other_layers", None)
         self.other_layers: Any = AutoQuantizationConfig.from_dict(other) if isinstance(other, dict) else other
         self.quant_method: Any = QUANT_METHOD
-        self.globe = GlobeConfig.from_dict(data, "quantization_config in config.json")
+        self.globe = GlobeConfig.from_dict(data, where)
 
     def to_dict(self) -> dict[str, Any]:
         other = {} if self.other_layers is None else {"other_layers": self.other_layers.to_dict()}
@@ -109,9 +113,11 @@ class _Experts(HfQuantizer):
         bank = getattr(model, BANK_NAME)
         _bring(bank)
         bank.requires_grad_(False)
+        _require_finite(bank, BANK_NAME, FAMILIES)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.marked.globe.num_atoms, name)
+            _require_finite(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
             # version makes parameters that require gradients
             module.to(self.dtype).requires_grad_(False)
@@ -201,6 +207,13 @@ def _bring(bank: GlobeBank) -> None:
     remove_hook_from_module(bank)
     for name, atoms in offloaded.items():
         setattr(bank, name, nn.Parameter(atoms.to("cpu"), requires_grad=False))
+
+
+def _require_finite(module: nn.Module, where: str, names: Iterable[str]) -> None:
+    """Raise GlobeError for factors that have NaN or infinity, but for factors that a device map leaves on disk."""
+    for name in names:
+        if not (tensor := getattr(module, name)).is_meta:
+            require_finite(here(tensor), f"{where}.{name}")
 
 
 def _check_exported_files(files: list[str], model: Any) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from globe_kernels.format.architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 import globe_kernels
@@ -16,7 +17,6 @@ from globe_fit.calibration.metric import Calibration
 from globe_fit.calibration.moments import collect
 from globe_fit.config import AlternatingConfig
 from globe_kernels import GlobeCheckpoint, GlobeError, RequestError
-from globe_kernels.format.architectures import ARCHITECTURES
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.testing import relative_errors, tiny_model

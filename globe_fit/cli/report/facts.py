@@ -11,6 +11,7 @@ from globe_fit.measure.inspection import stored_codes
 from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
 from globe_fit.run.loggers import read_stream
+from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import stream_path
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME
@@ -48,7 +49,7 @@ def collect(directory: Path, base: Path | None) -> Facts:
     newest = {family: {name: each[name] for each in found for name in each} for family, found in history.items()}
     if checkpoint is None:
         return Facts(directory, base, history, newest, None, {}, None, None, {})
-    report, config, use = checkpoint.report(), checkpoint.config, {}
+    report, config, use = read_report(checkpoint), checkpoint.config, {}
     source = None if base is None else ExpertSource(base)
     if source is not None:
         require_same_model(config, source)

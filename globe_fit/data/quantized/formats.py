@@ -55,8 +55,8 @@ class Stored:
     def configured_blocks(self) -> list[tuple[int, int]]:
         """Return the blocks, (rows, columns), that config.json names."""
         named = [self.config.get("weight_block_size"), *(scheme.get("block_structure") for scheme in self.schemes)]
-        groups = [(1, size) for scheme in self.schemes if (size := scheme.get("group_size"))]
-        return [(int(block[0]), int(block[1])) for block in named if block] + groups
+        groups = [(1, size) for scheme in self.schemes if (size := scheme.get("group_size") or 0) > 0]
+        return [(block[0], block[1]) for block in named if block] + groups
 
     def require(self, ending: str) -> str:
         """Return the tensor whose name ends with `ending`. Raises GlobeError when the checkpoint lacks it."""
@@ -97,6 +97,18 @@ class Stored:
         if shape[-1] % block or self.shape(self.scales) != expected:
             raise self.unfit(shape, f"one for each {block} columns of a row, {expected}")
         return (*(1 for _ in shape[:-1]), block)
+
+    def require_zeros(self, packing: Packing) -> str:
+        """Return the tensor of zero points, which are packed along the rows. Raises GlobeError for other tensors."""
+        name, (*leading, rows, columns) = self.require("_zero_point"), self.shape(self.scales)
+        expected = (*leading, -(-rows // packing.values), columns)
+        if leading or self.dtype(name) != "I32" or self.shape(name) != expected:
+            raise GlobeError(
+                f"{name} is {self.dtype(name)} of shape {self.shape(name)} and {self.scales} is "
+                f"{self.shape(self.scales)}, whose zero points are I32 of shape {expected} in a matrix; download it "
+                "again."
+            )
+        return name
 
     def unfit(self, shape: Shape, expected: str) -> GlobeError:
         return GlobeError(
@@ -174,13 +186,14 @@ def _packed_integers(stored: Stored) -> QuantizedWeight | None:
         return None
     *leading, items = stored.shape(stored.codes)
     for scheme in stored.schemes:
-        packing = _INTEGERS.get(scheme.get("num_bits", 0)) if scheme.get("type", "int") == "int" else None
-        if packing is None:
+        bits = scheme.get("num_bits")
+        if not isinstance(bits, int) or bits not in _INTEGERS or scheme.get("type", "int") != "int":
             continue
+        packing = _INTEGERS[bits]
         shape = (*leading, packing.values * items)
-        group = scheme.get("group_size") or shape[-1]
+        group = max(scheme.get("group_size") or 0, 0) or shape[-1]
         if stored.shape(stored.scales) == (*leading, shape[-1] // group) and shape[-1] % group == 0:
-            zeros = None if scheme.get("symmetric", True) else stored.require("_zero_point")
+            zeros = None if scheme.get("symmetric", True) else stored.require_zeros(packing)
             return stored.make(packing, shape, (*(1 for _ in leading), group), zeros=zeros)
     raise RequestError(
         f"{stored.codes} holds packed integers and {stored.scales} is {stored.shape(stored.scales)}, which fits no "

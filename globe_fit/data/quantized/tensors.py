@@ -139,6 +139,8 @@ def _quantized(key: str, codes: str, files: Files, config: dict) -> QuantizedWei
     if len(scales) > 1:
         raise GlobeError(f"{codes} has two tensors of scales, {' and '.join(scales)}; download the checkpoint again.")
     stored = Stored(codes, scales[0], found, files, config)
+    if len(shape := stored.shape(codes)) < 2 or 0 in shape:
+        raise GlobeError(f"{codes} has scales and is of shape {shape}, which no matrix has; download it again.")
     weight = next((weight for read in FORMATS if (weight := read(stored)) is not None), None)
     if weight is None:
         raise RequestError(

@@ -221,7 +221,7 @@ def a_configuration_that_leads_out(model_dir: Path) -> None:
         (only("flax_model.msgpack"), RequestError, "in a format of Flax"),
         (shards_without_an_index, RequestError, f"without {INDEX}, which says its tensors; download the index"),
         (lambda d: write_index(d, {}), GlobeError, "is not a valid shard index"),
-        (lambda d: write_index(d, {"a": 3}), GlobeError, "is not a valid shard index"),  # type: ignore[dict-item]
+        (lambda d: write_index(d, {"a": 3}), GlobeError, "has 3 as weight_map.a, where GloBE expects text"),  # type: ignore[dict-item]
         (lambda d: change_config(d, transformers_weights="no.safetensors"), GlobeError, "config.json lists it"),
         (names_that_lead_to("../outside.safetensors"), GlobeError, "which is outside of the directory"),
         (names_that_lead_to("{}/outside.safetensors"), GlobeError, "which is outside of the directory"),

@@ -197,7 +197,10 @@ SMALL_CONFIG = json.dumps(
         ({"config.json": "{"}, "not valid JSON"),
         ({"config.json": "[]"}, "holds a list and GloBE expects an object"),
         ({"config.json": SMALL_CONFIG}, "holds neither"),
-        ({"config.json": SMALL_CONFIG, "model.safetensors.index.json": '{"weight_map": {"a": null}}'}, "not a valid"),
+        (
+            {"config.json": SMALL_CONFIG, "model.safetensors.index.json": '{"weight_map": {"a": null}}'},
+            "as weight_map.a",
+        ),
     ],
     ids=["empty", "broken config", "a list", "no weights", "a broken index"],
 )

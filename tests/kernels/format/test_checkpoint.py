@@ -116,10 +116,20 @@ def edit_config(path: Path, **changes) -> None:
     [
         ({"format_version": 2}, "format version 2 and this library reads version 1"),
         ({"format_version": None}, "format version None"),
-        ({"base": {"name": "x"}}, "not a complete GloBE configuration"),
+        ({"base": {"name": "x"}}, "has nothing as base.hidden_size, where GloBE expects a whole number"),
+        ({"rank": "2"}, "has '2' as rank, where GloBE expects a whole number"),
+        ({"rank": True}, "has True as rank"),
+        ({"rank": 0}, "has 0 as rank, where GloBE expects a whole number from 1 to 2147483647"),
+        ({"support": 6}, "has 5 atoms and a support of 6, which no checkpoint has"),
+        ({"rank": 2**30, "num_atoms": 2**30}, "bytes, which no checkpoint has"),
+        ({"palette": 1.5}, "has 1.5 as palette"),
+        ({"files": ["globe.safetensors"]}, r"as files, where GloBE expects an object"),
+        ({"files": {"../globe.safetensors": ""}}, "outside of the directory"),
+        ({"files": {"a\0b": ""}}, r"names the file a\\x00b, which no path can be"),
+        ({"files": {"x" * 300: ""}}, "which no path can be"),
         ({"phi": "relu"}, "phi 'relu'; this library reads identity, silu, tanh"),
         ({"dtype": "float8"}, "dtype 'float8'"),
-        ({"families": ["gate"]}, r"families \('gate',\)"),
+        ({"families": ["gate"]}, r"families \['gate'\]"),
         ({"rank": 3}, r"bank.gate .* is torch.bfloat16 \(5, 2, 6\) and globe_config.json says .* \(5, 3, 6\)"),
         ({"fingerprint": "0"}, "was not written together with"),
         ({"files": {}}, "has no tensor bank.gate"),
@@ -138,10 +148,22 @@ def test_refuses_a_directory_without_checkpoint(tmp_path):
         GlobeCheckpoint(tmp_path)
 
 
-def test_refuses_broken_json(saved):
-    (saved / CONFIG_NAME).write_text("{")
+@pytest.mark.parametrize(
+    "text", ["{", '{"a": ' + "[" * 10_000, '{"a": ' + "[" * 200 + "]" * 200 + "}", "\x80"], ids=len
+)
+def test_refuses_broken_json(saved, text):
+    (saved / CONFIG_NAME).write_bytes(text.encode("latin-1"))
     with pytest.raises(GlobeError, match="not valid JSON"):
         GlobeCheckpoint(saved)
+
+
+@pytest.mark.parametrize("name", ["bank.up", "layers.4.gate_adapter", "layers.1.up_code_value"])
+def test_refuses_factors_that_are_not_finite(saved, name):
+    tensors = draw()
+    tensors[name].view(-1)[1] = float("nan")
+    write(saved, tensors)
+    with pytest.raises(GlobeError, match=f"{name} in .* holds NaN or infinity"):
+        read(saved)
 
 
 def test_refuses_a_truncated_file(saved):
