@@ -4,11 +4,9 @@ Importing this module registers the quantization method "globe". The experts are
 model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.auto import (
@@ -20,16 +18,16 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, require_finite
+from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.format.typed import checked
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import top_k_of
+from globe_kernels.model.loaded import check_exported_files, require_all_weights, require_finite_factors
 from globe_kernels.model.owners import refuse_quantized
-from globe_kernels.model.parallel import here, take_share, write_plans
-from globe_kernels.model.renaming import Renaming
+from globe_kernels.model.parallel import take_share, write_plans
 from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
 from globe_kernels.strategies.budget import AUTO
 
@@ -104,20 +102,20 @@ class _Experts(HfQuantizer):
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         write_plans(model, [target.name for target in targets])
         if checkpoint_files:
-            _check_exported_files(checkpoint_files, model)
+            check_exported_files(checkpoint_files, model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
-        _require_all_weights(model)
+        require_all_weights(model)
         super()._process_model_after_weight_loading(model, **kwargs)
         bank = getattr(model, BANK_NAME)
         _bring(bank)
         bank.requires_grad_(False)
-        _require_finite(bank, BANK_NAME, FAMILIES)
+        require_finite_factors(bank, BANK_NAME, FAMILIES)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
                 check_codes(module.code(family).index, self.marked.globe.num_atoms, name)
-            _require_finite(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
+            require_finite_factors(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
             # version makes parameters that require gradients
             module.to(self.dtype).requires_grad_(False)
@@ -207,67 +205,6 @@ def _bring(bank: GlobeBank) -> None:
     remove_hook_from_module(bank)
     for name, atoms in offloaded.items():
         setattr(bank, name, nn.Parameter(atoms.to("cpu"), requires_grad=False))
-
-
-def _require_finite(module: nn.Module, where: str, names: Iterable[str]) -> None:
-    """Raise GlobeError for factors that have NaN or infinity, but for factors that a device map leaves on disk."""
-    for name in names:
-        if not (tensor := getattr(module, name)).is_meta:
-            require_finite(here(tensor), f"{where}.{name}")
-
-
-def _check_exported_files(files: list[str], model: Any) -> None:
-    """Check the tensors of experts and bank: transformers neither stops at a missing tensor nor checks shapes here.
-
-    Raises GlobeError for a tensor that is missing or of another shape. The experts of a base that keeps them one by one
-    are merged by transformers.
-    """
-    renaming = Renaming(model)
-    found: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, list[tuple[int, ...]]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in list(handle.keys()):
-                live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
-                if len(shape) == 2 and live.converter is not None:
-                    pieces.setdefault(live.key, []).append(shape)
-                else:
-                    found[live.key] = shape
-    bank = getattr(model, BANK_NAME)
-    expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
-    for path, module in globe_modules(model).items():
-        expected |= {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for key, shapes in pieces.items():
-        # transformers merges the experts that it finds, however many there are
-        if (shape := expected.pop(key, None)) and shapes != [shape[1:]] * shape[0]:
-            raise GlobeError(
-                f"{key} is in {len(shapes)} matrices in the model's safetensors files, from {min(shapes)} to "
-                f"{max(shapes)}, and config.json says {shape}; export the checkpoint again."
-            )
-    for key, shape in expected.items():
-        if (actual := found.get(key)) != shape:
-            raise GlobeError(
-                f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
-                "export the checkpoint again."
-            )
-
-
-def _require_all_weights(model: Any) -> None:
-    """Refuse a model with weights that no file held: transformers gives them random values, and warns at most.
-
-    The new head of a task that the export was not made for is no such weight. A tensor on the meta device is on disk.
-    """
-    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    heads = set() if head is None else set(head.parameters())
-    is_body = getattr(model, model.base_model_prefix, None) is None
-    own = {*model.parameters(), *model.buffers()}  # the state_dict may hold what a quantizer made of them
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        belongs = is_body or name.startswith(body) or tensor in heads
-        if belongs and tensor in own and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-            raise GlobeError(
-                f"{name} is missing in the model's safetensors files, and transformers gave it random values; restore "
-                "the files or export the checkpoint again."
-            )
 
 
 def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
