@@ -34,10 +34,12 @@ from globe_kernels.ops import (
     compose_slots,
     down,
     gate_up,
+    gate_up_backward,
     low_rank_in,
     mix,
     mixture,
     palette_in,
+    project_back,
     routing,
 )
 from globe_kernels.ops.activations import parse_activation
@@ -68,9 +70,20 @@ _INT = (
     "up_index_ptr",
 )
 _LONG = ("pinned_ptr", "uses_ptr", "registers_ptr")
-_FLOAT = ("value_ptr", "scale_ptr", "row_weight_ptr")
+_FLOAT = ("value_ptr", "scale_ptr", "row_weight_ptr", "partial_ptr")
 # multiples of 16, as the addresses of torch are: others run, but slower
-_ALIGNED = ("depth", "num_columns", "row_stride", "num_values", "padded", "gate_padded", "up_padded", "width", "rank")
+_ALIGNED = (
+    "depth",
+    "num_columns",
+    "row_stride",
+    "out_stride",
+    "num_values",
+    "padded",
+    "gate_padded",
+    "up_padded",
+    "width",
+    "rank",
+)
 
 
 @dataclass(frozen=True)
@@ -142,7 +155,8 @@ def _constexprs(activation: str) -> dict[str, str | float]:
     return parse_activation(activation).constexprs
 
 
-_VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
+_Variants = dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]]
+_VARIANTS: _Variants = {
     "low_rank_in": (low_rank_in._low_rank_in_kernel, [("", {"slots_ptr": None}), ("pool", {})]),
     "gate_up": (
         gate_up._gate_up_kernel,
@@ -167,12 +181,36 @@ _VARIANTS: dict[str, tuple[Any, list[tuple[str, dict[str, Any]]]]] = {
     ),
 }
 
+# Of the backward, by the stage whose configuration they take.
+_BACKWARD: _Variants = {
+    "low_rank_in": (project_back._project_back_kernel, [("gather", {"GATHER": True, "SCATTER": False})]),
+    "gate_up": (
+        gate_up_backward._gate_up_backward_kernel,
+        [
+            ("silu", {**_constexprs("silu"), **_NO_BIAS}),
+            ("gelu", {**_constexprs("gelu"), **_NO_BIAS}),
+            ("gelu tanh", {**_constexprs("gelu_pytorch_tanh"), **_NO_BIAS}),
+            ("clamped silu", {**_constexprs("clamped_silu"), **_NO_BIAS}),
+            ("softcapped silu", {**_constexprs("softcapped_silu"), **_NO_BIAS}),
+            ("clamped swiglu, biases", _constexprs("clamped_swiglu")),
+        ],
+    ),
+    "down": (
+        project_back._project_back_kernel,
+        [("", {"GATHER": False, "SCATTER": False}), ("scatter", {"GATHER": False, "SCATTER": True})],
+    ),
+}
+
 
 def _gemm_cases(config: FfnConfig) -> Iterator[Case]:
     for stage, gemm, _ in config.stages():
         kernel, variants = _VARIANTS[stage]
         for variant, constexprs in variants:
             own = down.atomic_config(gemm) if variant == "atomic" else gemm
+            yield from _tile_cases(kernel, variant, constexprs, config.block_m, own)
+        kernel, variants = _BACKWARD[stage]
+        for variant, constexprs in variants:
+            own = gate_up_backward.backward_config(gemm) if stage == "gate_up" else gemm
             yield from _tile_cases(kernel, variant, constexprs, config.block_m, own)
 
 

@@ -15,6 +15,7 @@ from globe_kernels.ops.compose_layer import compose_family, layer_code
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import FromRank, moe_ffn_ref
+from globe_kernels.ops.moe_ffn_backward import moe_ffn_backward, moe_ffn_backward_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close
 
@@ -36,6 +37,11 @@ def run(device: str, dtype: torch.dtype) -> None:
             assert_close(build(layer)(inputs), expected, rms=2e-2, peak=5e-2)
         case = (inputs.hidden, inputs.index, inputs.weights, with_biases, "clamped_swiglu")
         assert_close(moe_ffn(*case), moe_ffn_ref(*case), rms=2e-2, peak=5e-2)
+        case, w = (torch.randn_like(inputs.hidden), *case[:3]), with_biases
+        found = moe_ffn_backward(*case, w.to_list(), "clamped_swiglu")
+        factors = (w.basis, w.from_rank.adapters, w.from_rank.down)
+        for one, other in zip(found, moe_ffn_backward_ref(*case, *factors, "clamped_swiglu"), strict=True):
+            assert_close(one, other, rms=2e-2, peak=5e-2)
     index = torch.randint(7, (9, 3), device=device, dtype=torch.int32)
     value, bank = torch.randn(9, 3, device=device), torch.randn(7, RANK, 176, device=device).to(dtype)
     if device == "cuda" and load_extension():

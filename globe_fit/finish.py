@@ -10,6 +10,7 @@ from globe_fit.result import FamilyFactors
 from globe_fit.run.metrics import check_names
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.support import pack_codes
+from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref
 
@@ -23,7 +24,7 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
     bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
     adapter = torch.empty(base.total_experts if ranks.leads else 0, base.intermediate_size, sizes.rank, dtype=dtype)
     lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
-    lost_in_metric, energy_in_metric = 0.0, 0.0
+    lost_in_metric, energy_in_metric, unit = 0.0, 0.0, weights.statistics.unit
     for block in weights.raw():
         # the basis is rounded as the runtime rounds it, so that the adapters make up for the rounding
         basis = compose_basis_ref(code.index[block.span], code.value[block.span], bank, sizes.phi, dtype)
@@ -31,7 +32,13 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         stored = refit_adapters(target, weights.in_metric(block, basis.float()), ranks).to(dtype)
         if ranks.leads:
             adapter[block.span] = stored.cpu()
-        residual = block.weights - stored.float() @ basis.float()
+        if not torch.isfinite(stored).all():
+            raise GlobeError(
+                f"The {weights.family} adapters of layer {block.layer.layer} have values that {sizes.dtype} cannot "
+                "hold; scale the experts down, and down_proj up by as much."
+            )
+        block.weights.div_(unit)
+        residual = block.weights - (stored.float() / unit) @ basis.float()
         lost_in_metric += weights.weighted(block, residual).square().sum(dtype=torch.float64).item()
         energy_in_metric += weights.weighted(block, block.weights).square().sum(dtype=torch.float64).item()
         lost[block.layer.layer] += residual.square().sum(dtype=torch.float64).item()
@@ -40,7 +47,7 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
     residual_sum, lost_in_metric, energy_in_metric, *by_layer = ranks.sums(
         residual_sum, lost_in_metric, energy_in_metric, *lost.values()
     )
-    lost = dict(zip(lost, by_layer, strict=True))
+    lost = {layer: of_layer * unit**2 for layer, of_layer in zip(lost, by_layer, strict=True)}
     factors = FamilyFactors(_collected(bank, weights), Code(code.index.cpu(), code.value.cpu()), adapter)
     count = base.total_experts * base.intermediate_size * base.hidden_size
     statistics = weights.statistics
@@ -57,7 +64,7 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         "rank_bound": bound,
         "mean": statistics.mean,
         "scale": statistics.scale,
-        "mean_energy_left": (residual_sum / count / statistics.mean) ** 2 if statistics.mean else 0.0,
+        "mean_energy_left": (residual_sum * unit / count / statistics.mean) ** 2 if statistics.mean else 0.0,
         **measure(weights, best, expensive=True),
         "palette_sizes": palette_sizes(best.codes, base),
         "spot_checks": spot_checks(weights, factors, sizes.phi) if ranks.leads else [],

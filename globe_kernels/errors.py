@@ -49,5 +49,6 @@ def tolerating(step: str, instead: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any library that the step uses
-        reason = f"{type(error).__name__}: {error}".strip().rstrip(".")
+        text = str(error) if isinstance(error, GlobeError) else f"{type(error).__name__}: {error}"
+        reason = " ".join(text.split()).rstrip(".")
         warn(f"{step} failed ({reason}); {instead}.", stacklevel=4)

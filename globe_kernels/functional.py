@@ -10,6 +10,8 @@ from globe_kernels.ops.moe_ffn_bank_first import BankFirstWeights
 from globe_kernels.ops.moe_ffn_bank_first import moe_ffn_bank_first as _moe_ffn_bank_first_op
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.ops.moe_ffn_cached import moe_ffn_cached as _moe_ffn_cached_op
+from globe_kernels.ops.moe_ffn_scratch import ScratchWeights
+from globe_kernels.ops.moe_ffn_scratch import moe_ffn_scratch as _moe_ffn_scratch_op
 
 
 def moe_ffn(
@@ -22,7 +24,7 @@ def moe_ffn(
 ) -> torch.Tensor:
     """Run the routed experts of one layer from composed bases (formula: `globe_kernels.ops.moe_ffn`).
 
-    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, within int32, where ids
+    hidden_states (T, D) in the dtype of the weights; top_k_index (T, K) of any integer dtype, where ids
     outside 0..E-1 contribute nothing; top_k_weights (T, K) of any float dtype. Any strides.
     Returns (T, D). Without `deterministic` a GPU sums the choices of a token in any order. Raises RequestError
     when shapes or dtypes do not fit.
@@ -37,6 +39,22 @@ def moe_ffn(
             f"{down.dtype} {tuple(down.shape)}; compose them for these experts."
         )
     return _moe_ffn_op(*routed, weights.to_list(), activation, deterministic)
+
+
+def moe_ffn_scratch(
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: ScratchWeights,
+    activation: str,
+    deterministic: bool = True,
+) -> torch.Tensor:
+    """Run the experts as `moe_ffn` does, from bases that may be overwritten after the call."""
+    routed = (hidden_states, top_k_index, top_k_weights)
+    basis, (gate, up), banks, phi, from_rank = weights
+    _check_inputs(*routed, from_rank.down_proj)
+    mixtures = ([*gate, *up], list(banks), list(from_rank))
+    return _moe_ffn_scratch_op(*routed, basis, *mixtures, phi, activation, deterministic)
 
 
 def moe_ffn_bank_first(
@@ -108,6 +126,10 @@ def _check_inputs(
         raise RequestError(
             f"top_k_index {tuple(top_k_index.shape)} and top_k_weights {tuple(top_k_weights.shape)} must both be "
             f"(tokens, top_k) with {hidden_states.shape[0]} tokens."
+        )
+    if top_k_index.dtype.is_floating_point or top_k_index.dtype == torch.bool:
+        raise RequestError(
+            f"top_k_index is {top_k_index.dtype} and ids of experts are integers; pass the router's indices."
         )
     if hidden_states.dtype != down_proj.dtype:
         raise RequestError(

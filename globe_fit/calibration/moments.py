@@ -14,7 +14,7 @@ import torch
 from globe_fit.data.source import ExpertSource
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
-from globe_kernels.ops.activations import gated_activation
+from globe_kernels.ops.activations import gated_slopes
 
 _CHUNK = 4096  # tokens that are summed together, which bounds the memory
 
@@ -125,12 +125,5 @@ def _add_sensitivities(
         for routed in order[start:stop].split(_CHUNK):  # numbers of routed rows, t * K + k
             x = hidden[routed // top_k].float()
             outputs = [torch.nn.functional.linear(x, matrices[f], biases[f]) for f in FAMILIES]
-            for family, slope in zip(FAMILIES, _slopes(activation, outputs), strict=True):
+            for family, slope in zip(FAMILIES, gated_slopes(activation)(*outputs), strict=True):
                 totals[family][expert] += (squares[routed] @ slope.square()) * reach
-
-
-def _slopes(activation: str, outputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return the derivatives of the activation, which is elementwise, by the outputs of gate and of up."""
-    with torch.enable_grad():
-        inputs = [output.requires_grad_() for output in outputs]
-        return torch.autograd.grad(gated_activation(activation)(*inputs).sum(), inputs)

@@ -62,9 +62,7 @@ def _choice(names: Iterable[str]) -> str:
 # Models and checkpoints are text, not paths: "./Org/name" is a directory, and "Org/name" may be on the Hub.
 ModelDir = Annotated[str, typer.Argument(help="Hugging Face MoE model: a directory, or its id on the Hub.")]
 GlobeDir = Annotated[str, typer.Argument(help="GloBE checkpoint: a directory, or its id on the Hub.")]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of the dense model on the Hub (its default branch).")
-]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the dense model, if it is on the Hub.")]
 _STEPS = f"Steps of the solver (varpro {VarProConfig.steps}, alternating {AlternatingConfig.steps})."
 Steps = Annotated[int | None, typer.Option(help=_STEPS)]
 Seed = Annotated[int | None, typer.Option(help=f"Seed of the start ({FitConfig.seed}).")]

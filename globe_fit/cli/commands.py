@@ -45,7 +45,7 @@ from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, warn
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.directories import (
     holds_checkpoint,
@@ -89,7 +89,8 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None], *,
 
 def _local(model: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """Return the directory of a model or a checkpoint, from the Hub if it is an id there."""
-    return local_directory(at_revision(model, revision), weights=weights, say=say)
+    tell = say if leads() else (lambda sentence: None)
+    return local_directory(at_revision(model, revision), weights=weights, say=tell)
 
 
 def _command() -> str:
@@ -308,10 +309,8 @@ def _eval(
     if is_checkpoint and text is not None and repository_of(found) is None:  # the cache of the Hub is not ours
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
-        try:
+        with tolerating("Keeping the evaluation", f"the report of {model} will not have these figures"):
             record_evaluation(GlobeCheckpoint(found), kept | {name: figures[name] for name in models})
-        except GlobeError as error:  # the figures are printed already
-            say(f"The report of {model} will not have these figures: {error}")
 
 
 def _kind(model: Path) -> str:

@@ -1,6 +1,7 @@
 """Print the figures of a command for a person: sentences and tables on stdout."""
 
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
 from statistics import median_low
@@ -170,7 +171,8 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
             for row in cached
         ]
         print_table("Token by token with a cache", ["", "cache", "bases", "hits", "tokens/s"], lines)
-    write(f"\nRows in {rows_file}, " + ("no plot without matplotlib." if plot is None else f"plot in {plot}."))
+    without = "no plot" if find_spec("matplotlib") else "no plot without matplotlib"
+    write(f"\nRows in {rows_file}, " + (f"{without}." if plot is None else f"plot in {plot}."))
 
 
 def print_sweep_estimate(title: str, rows: list[dict]) -> None:

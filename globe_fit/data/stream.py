@@ -15,6 +15,7 @@ least-squares problem.
 Each of several ranks (globe_fit.run.distributed) holds its columns of every W_i.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,11 +24,15 @@ import torch
 
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.run.distributed import ALONE, Ranks
+from globe_kernels.errors import GlobeError
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The mean and standard deviation over all weights of a family, and the energy of each layer."""
+    """The mean and scale by which a fit normalises the weights of a family, and the energy of each layer.
+
+    They are the mean and the standard deviation over all weights; of weights that are all alike 0 and the RMS.
+    """
 
     mean: float
     scale: float
@@ -36,6 +41,11 @@ class Statistics:
     @property
     def total_energy(self) -> float:
         return sum(self.energy.values())
+
+    @property
+    def unit(self) -> float:
+        """A power of two near the scale: weights in this unit have squares that float32 holds, and lose no bit."""
+        return 2.0 ** math.frexp(self.scale)[1]
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ def share(part: float, whole: float) -> float:
 # same size. Blocks of an eighth of a layer keep the sum below one layer. Smaller blocks than the minimum only cost
 # launches, larger blocks than the maximum only cost memory.
 _BLOCKS_PER_LAYER = 8
+_ALIKE = 1e-10  # of the mean square: a variance that float32 weights do not have but by rounding
 _MIN_BLOCK_BYTES = 4 * 2**20
 _MAX_BLOCK_BYTES = 256 * 2**20
 
@@ -93,7 +104,7 @@ class FamilyWeights:
     ) -> "FamilyWeights":
         """Measure the statistics of the weights in one pass and, with `metric`, their energy in the metric in another.
 
-        Raises GlobeError when a weight is NaN or infinite.
+        Raises GlobeError when a weight is NaN or infinite, and when the weights are too small.
         """
         total, energy = 0.0, dict.fromkeys((layer.layer for layer in source.layers), 0.0)
         count = source.base.total_experts * source.base.intermediate_size * source.base.hidden_size
@@ -106,8 +117,16 @@ class FamilyWeights:
             del block  # before the next block is read
         total, *energies = ranks.sums(total, *energy.values())
         energy = dict(zip(energy, energies, strict=True))
-        mean = total / count
-        scale = max(sum(energy.values()) / count - mean**2, 0.0) ** 0.5
+        mean, mean_square = total / count, sum(energy.values()) / count
+        variance = mean_square - mean**2
+        if variance < _ALIKE * mean_square:
+            mean, variance = 0.0, mean_square
+        scale = variance**0.5
+        if 0 < scale < torch.finfo(torch.float32).tiny:
+            raise GlobeError(
+                f"The {family} experts of {source.model_dir} have weights of about {scale:.0e}, too small for float32; "
+                "scale them up, and down_proj down by as much."
+            )
         # without a metric: 1 per weight, by definition of the scale
         measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), metric, float(count), ranks)
         if metric is None:
@@ -115,7 +134,7 @@ class FamilyWeights:
         in_metric = sum(
             measured.weighted(block, block.weights).square().sum().item() for block in measured.normalised()
         )
-        return replace(measured, normalised_energy=in_metric)
+        return replace(measured, normalised_energy=in_metric or float(count))
 
     def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
         """Bring the columns of `matrices` (..., D), of the experts of a block, into the metric."""

@@ -25,11 +25,12 @@ def svd_errors(weights: FamilyWeights, ranks: tuple[int, ...]) -> list[float]:
 
     Each process of `weights.ranks` decomposes its share of the experts, in all columns.
     """
-    lost = [0.0] * len(ranks)
+    lost, unit = [0.0] * len(ranks), weights.statistics.unit
     for block in weights.raw(weights.ranks.part(weights.source.base.total_experts)):
+        block.weights.div_(unit)
         narrow = block.weights if block.weights.shape[1] <= block.weights.shape[2] else block.weights.mT
         spectrum = torch.linalg.eigvalsh((narrow @ narrow.mT).double()).clamp_min(0)  # ascending
         for number, rank in enumerate(ranks):
             lost[number] += spectrum[:, : max(spectrum.shape[1] - rank, 0)].sum().item()
         del block, narrow  # before the next block is read
-    return [share(value, weights.statistics.total_energy) for value in weights.ranks.sums(*lost)]
+    return [share(value * unit**2, weights.statistics.total_energy) for value in weights.ranks.sums(*lost)]

@@ -107,7 +107,12 @@ def coherence(gram: torch.Tensor) -> dict:
 
 
 def condition(gram: torch.Tensor) -> float:
-    """Return the largest over the smallest eigenvalue of a symmetric float64 matrix; at most 1 / machine epsilon."""
+    """Return the largest over the smallest eigenvalue of a symmetric float64 matrix; at most 1 / machine epsilon.
+
+    NaN for a matrix without values, or of zeros.
+    """
+    if not gram.numel():
+        return math.nan
     values = torch.linalg.eigvalsh(gram)
     return (values[-1] / values[0].clamp_min(torch.finfo(values.dtype).eps * values[-1])).item()
 

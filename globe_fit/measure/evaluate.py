@@ -75,7 +75,7 @@ def evaluate(
         if on_batch is not None:
             on_batch(number + 1, len(batches))
     for name, total in totals.items():
-        if not math.isfinite(total["nll"]):
+        if not all(map(math.isfinite, total.values())):
             raise GlobeError(f"The {name} model gives NaN or infinite logits on this text; restore its files.")
     return {
         name: Quality(

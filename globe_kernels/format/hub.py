@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.directories import named_weights, weights_entry
+from globe_kernels.format.directories import holds_model, named_weights, weights_entry
 from globe_kernels.format.files import read_json
 from globe_kernels.format.names import (
     CARD_NAME,
@@ -87,7 +87,8 @@ def local_directory(
     if (found / CONFIG_NAME).is_file():
         listed = read_json(found / CONFIG_NAME, "download it again").get("files", {})
         download.get_weights(list(checked(dict[str, str], listed, CONFIG_NAME, "download it again")), say)
-        return found
+        if not holds_model(found):  # a checkpoint alone, not beside its model
+            return found
     named = named_weights(found)
     if named is None or not named.endswith(".json"):
         # one file comes before an index

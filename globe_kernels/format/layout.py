@@ -17,7 +17,7 @@ BIASES = {GATE_UP: "gate_up_proj_bias", DOWN: "down_proj_bias"}
 
 @dataclass(frozen=True)
 class ExpertsLayout:
-    """How fused weights are laid out, and whether they come with biases."""
+    """The layout of fused weights, and whether they come with biases."""
 
     transposed: bool = False  # the input dimension first: (E, D, 2P) and (E, P, D)
     interleaved: bool = False  # the outputs are g0, u0, g1, u1, ... instead of gate first

@@ -151,7 +151,7 @@ class BasisCache(nn.Module):
         """Return the statistics; waits for the device."""
         with self.turn():
             hits, misses, evictions = self.registers[2:].tolist()
-            uses = self.uses.cpu().split(list(self.num_experts.values()))
+            uses = self.uses.to("cpu", copy=True).split(list(self.num_experts.values()))
         return CacheStats(
             hits,
             misses,

@@ -81,13 +81,13 @@ def set_strategy(
 ) -> Arrangement:
     """Run the GloBE experts of `model` by another strategy from now on; weights and results stay.
 
-    Takes the arguments of `globe_kernels.patch`. Waits for the calls of other threads, and calls that begin meanwhile
-    wait. Raises RequestError, and changes nothing, when the arguments cannot be met.
+    Takes the arguments of `globe_kernels.patch`. Waits for the layers that other threads run, and layers that they run
+    next wait. Raises RequestError, and changes nothing, when the arguments cannot be met.
     """
     model = model_in(model)
     bank, modules = bank_of(model), list(globe_modules(model).values())
     bounds = (None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
-    with bank.calls.none():
+    with bank.calls.change(modules):
         make_parameters_split(model)
         arrangement = plan_arrangement(bank, modules, bank.arrangement.top_k, strategy, *bounds)
         arrange(bank, modules, arrangement)
@@ -96,7 +96,7 @@ def set_strategy(
 
 def cache_stats(model: nn.Module) -> CacheStats:
     """Return hits and misses of the caches of all devices, since they were made; waits for the devices."""
-    with bank_of(model).calls.one():
+    with bank_of(model).calls.no_change():
         return sum_stats([cache.stats() for cache in _caches_of(model)])
 
 
@@ -106,7 +106,7 @@ def warm_cache(model: nn.Module, uses: Mapping[int, torch.Tensor]) -> None:
     `uses`: {layer id: (E,) times each expert was used}, such as `cache_stats(model).uses` of an earlier run.
     """
     bank = bank_of(model)
-    with bank.calls.one():
+    with bank.calls.no_change():
         caches = _caches_of(model)
         weights = {module.layer: cached_weights(module) for module in globe_modules(model).values()}
         for cache in caches:
@@ -124,7 +124,7 @@ def explain(model: nn.Module, tokens: int) -> Explanation:
     """
     bank = bank_of(model)
     groups: dict[Any, list[str]] = {}
-    with bank.calls.one():
+    with bank.calls.no_change():
         modules = globe_modules(model)
         for name, module in modules.items():
             groups.setdefault((module.sizes(), module.machine, module.pool), []).append(name)

@@ -15,6 +15,7 @@ from torch import nn
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.layout import BIASES, DOWN, GATE_UP, ExpertsLayout
+from globe_kernels.model.owners import refuse_unfit
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation, parse_activation
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.)")
@@ -55,6 +56,7 @@ def routed_experts(model: nn.Module) -> dict[int, DenseExperts]:
     every = [(path, module) for path, module in model.named_modules() if hasattr(module, "has_gate")]
     for path, module in _of_language_model(model, every) or _experts_by_name(model):
         if reason := _reason_against(module):
+            refuse_unfit(path, module)  # with the sentence for experts that somebody else has changed
             raise RequestError(
                 f"{path} of {name} is a {type(module).__name__}, which {reason}; GloBE cannot stand in for such "
                 "experts, so give another model."

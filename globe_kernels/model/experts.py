@@ -235,23 +235,19 @@ class GlobeMoEFFN(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """Compute (T, D) from hidden_states (T, D), top_k_index (T, K), top_k_weights (T, K)."""
-        routed = Routed(hidden_states, top_k_index, top_k_weights)
-        if torch.compiler.is_compiling():
-            return self._run(routed)
-        with self.calls.one():
-            return self._run(routed)
-
-    def _run(self, routed: Routed) -> torch.Tensor:
-        bank, hidden = self.device_bank, routed.hidden_states
-        if any(map(is_split, (hidden, *self._parameters.values()))):
+        self.calls.arrive(self)
+        bank = self.device_bank
+        if torch.is_grad_enabled():
+            self._check_frozen()
+        if any(map(is_split, (hidden_states, *self._parameters.values()))):
             raise RequestError(
                 f"Layer {self.layer} is called with a DTensor, which no kernel can read; load the export with "
                 "from_pretrained(..., distributed_config=...), which splits GloBE experts, and call the whole model."
             )
-        strategy = STRATEGIES[self.strategy(hidden.shape[0])]
+        strategy = STRATEGIES[self.strategy(hidden_states.shape[0])]
         if not strategy.holds_bases:
-            self._refuse_atoms(bank, hidden.device)
-        return strategy.run(self, routed)
+            self._refuse_atoms(bank, hidden_states.device)
+        return strategy.run(self, Routed(hidden_states, top_k_index, top_k_weights))
 
     def _refuse_atoms(self, bank: DeviceBank, device: torch.device) -> None:
         """Raise RequestError when a kernel would read atoms of another device or size, whatever is at the address."""
@@ -268,6 +264,18 @@ class GlobeMoEFFN(nn.Module):
                     f"The bank is {type(atoms).__name__} {tuple(atoms.shape)} and the codes of layer {self.layer} are "
                     f"over {shape}; put back atoms of that shape, and call the whole model where FSDP has split it."
                 )
+
+    def _check_frozen(self) -> None:
+        """Raise RequestError when a factor requires a gradient: it would get none, or from some strategies alone."""
+        atoms = {f"atoms of {family}": self.device_bank.atoms(family) for family in FAMILIES}
+        factors = self.from_rank._asdict() | atoms
+        trained = [name for name, tensor in factors.items() if tensor is not None and tensor.requires_grad]
+        if trained:
+            raise RequestError(
+                f"Layer {self.layer} has factors that require a gradient ({', '.join(trained)}) and GloBE trains the "
+                "layers around frozen experts alone; call requires_grad_(False) on them, give PEFT the names of other "
+                'layers in place of "all-linear", or train the dense model and fit it again.'
+            )
 
     def extra_repr(self) -> str:
         sizes = f"experts={self.num_experts}, hidden={self.hidden_dim}, intermediate={self.intermediate_dim}"

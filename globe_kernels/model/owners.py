@@ -24,7 +24,7 @@ def model_in(module: Any) -> Any:
     Raises RequestError when `module` is no torch module, or holds several models.
     """
     if not isinstance(module, nn.Module):
-        held = [name for name, value in vars(module).items() if isinstance(value, nn.Module)]
+        held = [name for name, value in getattr(module, "__dict__", {}).items() if isinstance(value, nn.Module)]
         raise RequestError(
             f"{type(module).__name__} is no torch module; pass the model"
             + (f", which is its attribute {' or '.join(held)}." if held else " that it runs.")

@@ -17,7 +17,6 @@ from globe_kernels.format.layout import GATE_UP
 from globe_kernels.format.names import BANK_NAME, CONFIG_NAME, FAMILIES
 from globe_kernels.model.arrange import arrange, by_device, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
-from globe_kernels.model.calls import Calls
 from globe_kernels.model.discovery import DenseExperts, top_k_of
 from globe_kernels.model.experts import GlobeMoEFFN
 from globe_kernels.model.owners import model_in, refuse_keepers, refuse_left_over, refuse_unfit
@@ -111,8 +110,7 @@ def patch(
 
     Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for
     a moment dense and GloBE experts are both in memory. Where both do not fit, export the checkpoint and load it with
-    from_pretrained. Calls of other threads that began before `patch` must have ended when it returns; later calls wait.
-    Raises GlobeError.
+    from_pretrained. Waits for the calls of other threads. Raises GlobeError.
     """
     bounds = tuple(None if size is None else parse_bytes(size) for size in (memory_budget, cache_bytes))
     around, model = model, model_in(model)
@@ -126,26 +124,19 @@ def patch(
         _check_shapes(target, checkpoint.config)
     refuse_left_over(model)
     _refuse_other_weights(targets[0], checkpoint)
-    calls = Calls()
-    hooks = calls.watch(model)  # from here on: a call that begins while experts are built is known when they go in
-    try:
-        bank, modules = _build(targets, checkpoint)
-        bank.calls = calls
-        arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model, targets[0]), strategy, *bounds))
+    bank, modules = _build(targets, checkpoint)
+    arrange(bank, modules, plan_arrangement(bank, modules, top_k_of(model, targets[0]), strategy, *bounds))
 
-        before = sum(_module_bytes(target.module) for target in targets)
-        rest = _module_bytes(model) - before
-        with calls.none():
-            for target, module in zip(targets, modules, strict=True):
-                model.set_submodule(target.name, module)
-            install_bank(model, bank)
-            if keep_dense:
-                # a plain tuple: the dense experts follow the model neither to a device nor into its state_dict
-                setattr(model, _DENSE_NAME, targets)
-            _set_quantizer(model, checkpoint.config)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    before = sum(_module_bytes(target.module) for target in targets)
+    rest = _module_bytes(model) - before
+    with model.register_forward_pre_hook(bank.calls.arrive), bank.calls.change([model]):
+        for target, module in zip(targets, modules, strict=True):
+            model.set_submodule(target.name, module)
+        install_bank(model, bank)
+        if keep_dense:
+            # a plain tuple: the dense experts follow the model neither to a device nor into its state_dict
+            setattr(model, _DENSE_NAME, targets)
+        _set_quantizer(model, checkpoint.config)
     replaced = tuple(target.name for target in targets)
     skipped = tuple(name for name, _ in model.named_modules() if name.endswith("experts") and name not in replaced)
     after = resident_bytes(model)
@@ -165,7 +156,7 @@ def unpatch(model: nn.Module) -> None:
             "The dense experts were not kept; patch with keep_dense=True to be able to undo it, or load the dense "
             "model again."
         )
-    with getattr(model, BANK_NAME).calls.none():
+    with getattr(model, BANK_NAME).calls.change([model]):
         for target in dense:
             globe = model.get_submodule(target.name)
             assert isinstance(globe, GlobeMoEFFN)
@@ -251,7 +242,13 @@ def _refuse_other_weights(target: DenseExperts, checkpoint: GlobeCheckpoint) -> 
         factors.code.index, factors.code.value, checkpoint.bank("gate"), config.phi, torch.float32
     )
     gate = weights.float().cpu()
-    error = ((gate - factors.adapter.float() @ basis).square().sum() / gate.square().sum()).item()
+    largest = gate.abs().max()
+    if not torch.isfinite(largest):
+        raise GlobeError(f"{target.name}.gate_up_proj holds NaN or infinity; load the model's weights again.")
+    unit = torch.where(largest > 0, largest, 1.0)  # float32 may not hold the squares of the weights
+    lost = ((gate - factors.adapter.float() @ basis) / unit).square().sum().item()
+    energy = (gate / unit).square().sum().item()
+    error = lost / energy if energy else lost  # a layer of zeros is fitted without an error
     if not error < 1.0:
         raise RequestError(
             f"The checkpoint {checkpoint.path} was fitted on other weights than this model's (relative error "
@@ -276,9 +273,8 @@ def _build(targets: tuple[DenseExperts, ...], checkpoint: GlobeCheckpoint) -> tu
         module = globe_experts(config, target)
         for name, fused in target.module.named_parameters():
             for parameter, tensor in target.layout.kept(name, fused).items() if name != GATE_UP else ():
-                if not isinstance(tensor, nn.Parameter):  # a view, in another layout than GlobeMoEFFN has
-                    tensor = nn.Parameter(tensor.detach().contiguous(), requires_grad=False)
-                setattr(module, parameter, tensor)
+                # frozen, in the memory of the dense tensor unless GlobeMoEFFN has another layout
+                setattr(module, parameter, nn.Parameter(tensor.detach().contiguous(), requires_grad=False))
         for family in FAMILIES:
             factors = checkpoint.layer(target.layer, family)
             adapter = nn.Parameter(factors.adapter.to(down.device, down.dtype), requires_grad=False)

@@ -4,45 +4,54 @@ Importing this module registers the quantization method "globe". The experts are
 model is on the meta device, so dense gate and up experts never exist in memory.
 """
 
-from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from safetensors import safe_open
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    AutoQuantizationConfig,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.checkpoint import GlobeConfig, check_codes, exported_bank_key, require_finite
+from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import GlobeConfig, check_codes
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.format.typed import checked
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import top_k_of
+from globe_kernels.model.loaded import check_exported_files, require_all_weights, require_finite_factors
 from globe_kernels.model.owners import refuse_quantized
-from globe_kernels.model.parallel import here, take_share, write_plans
-from globe_kernels.model.renaming import Renaming
+from globe_kernels.model.parallel import take_share, write_plans
 from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
 from globe_kernels.strategies.budget import AUTO
 
 
 @register_quantization_config(QUANT_METHOD)
 class GlobeQuantizationConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the fields of GlobeConfig beside `quant_method`."""
+    """`quantization_config` of config.json: the fields of GlobeConfig beside `quant_method`.
+
+    `other_layers` is the configuration of the quantizer that holds the layers around the experts, where there is one.
+    """
 
     def __init__(self, **data: Any):
         data.pop("quant_method", None)
         where = "quantization_config in config.json"
         # file of an export, None where the name is the usual
         self.weights: str | None = checked(str | None, data.pop("weights", None), f"weights of {where}", "export again")
+        other = data.pop("other_layers", None)
+        self.other_layers: Any = AutoQuantizationConfig.from_dict(other) if isinstance(other, dict) else other
         self.quant_method: Any = QUANT_METHOD
         self.globe = GlobeConfig.from_dict(data, where)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": QUANT_METHOD, **self.globe.to_dict()}
+        other = {} if self.other_layers is None else {"other_layers": self.other_layers.to_dict()}
+        return {"quant_method": QUANT_METHOD, **self.globe.to_dict(), **other}
 
     to_diff_dict = to_dict
 
@@ -51,26 +60,36 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         return self.to_dict().get(key, default)
 
 
-@register_quantizer(QUANT_METHOD)
-class GlobeHfQuantizer(HfQuantizer):
-    """Swap the experts before the weights are loaded, and arrange the model after."""
+class _Experts(HfQuantizer):
+    """Swap the experts before the weights are loaded, and arrange the model after.
 
-    def __init__(self, quantization_config: Any, **kwargs: Any):
-        super().__init__(quantization_config, **kwargs)
-        self.globe, self.weights = quantization_config.globe, quantization_config.weights
+    The quantizer of a GloBE model is a subclass of this class and of the quantizer of its other layers, by `_joined`:
+    `super()` is that quantizer here. `marked` is `quantization_config` of the model's configuration.
+    """
+
+    marked: Any
 
     def update_attn_implementation(self, config: Any) -> Any:
+        self._take_guard(config)
+        return super().update_attn_implementation(config)
+
+    def update_tp_plan(self, config: Any) -> Any:
+        """The hook of transformers before 5.20."""
+        self._take_guard(config)
+        return super().update_tp_plan(config)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _take_guard(self, config: Any) -> None:
         """Put the file of the weights in the place of the sentence that stops a transformers without globe_kernels."""
-        if self.weights is not None:
-            setattr(config, GUARD_KEY, self.weights)
+        if self.marked.weights is not None:
+            setattr(config, GUARD_KEY, self.marked.weights)
         else:
             _take_away(config)
-        return config
 
-    update_tp_plan = update_attn_implementation  # the hook of transformers before 5.20
+    def _convert_model_for_quantization(self, model: Any) -> None:
+        """Leave experts alone that transformers takes apart for some quantizers: they are replaced."""
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
-        config = self.globe
+        config = self.marked.globe
         targets = plan_replacement(model, config)
         self.dtype, self.top_k = targets[0].module.down_proj.dtype, top_k_of(model, targets[0])
         for target in targets:
@@ -78,40 +97,74 @@ class GlobeHfQuantizer(HfQuantizer):
             block = model.get_submodule(target.name.rpartition(".")[0])
             if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
                 block._is_hf_initialized = True  # transformers would draw dense experts through the block
+        # before the bank is there: some quantizers leave out the last module of a model
+        super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         write_plans(model, [target.name for target in targets])
         if checkpoint_files:
-            _check_exported_files(checkpoint_files, model)
+            check_exported_files(checkpoint_files, model)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
-        _require_all_weights(model)
+        require_all_weights(model)
+        super()._process_model_after_weight_loading(model, **kwargs)
         bank = getattr(model, BANK_NAME)
         _bring(bank)
-        _require_finite(bank, BANK_NAME, FAMILIES)
+        bank.requires_grad_(False)
+        require_finite_factors(bank, BANK_NAME, FAMILIES)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
-                check_codes(module.code(family).index, self.globe.num_atoms, name)
-            _require_finite(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
-            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file
-            module.to(self.dtype)
+                check_codes(module.code(family).index, self.marked.globe.num_atoms, name)
+            require_finite_factors(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
+            # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
+            # version makes parameters that require gradients
+            module.to(self.dtype).requires_grad_(False)
         modules = list(globe_modules(model).values())
         take_share(bank, modules)
         arrange(bank, modules, plan_arrangement(bank, modules, self.top_k, AUTO))
         install_bank(model, bank)
-        # a quantized model refuses .half() and .float(), and the factors stand every cast
-        model.is_quantized = False
         _take_away(model.config)
-        model.config.__class__ = _guarded(type(model.config))
+        model.config.quantization_config = self.marked
+        model.config.__class__ = _joined(_Guard, type(model.config))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Refuse to save a directory that could not be loaded; return the answer of transformers otherwise."""
-        if missing := self.globe.base.num_experts.keys() - {module.layer for module in globe_modules(model).values()}:
+        layers = {module.layer for module in globe_modules(model).values()}
+        if missing := self.marked.globe.base.num_experts.keys() - layers:
             raise RequestError(
                 f"This process has no layers {', '.join(map(str, sorted(missing)))}, so it cannot save the model; copy "
                 "the directory that it was loaded from."
             )
+        if conversions := getattr(model, "_weight_conversions", None):
+            model._weight_conversions = [conversion for conversion in conversions if _has_reverse(conversion)]
+        return super().get_state_dict_and_metadata(model)
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Leave a model on GloBE whose other layers were dequantized."""
+        super().remove_quantization_config(model)
+        set_quantizer(model, self.marked.globe)
+
+
+@register_quantizer(QUANT_METHOD)
+class GlobeHfQuantizer(_Experts):
+    """The quantizer of a model whose other layers are plain; of other layers that are not, the joined quantizer."""
+
+    def __new__(cls, quantization_config: Any = None, **kwargs: Any):
+        if quantization_config is None or quantization_config.other_layers is None:
+            return super().__new__(cls)
+        return _join(AutoHfQuantizer.from_config(quantization_config.other_layers, **kwargs), quantization_config)
+
+    def __init__(self, quantization_config: Any, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.marked = quantization_config
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs):
+        # a quantized model refuses .half() and .float(), and the factors stand every cast
+        model.is_quantized = False
+        return super()._process_model_after_weight_loading(model, **kwargs)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
         refuse_quantized(model)
         return super().get_state_dict_and_metadata(model)
 
@@ -120,11 +173,20 @@ class GlobeHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> Any:
-        return False
+        return True  # the layers around the experts
 
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _has_reverse(conversion: Any) -> bool:
+    """Whether transformers can undo a conversion to save; if it cannot, the state_dict has the tensors of the disk."""
+    try:
+        conversion.reverse_transform()
+    except NotImplementedError:  # such as the reading of the codes of bitsandbytes
+        return False
+    return True
 
 
 def _take_away(config: Any) -> None:
@@ -145,131 +207,65 @@ def _bring(bank: GlobeBank) -> None:
         setattr(bank, name, nn.Parameter(atoms.to("cpu"), requires_grad=False))
 
 
-def _require_finite(module: nn.Module, where: str, names: Iterable[str]) -> None:
-    """Raise GlobeError for factors that have NaN or infinity, but for factors that a device map leaves on disk."""
-    for name in names:
-        if not (tensor := getattr(module, name)).is_meta:
-            require_finite(here(tensor), f"{where}.{name}")
-
-
-def _check_exported_files(files: list[str], model: Any) -> None:
-    """Check the tensors of experts and bank: transformers neither stops at a missing tensor nor checks shapes here.
-
-    Raises GlobeError for a tensor that is missing or of another shape. The experts of a base that keeps them one by one
-    are merged by transformers.
-    """
-    renaming = Renaming(model)
-    found: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, list[tuple[int, ...]]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in list(handle.keys()):
-                live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
-                if len(shape) == 2 and live.converter is not None:
-                    pieces.setdefault(live.key, []).append(shape)
-                found[live.key] = shape
-    # transformers merges the experts that it finds, however many there are
-    found |= {key: (len(shapes), *min(shapes)) for key, shapes in pieces.items() if min(shapes) == max(shapes)}
-    bank = getattr(model, BANK_NAME)
-    expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
-    for path, module in globe_modules(model).items():
-        expected |= {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    for key, shape in expected.items():
-        if (actual := found.get(key)) != shape:
-            raise GlobeError(
-                f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
-                "export the checkpoint again."
-            )
-
-
-def _require_all_weights(model: Any) -> None:
-    """Refuse a model with weights that no file held: transformers gives them random values, and warns at most.
-
-    The new head of a task that the export was not made for is no such weight. A tensor on the meta device is on disk.
-    """
-    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
-    heads = set() if head is None else set(head.parameters())
-    is_body = getattr(model, model.base_model_prefix, None) is None
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        belongs = is_body or name.startswith(body) or tensor in heads
-        if belongs and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
-            raise GlobeError(
-                f"{name} is missing in the model's safetensors files, and transformers gave it random values; restore "
-                "the files or export the checkpoint again."
-            )
-
-
 def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
-    """Mark a transformers model as running on GloBE, or (None) as dense again.
+    """Mark a transformers model as running on GloBE, or (None) as it was before.
 
-    A model that another quantizer has loaded keeps that quantizer, and cannot be saved while it runs on GloBE.
+    A quantizer that has loaded the model stays, and saves it with GloBE.
     """
     if not hasattr(model, "config"):
         return
-    quantizer = getattr(model, "hf_quantizer", None)
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    marked: Any = getattr(model.config, "quantization_config", None)
     if config is None:
         model.config.__class__ = getattr(type(model.config), "unguarded", type(model.config))
         if isinstance(quantizer, GlobeHfQuantizer):
             del model.hf_quantizer, model.quantization_method, model.config.quantization_config
         elif quantizer is not None:
-            quantizer.__class__ = getattr(type(quantizer), "unguarded", type(quantizer))
-    elif quantizer is not None:
-        quantizer.__class__ = _unsaved(type(quantizer))
-    else:
-        quantization_config = GlobeQuantizationConfig(**config.to_dict())
+            quantizer.__class__, model.config.quantization_config = type(quantizer).unguarded, marked.other_layers
+            del quantizer.marked
+        return
+    quantization_config: Any = GlobeQuantizationConfig(**config.to_dict() | {"other_layers": marked})
+    if quantizer is None:
         model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
-        model.config.quantization_config = quantization_config
-        model.config.__class__ = _guarded(type(model.config))
         model.quantization_method = QUANT_METHOD
+    else:
+        _join(quantizer, quantization_config)
+    model.config.quantization_config = quantization_config
+    model.config.__class__ = _joined(_Guard, type(model.config))
 
 
-def _guard(make: Any, guarded: Any, members: dict[str, Any]) -> Any:
-    """Return a subclass of the same name, by which transformers finds the classes of a model.
-
-    `make` makes it of `guarded`, for pickle, which could not import it.
-    """
-
-    def reduce(self: Any) -> tuple:
-        return _with_state, (make, guarded, self.__dict__)
-
-    return type(guarded.__name__, (guarded,), {**members, "__reduce__": reduce, "unguarded": guarded})
+def _join(quantizer: Any, marked: Any) -> Any:
+    """Make `quantizer`, of the other layers of a model, the quantizer of its experts too; return it."""
+    quantizer.__class__, quantizer.marked = _joined(_Experts, type(quantizer)), marked
+    return quantizer
 
 
-def _with_state(make: Any, guarded: Any, state: dict[str, Any]) -> Any:
-    instance = guarded.__new__(make(guarded))
-    instance.__dict__.update(state)
-    return instance
-
-
-@lru_cache
-def _guarded(config_class: Any) -> Any:
-    """Return the subclass of a configuration that `save_pretrained` writes with the sentence of an export.
+class _Guard:
+    """A configuration that `save_pretrained` writes with the sentence of an export.
 
     transformers drops the key of the sentence when it saves, so the key cannot be an attribute of the configuration.
     """
-    if hasattr(config_class, "unguarded"):
-        return config_class
 
-    def to_diff_dict(self: Any) -> dict[str, Any]:
-        return {**config_class.to_diff_dict(self), GUARD_KEY: EXPORT_GUARD}
-
-    return _guard(_guarded, config_class, {"to_diff_dict": to_diff_dict})
+    def to_diff_dict(self) -> dict[str, Any]:
+        return {**super().to_diff_dict(), GUARD_KEY: EXPORT_GUARD}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @lru_cache
-def _unsaved(quantizer_class: Any) -> Any:
-    """Return the subclass of another quantizer under which a model is not saved: config.json names one quantizer."""
+def _joined(first: Any, unguarded: Any) -> Any:
+    """Return the subclass of both, named as `unguarded`: by its name transformers finds the classes of a model."""
+    if issubclass(unguarded, first):
+        return unguarded
 
-    def get_state_dict_and_metadata(self: Any, model: Any) -> Any:
-        if getattr(model, "_hf_peft_config_loaded", False):  # adapters alone are saved
-            return quantizer_class.get_state_dict_and_metadata(self, model)
-        method = getattr(self.quantization_config.quant_method, "value", self.quantization_config.quant_method)
-        raise RequestError(
-            f"This model is quantized by {method} and runs on GloBE experts, and a directory can be loaded by one of "
-            "the two; keep the dense model and the GloBE checkpoint, and patch after loading, or unpatch and save."
-        )
+    def reduce(self: Any) -> tuple:  # for pickle, which could not import the class
+        return _with_state, (first, unguarded, self.__dict__)
 
-    return _guard(_unsaved, quantizer_class, {"get_state_dict_and_metadata": get_state_dict_and_metadata})
+    return type(unguarded.__name__, (first, unguarded), {"__reduce__": reduce, "unguarded": unguarded})
+
+
+def _with_state(first: Any, unguarded: Any, state: dict[str, Any]) -> Any:
+    instance = unguarded.__new__(_joined(first, unguarded))
+    instance.__dict__.update(state)
+    return instance
 
 
 def _globe_experts_forward(*_: Any) -> None:

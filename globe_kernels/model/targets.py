@@ -60,8 +60,8 @@ def globe_modules(model: nn.Module) -> dict[str, GlobeMoEFFN]:
 def install_bank(model: nn.Module, bank: GlobeBank) -> None:
     """Register the bank at the root of a model whose experts are arranged; new weights arrange them again."""
     setattr(model, BANK_NAME, bank)
-    hooks = [model.register_load_state_dict_post_hook(_arrange_again), *bank.calls.watch(model)]
-    setattr(model, _HOOKS_NAME, hooks)
+    arrive = model.register_forward_pre_hook(bank.calls.arrive)
+    setattr(model, _HOOKS_NAME, (model.register_load_state_dict_post_hook(_arrange_again), arrive))
 
 
 def remove_bank(model: nn.Module) -> None:
@@ -75,6 +75,7 @@ def remove_bank(model: nn.Module) -> None:
 def _arrange_again(model: nn.Module, _: Any) -> None:
     """After load_state_dict, which has no tensor that strategies make from the codes and the bank."""
     bank = getattr(model, BANK_NAME)
-    with bank.calls.none():
+    modules = list(globe_modules(model).values())
+    with bank.calls.change(modules):
         make_parameters_split(model)
-        arrange(bank, list(globe_modules(model).values()), bank.arrangement)
+        arrange(bank, modules, bank.arrangement)

@@ -57,6 +57,62 @@ GATED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def _silu_slope(x: torch.Tensor, alpha: float = 1.0) -> torch.Tensor:
+    """Return the derivative of x sigmoid(alpha x)."""
+    s = torch.sigmoid(alpha * x)
+    return s * (1 + alpha * x * (1 - s))
+
+
+def _gelu_slope(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x.square()) * (0.5 / math.pi) ** 0.5
+
+
+def _gelu_tanh_slope(x: torch.Tensor) -> torch.Tensor:
+    # gelu is x sigmoid(2 v), v the argument of its tanh
+    s = torch.sigmoid(2 * (2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))
+    return s + x * s * (1 - s) * 2 * (2 / math.pi) ** 0.5 * (1 + 3 * 0.044715 * x.square())
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def _clamped_swiglu_slopes(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> Pair:
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (
+        (gate <= limit) * _silu_slope(g, alpha) * (u + 1),
+        g * torch.sigmoid(alpha * g) * (up.abs() <= limit),
+    )
+
+
+def _clamped_silu_slopes(gate: torch.Tensor, up: torch.Tensor, limit: float) -> Pair:
+    g, u = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (gate <= limit) * _silu_slope(g) * u, F.silu(g) * (up.abs() <= limit)
+
+
+def _capped_silu_slopes(gate: torch.Tensor, up: torch.Tensor, limit: float) -> Pair:
+    y, u = F.silu(gate), up.clamp(-limit, limit)
+    return (y <= limit) * _silu_slope(gate) * u, y.clamp(max=limit) * (up.abs() <= limit)
+
+
+def _softcapped_silu_slopes(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> Pair:
+    s, g, u = torch.sigmoid(gate), torch.tanh(gate / alpha), torch.tanh(up / limit)
+    return s * (1 - g.square() + alpha * g * (1 - s)) * limit * u, alpha * g * s * (1 - u.square())
+
+
+# {name: function that returns the derivatives of y by gate and by up}
+_SLOPES: dict[str, Callable[..., Pair]] = {
+    "silu": lambda gate, up: (_silu_slope(gate) * up, F.silu(gate)),
+    "swish": lambda gate, up: (_silu_slope(gate) * up, F.silu(gate)),
+    "gelu": lambda gate, up: (_gelu_slope(gate) * up, F.gelu(gate)),
+    "gelu_pytorch_tanh": lambda gate, up: (_gelu_tanh_slope(gate) * up, F.gelu(gate, approximate="tanh")),
+    "relu": lambda gate, up: ((gate > 0) * up, F.relu(gate)),
+    "clamped_swiglu": _clamped_swiglu_slopes,
+    "clamped_silu": _clamped_silu_slopes,
+    "capped_silu": _capped_silu_slopes,
+    "softcapped_silu": _softcapped_silu_slopes,
+}
+
+
 class Activation(NamedTuple):
     """A gated activation and its settings; 0 stands for a setting that it does not have."""
 
@@ -112,28 +168,67 @@ def gated_activation(spec: str) -> GatedFunction:
     return partial(GATED_ACTIVATIONS[activation.name], **activation.settings)
 
 
+def gated_slopes(spec: str) -> Callable[[torch.Tensor, torch.Tensor], Pair]:
+    """Return the function of (gate, up) that gives the derivatives of the activation by gate and by up.
+
+    In a dtype of 16 bits some of them overflow.
+    """
+    activation = parse_activation(spec)
+    return partial(_SLOPES[activation.name], **activation.settings)
+
+
+@triton.jit
+def gated_factors(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """Return (a, a', b, b') of two float32 blocks: every activation is a(gate) b(up)."""
+    b, b_slope = up, 1.0
+    if ACTIVATION == "silu" or ACTIVATION == "swish":
+        s = tl.sigmoid(gate)
+        a = gate * s
+        a_slope = s + a * (1.0 - s)
+    elif ACTIVATION == "gelu":
+        s = 1.0 + tl.erf(gate * 0.7071067811865476)
+        a = 0.5 * gate * s
+        a_slope = 0.5 * s + gate * tl.exp(-0.5 * gate * gate) * 0.3989422804014327
+    elif ACTIVATION == "gelu_pytorch_tanh":
+        # tanh(u) = 2 sigmoid(2u) - 1, which saturates without overflow
+        s = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        a = gate * s
+        a_slope = s + a * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    elif ACTIVATION == "relu":
+        a = tl.maximum(gate, 0.0)
+        a_slope = tl.where(gate > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "softcapped_silu":
+        s = tl.sigmoid(gate)
+        g = 2.0 * tl.sigmoid(2.0 / ALPHA * gate) - 1.0
+        a = ALPHA * g * s
+        a_slope = s * (1.0 - g * g) + a * (1.0 - s)
+        u = 2.0 * tl.sigmoid(2.0 / LIMIT * up) - 1.0
+        b, b_slope = LIMIT * u, 1.0 - u * u
+    else:
+        b, b_slope = tl.clamp(up, -LIMIT, LIMIT), tl.where(tl.abs(up) <= LIMIT, 1.0, 0.0)
+        if ACTIVATION == "capped_silu":
+            s = tl.sigmoid(gate)
+            a = gate * s
+            a_slope = tl.where(a <= LIMIT, s + a * (1.0 - s), 0.0)
+            a = tl.minimum(a, LIMIT)
+        else:
+            g = tl.minimum(gate, LIMIT)
+            if ACTIVATION == "clamped_silu":
+                s = tl.sigmoid(g)
+                a = g * s
+                a_slope = s + a * (1.0 - s)
+            else:
+                tl.static_assert(ACTIVATION == "clamped_swiglu", "an activation without kernel")
+                s = tl.sigmoid(ALPHA * g)
+                a = g * s
+                a_slope = s + ALPHA * a * (1.0 - s)
+                b += 1.0
+            a_slope = tl.where(gate <= LIMIT, a_slope, 0.0)
+    return a, a_slope, b, b_slope
+
+
 @triton.jit
 def apply_gated(gate, up, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
     """Apply the activation of that name and settings to two float32 blocks."""
-    if ACTIVATION == "silu" or ACTIVATION == "swish":
-        y = gate * tl.sigmoid(gate) * up
-    elif ACTIVATION == "gelu":
-        y = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476)) * up
-    elif ACTIVATION == "gelu_pytorch_tanh":
-        # tanh(u) = 2 sigmoid(2u) - 1, which saturates without overflow
-        y = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)) * up
-    elif ACTIVATION == "relu":
-        y = tl.maximum(gate, 0.0) * up
-    elif ACTIVATION == "clamped_swiglu":
-        g = tl.minimum(gate, LIMIT)
-        y = g * tl.sigmoid(ALPHA * g) * (tl.clamp(up, -LIMIT, LIMIT) + 1.0)
-    elif ACTIVATION == "clamped_silu":
-        g = tl.minimum(gate, LIMIT)
-        y = g * tl.sigmoid(g) * tl.clamp(up, -LIMIT, LIMIT)
-    elif ACTIVATION == "capped_silu":
-        y = tl.minimum(gate * tl.sigmoid(gate), LIMIT) * tl.clamp(up, -LIMIT, LIMIT)
-    else:
-        tl.static_assert(ACTIVATION == "softcapped_silu", "an activation without kernel")
-        g = ALPHA * (2.0 * tl.sigmoid(2.0 / ALPHA * gate) - 1.0) * tl.sigmoid(gate)
-        y = g * LIMIT * (2.0 * tl.sigmoid(2.0 / LIMIT * up) - 1.0)
-    return y
+    a, _, b, _ = gated_factors(gate, up, ACTIVATION, ALPHA, LIMIT)
+    return a * b

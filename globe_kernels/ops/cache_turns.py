@@ -10,7 +10,7 @@ captured graph can leave it out or stretch it over several layers.
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -60,7 +60,7 @@ class LastUse:
     """
 
     def __init__(self):
-        self._event: torch.cuda.Event | None = None
+        self._event: Any = None  # a torch.cuda.Event
 
     @contextmanager
     def before(self, device: torch.device) -> Iterator[None]:

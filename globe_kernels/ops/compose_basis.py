@@ -110,8 +110,12 @@ def compose_basis_ref(
 
 
 def mix_atoms(value: torch.Tensor, atoms: torch.Tensor, bank: torch.Tensor, phi: str, out: torch.Tensor) -> None:
-    """Write phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V) into `out` (E, V)."""
+    """Write phi of value (E, U) float32 times the atoms (U,) of `bank` (M, V) into `out` (E, V).
+
+    Multiplies in fp32, atoms of fp64 in fp64.
+    """
+    value = value.to(torch.promote_types(bank.dtype, torch.float32))
     step = _CPU_VALUES if bank.device.type == "cpu" else _GPU_VALUES
     for start in range(0, bank.shape[1], step):
         part = slice(start, start + step)
-        out[:, part] = PHI_FUNCTIONS[phi](value @ bank[:, part].index_select(0, atoms).float())
+        out[:, part] = PHI_FUNCTIONS[phi](value @ bank[:, part].index_select(0, atoms).to(value.dtype))

@@ -113,6 +113,15 @@ compose_slots = register_op(
 )
 
 
+def compose_mixtures(mixtures: Mixtures, phi: str) -> torch.Tensor:
+    """Return all bases (E, 2R, D) of a layer."""
+    num_experts, (_, rank, width) = mixtures.gate_index.shape[0], mixtures.gate_bank.shape
+    every = torch.arange(num_experts, dtype=torch.int32, device=mixtures.gate_bank.device)
+    bases = mixtures.gate_bank.new_empty(num_experts, 2 * rank, width)
+    compose_slots(every, every, bases, list(mixtures), phi)
+    return bases
+
+
 def compose_slots_ref(
     miss_expert: torch.Tensor, miss_slot: torch.Tensor, pool: torch.Tensor, mixtures: Mixtures, phi: str
 ) -> None:

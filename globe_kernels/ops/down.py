@@ -138,20 +138,26 @@ def launch_down(
     _down_kernel[grid](y, *down, rows, top_k_weights, *schedule, plan.top_k, ATOMIC=not deterministic, **options)
     if not deterministic:
         return rows.to(y.dtype)
-    out = y.new_empty(num_tokens, columns)
+    return sum_choices(rows, top_k_index, num_experts)
+
+
+def sum_choices(rows: torch.Tensor, top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Sum the rows (S, D) of each token in fp32, without those of choices that name no expert; return (T, D)."""
+    (num_tokens, top_k), columns = top_k_index.shape, rows.shape[1]
+    out = rows.new_empty(num_tokens, columns)
     _sum_choices_kernel[(num_tokens, triton.cdiv(columns, _SUM_BLOCK))](
-        rows, top_k_index, out, columns, num_experts, plan.top_k, BLOCK=_SUM_BLOCK, num_warps=_SUM_WARPS
+        rows, top_k_index, out, columns, num_experts, top_k, BLOCK=_SUM_BLOCK, num_warps=_SUM_WARPS
     )
     return out
 
 
 def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """Compute what `launch_down` computes, with weighted rows in fp32."""
-    width = down.weight.shape[1]
-    out = y.new_zeros(plan.num_rows, width, dtype=torch.float32)
-    row_weights = top_k_weights.flatten().float()
+    """Compute what `launch_down` computes, with weighted rows in fp32, of fp64 in fp64."""
+    width, dtype = down.weight.shape[1], torch.promote_types(y.dtype, torch.float32)
+    out = y.new_zeros(plan.num_rows, width, dtype=dtype)
+    row_weights = top_k_weights.flatten().to(dtype)
     for expert, rows in plan.rows_by_expert():
         target = plan.order[rows]
         bias = None if down.bias is None else down.bias[expert]
-        out[target] = F.linear(y[rows], down.weight[expert], bias).float() * row_weights[target, None]
+        out[target] = F.linear(y[rows], down.weight[expert], bias).to(dtype) * row_weights[target, None]
     return out.view(-1, plan.top_k, width).sum(1).to(y.dtype)

@@ -61,21 +61,23 @@ def accumulate(
     acc,  # (BLOCK_M, BLOCK_N) float32
     rows_ptr,  # (BLOCK_M, 1) pointers to the first value of each row
     row_mask,  # (BLOCK_M, 1)
-    weight_ptr,  # (1, BLOCK_N) pointers to the first value of each output's weights
+    weight_ptr,  # (1, BLOCK_N) pointers to the first value of each output's weights, which are `stride` values apart
     column_mask,  # (1, BLOCK_N)
     depth,  # K
     EVEN_K: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    stride=1,
 ):
     """Return acc + rows @ weights^T over K, in fp32; fp32 inputs are multiplied in full precision."""
     k = tl.arange(0, BLOCK_K)
     for start in range(0, depth, BLOCK_K):
         if EVEN_K:
             a = tl.load(rows_ptr + (start + k)[None, :], mask=row_mask, other=0.0)
-            b = tl.load(weight_ptr + (start + k)[:, None], mask=column_mask, other=0.0)
+            b = tl.load(weight_ptr + (start + k)[:, None] * stride, mask=column_mask, other=0.0)
         else:
             inside = start + k < depth
             a = tl.load(rows_ptr + (start + k)[None, :], mask=row_mask & inside[None, :], other=0.0)
-            b = tl.load(weight_ptr + (start + k)[:, None], mask=column_mask & inside[:, None], other=0.0)
+            weights = weight_ptr + (start + k)[:, None] * stride
+            b = tl.load(weights, mask=column_mask & inside[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc

@@ -144,8 +144,8 @@ def _mix_kernel(
     token = (tl.program_id(0) // blocks).to(tl.int64)
     ranks = tl.program_id(0) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
     choices = tl.arange(0, K_PAD)
-    experts = tl.load(index_ptr + token * top_k + choices, mask=choices < top_k, other=-1).to(tl.int64)
-    routed = (experts >= 0) & (experts < num_experts)
+    experts = tl.load(index_ptr + token * top_k + choices, mask=choices < top_k, other=0).to(tl.int64)
+    routed = (choices < top_k) & (experts >= 0) & (experts < num_experts)
     # fmt: off
     if tl.program_id(1) == 0:
         _mix_family(gate_z_ptr, gate_value_ptr, gate_scale_ptr, out_ptr, token, experts, routed, ranks,
@@ -187,9 +187,10 @@ def launch_mix(
 def mix_ref(z: tuple[torch.Tensor, torch.Tensor], top_k_index: torch.Tensor, codes: Codes) -> torch.Tensor:
     """Compute what `launch_mix` computes; rows of ids that name no expert are zero."""
     routed = (top_k_index >= 0) & (top_k_index < codes[0].shape[0])
-    expert = torch.where(routed, top_k_index, 0)
+    expert = torch.where(routed, top_k_index, 0).long()
     mixed = []
     for product, value, scale in zip(z, codes[::2], codes[1::2], strict=True):
         code = value[expert, : product.shape[1]] * (scale[expert] * routed)[..., None]
-        mixed.append(torch.bmm(code, product.float()).to(product.dtype))
+        dtype = torch.promote_types(product.dtype, code.dtype)
+        mixed.append(torch.bmm(code.to(dtype), product.to(dtype)).to(product.dtype))
     return torch.cat(mixed, dim=2).flatten(0, 1)

@@ -22,6 +22,7 @@ from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import Down, down_ref, launch_down
 from globe_kernels.ops.gate_up import GatedAdapters, gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
+from globe_kernels.ops.moe_ffn_backward import moe_ffn_backward
 from globe_kernels.ops.registration import register_op
 from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
@@ -75,7 +76,7 @@ class ExpertWeights(NamedTuple):
         return ExpertWeights(self.basis.contiguous(), self.from_rank.contiguous())
 
 
-def _run(
+def run_moe_ffn(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -83,6 +84,7 @@ def _run(
     activation: str,
     deterministic: bool,
 ) -> torch.Tensor:
+    """Run the op: the kernels on a GPU, else the reference."""
     w = ExpertWeights.from_list(weights)
     if not use_triton(hidden):
         count_call("moe_ffn_ref")
@@ -98,13 +100,27 @@ def fake_like_hidden(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
+def differentiate(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    weights: list[torch.Tensor | None],
+    activation: str,
+) -> dict[str, torch.Tensor]:
+    """Return the gradients of hidden and top_k_weights, from the gradient of the result."""
+    found = moe_ffn_backward(gradient, hidden, top_k_index, top_k_weights, weights, activation)
+    return dict(zip(("hidden", "top_k_weights"), found, strict=True))
+
+
 # (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
 # weights: ExpertWeights.to_list, in the dtype of hidden. globe_kernels.functional checks the shapes.
 moe_ffn = register_op(
     "moe_ffn(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, Tensor?[] weights, str activation, "
     "bool deterministic) -> Tensor",
-    _run,
+    run_moe_ffn,
     fake_like_hidden,
+    differentiate,
 )
 
 

@@ -22,11 +22,12 @@ from typing import NamedTuple
 
 import torch
 
+from globe_kernels.ops.compose_layer import compose_bases
 from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
 from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.mix import Codes, MixConfig, MixShape, choose_mix, launch_mix, mix_ref
-from globe_kernels.ops.moe_ffn import FromRank, fake_like_hidden
+from globe_kernels.ops.moe_ffn import FromRank, differentiate, fake_like_hidden
 from globe_kernels.ops.palette_in import (
     PaletteInConfig,
     PaletteInShape,
@@ -129,6 +130,20 @@ def _run(
     return launch_moe_ffn_bank_first(hidden.contiguous(), *routing, w.contiguous(), activation, config, deterministic)
 
 
+def _backward(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    mixtures: list[torch.Tensor],
+    from_rank: list[torch.Tensor | None],
+    activation: str,
+) -> dict[str, torch.Tensor]:
+    banks, codes = mixtures[:2], mixtures[2:]
+    basis = compose_bases(codes, banks, "identity", hidden.dtype)
+    return differentiate(gradient, hidden, top_k_index, top_k_weights, [basis, *from_rank], activation)
+
+
 # (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
 # mixtures: BankFirstWeights.mixtures, from_rank: FromRank; all but codes and palettes in the dtype of hidden.
 # globe_kernels.functional checks the shapes.
@@ -137,6 +152,7 @@ moe_ffn_bank_first = register_op(
     "Tensor?[] from_rank, str activation, bool deterministic) -> Tensor",
     _run,
     fake_like_hidden,
+    _backward,
 )
 
 

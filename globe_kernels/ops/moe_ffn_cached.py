@@ -20,12 +20,12 @@ import torch
 
 from globe_kernels.ops.cache_lookup import CacheState, cache_lookup_ref, launch_cache_lookup
 from globe_kernels.ops.cache_turns import turn_of
-from globe_kernels.ops.compose_slots import Mixtures, compose_slots_ref, launch_compose_slots
+from globe_kernels.ops.compose_slots import Mixtures, compose_mixtures, compose_slots_ref, launch_compose_slots
 from globe_kernels.ops.counters import count_call
 from globe_kernels.ops.down import down_ref, launch_down
 from globe_kernels.ops.gate_up import gate_up_ref, launch_gate_up
 from globe_kernels.ops.low_rank_in import launch_low_rank_in, low_rank_in_ref
-from globe_kernels.ops.moe_ffn import FromRank, fake_like_hidden
+from globe_kernels.ops.moe_ffn import FromRank, differentiate, fake_like_hidden
 from globe_kernels.ops.registration import register_op
 from globe_kernels.ops.routing import launch_routing_plan, routing_plan_ref
 from globe_kernels.ops.triton_import import use_triton
@@ -66,6 +66,20 @@ def _run(
         return launch_moe_ffn_cached(*case, state, first_expert, phi, activation, config, deterministic)
 
 
+def _backward(
+    gradient: torch.Tensor,
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    mixtures: list[torch.Tensor],
+    from_rank: list[torch.Tensor | None],
+    phi: str,
+    activation: str,
+) -> dict[str, torch.Tensor]:
+    basis = compose_mixtures(Mixtures(*mixtures), phi)  # the pool may have other bases by now
+    return differentiate(gradient, hidden, top_k_index, top_k_weights, [basis, *from_rank], activation)
+
+
 # (T, D) in the dtype of hidden (T, D): kernels on a GPU, the reference elsewhere. top_k_index and top_k_weights (T, K);
 # cache: the number of the cache, whose state the op brings up to date; mixtures: Mixtures; from_rank: FromRank. The
 # experts of the layer are first_expert .. first_expert + E - 1 of the cache. globe_kernels.functional checks shapes.
@@ -74,6 +88,7 @@ moe_ffn_cached = register_op(
     "Tensor?[] from_rank, int first_expert, str phi, str activation, bool deterministic) -> Tensor",
     _run,
     fake_like_hidden,
+    _backward,
 )
 
 

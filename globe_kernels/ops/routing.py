@@ -74,8 +74,9 @@ def max_tiles(num_rows: int, num_experts: int, block_m: int) -> int:
 @triton.jit
 def _load_ids(index_ptr, rows, num_rows, num_experts):
     """Load the expert of each row; num_experts where a row has none."""
-    ids = tl.load(index_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int32)
-    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    ids = tl.load(index_ptr + rows, mask=rows < num_rows, other=0)
+    # compared in their own type: an id past int32 must not wrap into an expert
+    return tl.where((rows < num_rows) & (ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
 
 
 @triton.jit
@@ -272,7 +273,7 @@ def warps(e_pad: int) -> int:
 
 def routing_plan_ref(top_k_index: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:
     """Compute what `launch_routing_plan` computes; rows without expert follow the others in `order`."""
-    ids = top_k_index.flatten()
+    ids = top_k_index.flatten().long()
     ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = torch.argsort(ids, stable=True)
     counts = torch.bincount(ids, minlength=num_experts + 1)[:num_experts]

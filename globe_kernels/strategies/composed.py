@@ -64,18 +64,13 @@ class Composed(Strategy):
         layer.keep("basis", compose(layer, gate, up))
 
     def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
-        return run_from_bases(layer, layer.kept("basis"), routed)
+        return moe_ffn(*routed, ExpertWeights(layer.kept("basis"), layer.from_rank), layer.activation)
 
 
 def compose(layer: Layer, gate: LayerCode, up: LayerCode) -> torch.Tensor:
     """Compose the bases (E, 2R, D) of one layer from the atoms of its device."""
     bank = layer.device_bank
     return compose_bases([*gate, *up], [bank.gate, bank.up], layer.phi, layer.dtype)
-
-
-def run_from_bases(layer: Layer, basis: torch.Tensor, routed: Routed) -> torch.Tensor:
-    """Compute (T, D) from bases (E, 2R, D)."""
-    return moe_ffn(*routed, ExpertWeights(basis, layer.from_rank), layer.activation)
 
 
 def stages_after_composing(sizes: LayerSizes, tokens: int, *, passes: int = 1) -> list[Stage]:

@@ -7,7 +7,9 @@ Suits long prefills. On a GPU the next layer is composed meanwhile on a side str
 
 import torch
 
+from globe_kernels.functional import moe_ffn_scratch
 from globe_kernels.ops.compose_layer import compose_bases_into
+from globe_kernels.ops.moe_ffn_scratch import ScratchWeights
 from globe_kernels.strategies.base import (
     Layer,
     LayerSizes,
@@ -19,7 +21,7 @@ from globe_kernels.strategies.base import (
     Strategy,
     routing_stage,
 )
-from globe_kernels.strategies.composed import compose, run_from_bases, stages_after_composing
+from globe_kernels.strategies.composed import compose, stages_after_composing
 from globe_kernels.strategies.palette_codes import hold_palette_codes, kept_palette_codes, palette_code_bytes
 
 
@@ -51,13 +53,15 @@ class Scratch(Strategy):
         hold_palette_codes(layer)
 
     def run(self, layer: Layer, routed: Routed) -> torch.Tensor:
-        def experts(basis: torch.Tensor) -> torch.Tensor:
-            return run_from_bases(layer, basis, routed)
+        bank, codes = layer.device_bank, kept_palette_codes(layer)
 
-        buffers = layer.device_bank.scratch
-        if buffers.can_run(routed.hidden_states):
-            return buffers.run(layer, routed.hidden_states, experts)
-        return experts(compose(layer, *kept_palette_codes(layer)))
+        def experts(basis: torch.Tensor) -> torch.Tensor:
+            weights = ScratchWeights(basis, codes, (bank.gate, bank.up), layer.phi, layer.from_rank)
+            return moe_ffn_scratch(*routed, weights, layer.activation)
+
+        if bank.scratch.can_run(routed.hidden_states):
+            return bank.scratch.run(layer, routed.hidden_states, experts)
+        return experts(compose(layer, *codes))
 
 
 def compose_into(layer: Layer, out: torch.Tensor) -> None:

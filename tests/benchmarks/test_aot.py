@@ -60,6 +60,8 @@ found = {{(case.kernel.fn.__name__, case.constexprs.get("BLOCK_M"), case.options
 assert found == {{
     ("_low_rank_in_kernel", 32, 4), ("_gate_up_kernel", 32, 4), ("_down_kernel", 32, 4),
     ("_low_rank_in_kernel", 64, 4), ("_gate_up_kernel", 64, 4), ("_down_kernel", 64, 4),
+    ("_gate_up_backward_kernel", 32, 4), ("_project_back_kernel", 32, 4),
+    ("_gate_up_backward_kernel", 64, 4), ("_project_back_kernel", 64, 4),
     ("_palette_in_kernel", 64, 4), ("_mix_kernel", None, 1), ("_compose_layer_kernel", None, 5),
 }}, found
 """

@@ -78,7 +78,7 @@ def test_a_nan_is_named_with_its_expert(source, tmp_path):
     for path in source.model_dir.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     key = source.layers[1].keys["up"][3]
-    path = tmp_path / source.files.weight_map[key]
+    path = tmp_path / source.files.files.weight_map[key]
     tensors = load_file(path)
     tensors[key][5] = torch.nan
     save_file(tensors, path, {"format": "pt"})

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from globe_fit import ExpertSource, compress, export_dense, export_globe
+from globe_fit.export import _state_dtype
 from globe_kernels import GlobeCheckpoint
 from globe_kernels.errors import GlobeError, GlobeWarning, RequestError
 from tests.conftest import TINY_FIT
@@ -191,10 +192,6 @@ def both_dtypes(config: dict) -> None:
     config |= {"torch_dtype": "float16", "dtype": "float32"}
 
 
-def dtypes_of_parts(config: dict) -> None:
-    config["dtype"] = {"": "float32", "text_config": "float32"}
-
-
 @pytest.mark.parametrize("dense", [False, True], ids=["globe", "dense"])
 @pytest.mark.parametrize("stated", [without_a_dtype, as_of_transformers_4, both_dtypes])
 def test_auto_is_the_dtype_of_the_export(base_dir, exported, stated, dense):
@@ -219,15 +216,14 @@ def test_auto_without_a_dtype_is_the_dtype_of_the_weights(base_dir, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_dtype_is_stated_in_every_part(base_dir, exported):
-    def nested(config: dict) -> None:
-        dtypes_of_parts(config)
-        config["text_config"] = {"model_type": "qwen3_moe", "torch_dtype": "float32"}
-        config["vision_config"] = {"model_type": "siglip_vision_model"}
-        config["vocabulary_map"] = {"dtype": 17}
-
-    set_config(base_dir, nested)
-    config = json.loads((exported(dtype=torch.bfloat16) / "config.json").read_text())
+def test_a_dtype_is_stated_in_every_part():
+    config = {
+        "dtype": {"": "float32", "text_config": "float32"},
+        "text_config": {"model_type": "qwen3_moe", "torch_dtype": "float32"},
+        "vision_config": {"model_type": "siglip_vision_model"},
+        "vocabulary_map": {"dtype": 17},
+    }
+    _state_dtype(config, "bfloat16", change=True)
     assert config["dtype"] == {"": "bfloat16", "text_config": "bfloat16"}
     assert config["text_config"]["torch_dtype"] == config["vision_config"]["dtype"] == "bfloat16"
     assert config["vocabulary_map"] == {"dtype": 17}

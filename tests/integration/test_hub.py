@@ -104,6 +104,22 @@ def test_fit_export_and_load_by_ids(hub, repository, globe, tmp_path):
     assert_refused(globe("fit", "Me/export", "-o", "new", *QUICK), 2, "is a model that GloBE compressed already")
 
 
+def test_a_checkpoint_beside_its_model(hub, repository, fit_tiny):
+    for path in fit_tiny()[0].iterdir():
+        if path.name != "config.json":
+            shutil.copy(path, repository)
+    hub.models["Org/both"] = repository
+    model = AutoModelForCausalLM.from_pretrained("Org/both")
+    assert len(globe_kernels.patch(model).replaced) == 3
+    assert len(ExpertSource("Org/both").layers) == 3 and GlobeCheckpoint("Org/both", verify=True)
+    hub.models["Org/alone"] = Path(shutil.copytree(repository, repository.with_name("alone")))
+    (hub.models["Org/alone"] / "globe_config.json").unlink()
+    with pytest.raises(
+        RequestError, match=r"directory \(Org/alone\) holds no globe_config.json; pass the GloBE checkpoint"
+    ):
+        globe_kernels.patch(AutoModelForCausalLM.from_pretrained("Org/alone"))
+
+
 def test_a_revision(hub, repository, globe):
     hub.models["Org/My-MoE"], hub.branches["Org/My-MoE"] = repository, {"v2"}
     assert globe("plan", "Org/My-MoE", "--revision", "v2", "--support", "4")[0] == 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -20,7 +21,10 @@ from globe_kernels.strategies.budget import resident
 from globe_kernels.testing import assert_close
 from tests.integration.test_patching import TOKENS, logits
 
-pytestmark = pytest.mark.filterwarnings("ignore:A layer of this checkpoint uses")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:A layer of this checkpoint uses"),
+    pytest.mark.skipif("ep_size" not in DistributedConfig.__dataclass_fields__, reason="transformers before 5.20"),
+]
 
 EXPERTS = "model.layers.*.mlp.experts"
 ADAPTERS = {f"{EXPERTS}.{family}_adapter": "colwise" for family in ("gate", "up")}
@@ -47,8 +51,6 @@ REFUSED = {
         r"gate_adapter of layer 0 is \(8, 48, 32\) on this process .* expect \(8, 24, 32\)",
     ),
 }
-KEYS = {f.name for f in DistributedConfig.__dataclass_fields__.values()}
-pytestmark = [pytestmark, pytest.mark.skipif("ep_size" not in KEYS, reason="the names of transformers from 5.20")]
 
 
 def full(model: nn.Module) -> torch.Tensor:
@@ -189,8 +191,6 @@ def test_a_shared_model_is_saved_whole_or_not_at_all(case, found, alone):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_plans_that_split_experts_in_part_are_refused(name, found):
-    import re
-
     assert re.search(REFUSED[name][2], found[name]), found[name]
 
 

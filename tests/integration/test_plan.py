@@ -164,7 +164,7 @@ def not_a_moe(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("path", "options", "sentence"),
     [
-        (Path("nowhere"), (), "nowhere does not exist; give the local directory of a Hugging Face model."),
+        (Path("nowhere"), (), "nowhere does not exist; give the local directory of a Hugging Face model, or its id"),
         (CONFIGS, (), "; give the local directory of a Hugging Face model."),
         (
             not_a_moe,

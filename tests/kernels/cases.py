@@ -40,16 +40,18 @@ def silu_gated(gate, up):
     return F.silu(gate) * up
 
 
-def token_by_token(hidden, index, scale, bases, w: FromRank, join=silu_gated) -> torch.Tensor:
+def token_by_token(hidden, index, scale, bases, w: FromRank, join=silu_gated, experts=E) -> torch.Tensor:
     """Independent of the ops: in fp64, from the bases (E, R, D) of gate and of up by way of dense matrices."""
     biases = (w.gate_bias, w.up_bias, w.down_bias)
-    gate_bias, up_bias, down_bias = (torch.zeros(E, 1, device=DEVICE) if b is None else b.double() for b in biases)
+    gate_bias, up_bias, down_bias = (
+        torch.zeros(experts, 1, device=DEVICE) if b is None else b.double() for b in biases
+    )
     adapters = (w.gate_adapter, w.up_adapter)
     gate, up = (adapter.double() @ basis.double() for adapter, basis in zip(adapters, bases, strict=True))
     out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for token, x in enumerate(hidden.double()):
         for choice, expert in enumerate(index[token].tolist()):
-            if 0 <= expert < E:
+            if 0 <= expert < experts:
                 y = join(gate[expert] @ x + gate_bias[expert], up[expert] @ x + up_bias[expert])
                 out[token] += scale[token, choice].double() * (w.down_proj[expert].double() @ y + down_bias[expert])
     return out

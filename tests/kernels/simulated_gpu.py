@@ -5,13 +5,14 @@ The order is random, within what streams and events allow. The current stream is
 
 import random
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Work:
-    run: object
+    run: Callable[[], object]
     after: list["Work"]
 
 
@@ -44,6 +45,7 @@ class Gpu:
         self.log: list[str] = []
         self.recorded: list[Stream] = []
         self.ignores_events = False
+        self.capturing = False
         self.lock = threading.Lock()  # torch and the driver launch one after the other
         self.main, self.side, self.other = Stream(self), Stream(self), Stream(self)
         self._threads = threading.local()

@@ -13,6 +13,7 @@ from globe_kernels.ops.compose_layer import compose_bases_into, compose_family, 
 from globe_kernels.ops.compose_slots import Mixtures
 from globe_kernels.ops.mixture import mixture, mixture_ref
 from globe_kernels.ops.moe_ffn import ExpertWeights, FromRank, moe_ffn_ref
+from globe_kernels.ops.moe_ffn_backward import moe_ffn_backward_ref
 from globe_kernels.ops.moe_ffn_bank_first import WORKSPACE_BYTES, BankFirstWeights, moe_ffn_bank_first_ref
 from globe_kernels.ops.moe_ffn_cached import CachedWeights
 from globe_kernels.testing import assert_close, relative_errors
@@ -65,6 +66,29 @@ def test_error_at_real_sizes_is_that_of_torch(model, tokens):
     found, torchs = relative_errors(out, exact), relative_errors(eager, exact)
     assert found[0] <= 1.5 * torchs[0] and found[1] <= 2 * torchs[1]
     assert_close(out, exact, rms=1.5e-2, peak=3e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+@pytest.mark.parametrize("model", list(MODELS))
+def test_error_of_gradients_at_real_sizes_is_that_of_torch(model, tokens):
+    torch.manual_seed(0)
+    bias = model.startswith("GPT")
+    activation = "clamped_swiglu" if bias else "silu"
+    w, (hidden, index, scale) = layer(model, bias), routed(model, tokens)
+    gradient = torch.randn_like(hidden)
+
+    def by_torch(dtype: torch.dtype):
+        weights = FromRank(*(t if t is None else t.to(dtype) for t in w.from_rank))
+        factors = (w.basis.to(dtype), weights.adapters, weights.down)
+        return moe_ffn_backward_ref(gradient.to(dtype), hidden.to(dtype), index, scale, *factors, activation)
+
+    found = torch.autograd.grad(
+        moe_ffn(hidden.requires_grad_(), index, scale.requires_grad_(), w, activation), (hidden, scale), gradient
+    )
+    for one, eager, exact in zip(found, by_torch(torch.bfloat16), by_torch(torch.float32), strict=True):
+        errors, torchs = relative_errors(one, exact), relative_errors(eager, exact)
+        assert errors[0] <= 1.5 * torchs[0] and errors[1] <= 2 * torchs[1]
+        assert_close(one, exact, rms=2e-2, peak=4e-2)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 200])

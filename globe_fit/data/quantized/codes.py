@@ -26,15 +26,15 @@ class Packing:
 
 @lru_cache
 def _pairs(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """Return (256, 2): for each byte the values of its low and of its high four bits."""
+    """Return (256,) int64: for each byte two float32, of its low and of its high four bits."""
     high, low = torch.meshgrid(torch.tensor(values), torch.tensor(values), indexing="ij")
-    return torch.stack((low, high), -1).flatten(0, 1).to(device)
+    return torch.stack((low, high), -1).flatten(0, 1).view(torch.int64).flatten().to(device)
 
 
 def _from_nibbles(codes: torch.Tensor, values: tuple[float, ...]) -> torch.Tensor:
-    # one look-up per byte: half the indices of a look-up per value
+    # one look-up per byte, of both values at once
     pairs = _pairs(values, codes.device).index_select(0, _bytes(codes).int())
-    return pairs.view(*codes.shape[:-1], -1)
+    return pairs.view(torch.float32).view(*codes.shape[:-1], -1)
 
 
 def _bytes(codes: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,16 @@ def _bytes(codes: torch.Tensor) -> torch.Tensor:
     return codes.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
 
 
-FP8 = INT8 = Packing(1, lambda codes: codes.float())
+def _from_fp8(codes: torch.Tensor) -> torch.Tensor:
+    if codes.is_cuda:
+        return codes.float()
+    # a CPU converts value by value, which takes five times as long as a table
+    table = torch.arange(256, dtype=torch.uint8).view(codes.dtype).float()
+    return table.index_select(0, _bytes(codes).int()).view(codes.shape)
+
+
+FP8 = Packing(1, _from_fp8)
+INT8 = Packing(1, lambda codes: codes.float())
 FP4 = Packing(2, lambda codes: _from_nibbles(codes, FP4_VALUES))
 # int32 is little-endian on every platform of torch with safetensors, so the order of the bytes is the order of values
 INT4 = Packing(8, lambda codes: _from_nibbles(codes, INT4_VALUES))

@@ -17,6 +17,7 @@ from globe_fit.data.quantized.codes import Packing
 from globe_kernels.errors import GlobeError
 
 _E8M0_NAN = 255
+_CACHED_VALUES = 2**18  # 1 MiB of fp32
 
 
 class Files(Protocol):
@@ -72,25 +73,26 @@ class QuantizedWeight:
     def read(self, files: Files, index: Sequence[slice], device: str | torch.device) -> torch.Tensor:
         """Return the values at `index`, one slice per axis of the model's weight, on `device`.
 
-        The codes of the slice go to the device and become numbers there, one expert of a fused tensor at a time.
-        Raises GlobeError when a scale is NaN.
+        The codes of the slice go to the device and become numbers there. A CPU takes so few rows at a time that their
+        fp32 stays in its caches, a GPU an expert. Raises GlobeError when a scale is NaN.
         """
         spans = [range(*part.indices(size)) for part, size in zip(index, self.model_shape, strict=True)]
-        out = torch.empty([len(span) for span in spans], dtype=self.dtype, device=device)
-        spans = self._oriented(spans)
-        if len(spans) == 2:
-            self._fill(files, out, spans)
-            return out
-        for number, expert in enumerate(spans[0]):
-            self._fill(files, out[number : number + 1], [range(expert, expert + 1), *spans[1:]])
-        return out
+        *experts, rows, columns = self._oriented(spans)
+        out = torch.empty([len(span) for span in (*experts, rows, columns)], dtype=self.dtype, device=device)
+        step = max(1, _CACHED_VALUES // max(1, len(columns))) if out.device.type == "cpu" else max(1, len(rows))
+        for number, expert in enumerate(experts[0] if experts else range(1)):
+            of_expert = out[number : number + 1] if experts else out
+            for first in range(0, len(rows) if len(columns) else 0, step):
+                part = slice(first, first + step)
+                leading = [range(expert, expert + 1)] if experts else []
+                self._fill(files, of_expert[..., part, :], [*leading, rows[part], columns])
+        return out.mT if self.transposed else out
 
     def _oriented(self, axes: Sequence) -> list:
         return [*axes[:-2], axes[-1], axes[-2]] if self.transposed else list(axes)
 
     def _fill(self, files: Files, out: torch.Tensor, spans: Sequence[range]) -> None:
-        if out.numel() == 0:
-            return
+        """Write the values of `spans` into `out`, both in the stored orientation."""
         *_, columns = spans
         per_item = self.packing.values
         first = columns.start // per_item
@@ -105,7 +107,7 @@ class QuantizedWeight:
             if zeros is not None:
                 part -= zeros[..., block, None]
             part *= scales[..., block, None]
-        out.copy_(values.mT if self.transposed else values)
+        out.copy_(values)
 
     def _spread(self, grid: torch.Tensor, spans: Sequence[range]) -> torch.Tensor:
         """Repeat the entries of a grid along all axes but the last, until each row of the slice has its own."""

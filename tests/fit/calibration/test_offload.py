@@ -31,7 +31,7 @@ def text(tmp_path_factory):
 
 def test_a_model_that_fits_stays_in_memory(source):
     plan = plan_run(source, "cpu")
-    weights = sum(source.files.num_bytes(key) for key in source.files.weight_map)
+    weights = sum(map(source.files.dense_bytes, source.files.keys))
     assert (plan.offload, plan.windows, plan.rewritten_bytes) == (False, 8, 0)
     assert weights < plan.in_memory_bytes < plan.peak_bytes < weights + 2e8
     least = plan_run(source, "cpu", plan.in_memory_bytes)
@@ -52,8 +52,8 @@ def test_a_model_that_does_not_fit_is_run_from_disk(source):
 
 def test_the_more_memory_the_larger_the_batches(monkeypatch):
     source = ExpertSource(shipped_model())
-    small = source.files.num_bytes
-    monkeypatch.setattr(source.files, "num_bytes", lambda key: 100 * small(key))
+    small = source.files.dense_bytes
+    monkeypatch.setattr(source.files, "dense_bytes", lambda key: 100 * small(key))
     plans = [plan_run(source, "cpu", limit) for limit in (5e8, 8e8)]
     assert all(plan.offload and 0.9 * plan.available_bytes < plan.peak_bytes < plan.available_bytes for plan in plans)
     assert 1 < plans[0].windows < plans[1].windows

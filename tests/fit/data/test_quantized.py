@@ -168,7 +168,17 @@ def test_a_read_takes_the_memory_of_its_slice(tmp_path, name):
     assert of_slice.largest <= 2 * part.numel() * 4 and of_slice.total <= 16 * part.numel()
     with Numbers() as of_whole:
         whole = tensors.read(FUSED)
-    assert of_whole.largest == whole.numel() * 2  # the result: one expert at a time is in fp32
+    assert of_whole.largest == whole.numel() * 2  # the result alone: few rows at a time are in fp32
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("name", "ndim"), VARIANTS, ids=lambda value: str(value))
+def test_a_gpu_makes_the_same_values(tmp_path, name, ndim):
+    case, key, weight = CASES[name], KEY if ndim == 2 else FUSED, random_weight(*(3, 96, 64)[-ndim:])
+    tensors = open_checkpoint(tmp_path, stored_names(key, case.quantize(weight)), case.config)
+    part = (slice(None),) * (ndim - 1) + (slice(3, 50),)
+    assert torch.equal(tensors.read(key, *part, device="cuda").cpu(), tensors.read(key, *part))
 
 
 _INT4_PARTS = integers(random_weight(96, 64))

@@ -107,7 +107,7 @@ def test_an_incomplete_checkpoint(model_dir, dropped, sentence):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"model_type": "llama"}, "LlamaForCausalLM has no routed experts .* give a Mixture-of-Experts model"),
+        ({"model_type": "llama"}, "LlamaForCausalLM has no routed experts; give a Mixture-of-Experts model"),
         ({"model_type": None}, "is not of a model that transformers .* knows"),
         ({"num_experts": None, "num_local_experts": None}, r"lacks the \w+ matrix of expert 8 \(120 of 128 missing\)"),
         ({"num_experts": 9, "num_local_experts": 9}, r"lacks the \w+ matrix of expert 8"),

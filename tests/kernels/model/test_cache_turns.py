@@ -173,7 +173,6 @@ def test_a_cache_of_one_mode_serves_in_another(made, used):
 @pytest.fixture
 def gpu(monkeypatch):
     simulated = Gpu()
-    simulated.capturing = False
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: simulated.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: simulated.capturing)
     return simulated

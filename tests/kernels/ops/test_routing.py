@@ -68,6 +68,21 @@ SHAPES = {
 }
 
 
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize("rows", [4, _BLOCK + 4])
+def test_an_id_past_int32_is_no_expert(build, rows):
+    index = torch.tensor([[2**32 + 1], [-(2**32) + 1], [2**31], [1]], device=DEVICE).repeat(rows // 4, 1)
+    check(build(index, 3, 16), index, 3, 16)
+
+
+@pytest.mark.parametrize("build", BUILDERS)
+@pytest.mark.parametrize(("dtype", "experts"), [(torch.uint8, 256), (torch.int8, 128), (torch.int16, 300)], ids=str)
+def test_small_integers(build, dtype, experts):
+    """Rows past the end must not pass for the last expert, which -1 is as an unsigned byte."""
+    index = torch.tensor([[0, 255], [3, 127], [255, 1]], device=DEVICE).to(dtype)
+    check(build(index, experts, 16), index, experts, 16)
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
 @pytest.mark.parametrize("shape", list(SHAPES))

@@ -1,0 +1,75 @@
+"""Check the weights of an export while transformers loads it, which fills gaps with random values and warns at most."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+from globe_kernels.errors import GlobeError
+from globe_kernels.format.checkpoint import exported_bank_key, require_finite
+from globe_kernels.format.names import BANK_NAME, FAMILIES
+from globe_kernels.model.parallel import here
+from globe_kernels.model.renaming import Renaming
+from globe_kernels.model.targets import globe_modules
+
+
+def require_finite_factors(module: nn.Module, where: str, names: Iterable[str]) -> None:
+    """Raise GlobeError for factors that have NaN or infinity, but for factors that a device map leaves on disk."""
+    for name in names:
+        if not (tensor := getattr(module, name)).is_meta:
+            require_finite(here(tensor), f"{where}.{name}")
+
+
+def check_exported_files(files: list[str], model: Any) -> None:
+    """Check the tensors of experts and bank: transformers neither stops at a missing tensor nor checks shapes here.
+
+    Raises GlobeError for a tensor that is missing or of another shape. The experts of a base that keeps them one by one
+    are merged by transformers.
+    """
+    renaming = Renaming(model)
+    found: dict[str, tuple[int, ...]] = {}
+    pieces: dict[str, list[tuple[int, ...]]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for key in list(handle.keys()):
+                live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
+                if len(shape) == 2 and live.converter is not None:
+                    pieces.setdefault(live.key, []).append(shape)
+                else:
+                    found[live.key] = shape
+    bank = getattr(model, BANK_NAME)
+    expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
+    for path, module in globe_modules(model).items():
+        expected |= {f"{path}.{name}": tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    for key, shapes in pieces.items():
+        # transformers merges the experts that it finds, however many there are
+        if (shape := expected.pop(key, None)) and shapes != [shape[1:]] * shape[0]:
+            raise GlobeError(
+                f"{key} is in {len(shapes)} matrices in the model's safetensors files, from {min(shapes)} to "
+                f"{max(shapes)}, and config.json says {shape}; export the checkpoint again."
+            )
+    for key, shape in expected.items():
+        if (actual := found.get(key)) != shape:
+            raise GlobeError(
+                f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
+                "export the checkpoint again."
+            )
+
+
+def require_all_weights(model: Any) -> None:
+    """Refuse a model with weights that no file held: transformers gives them random values, and warns at most.
+
+    The new head of a task that the export was not made for is no such weight. A tensor on the meta device is on disk.
+    """
+    body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
+    heads = set() if head is None else set(head.parameters())
+    is_body = getattr(model, model.base_model_prefix, None) is None
+    own = {*model.parameters(), *model.buffers()}  # the state_dict may hold what a quantizer made of them
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        belongs = is_body or name.startswith(body) or tensor in heads
+        if belongs and tensor in own and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
+            raise GlobeError(
+                f"{name} is missing in the model's safetensors files, and transformers gave it random values; restore "
+                "the files or export the checkpoint again."
+            )
