@@ -14,9 +14,9 @@ from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.directories import holds_export, holds_model, not_a_model
+from globe_kernels.format.directories import holds_export, holds_model, not_a_model, weights_entry
 from globe_kernels.format.files import inner_file
-from globe_kernels.format.hub import local_directory
+from globe_kernels.format.hub import index_of, local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import routed_experts
 
@@ -43,6 +43,7 @@ def load_model(
         raise not_a_model(path)
     config = read_transformers_config(path)
     whole = model_class(config)
+    _require_own_files(path)
     try:
         if quantization := {} if holds_export(path) else quantization_of(read_config(path)):
             return _dequantized(whole, config, path, quantization, dtype).to(device).eval()
@@ -63,6 +64,14 @@ def load_model(
         if name.endswith("weight") and not parameter.is_floating_point():  # transformers casts no integers
             raise GlobeError(f"{name} in {path} is stored as {parameter.dtype}; download or export it again.")
     return model.to(device).eval()
+
+
+def _require_own_files(path: Path) -> None:
+    """Raise GlobeError when a file of the weights is outside of the directory: transformers follows any name and link."""
+    if (entry := weights_entry(path)) is not None:
+        listed = index_of(inner_file(path, entry)).values() if entry.endswith(".json") else ()
+        for name in {entry, *listed}:
+            inner_file(path, name)
 
 
 def _dequantized(whole: Any, config: Any, path: Path, quantization: dict, dtype: torch.dtype | str) -> Any:
