@@ -1,6 +1,7 @@
 """Write a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatch
@@ -97,7 +98,7 @@ def export_globe(
     split = sum(key.matrix == "gate_up_bias" for key in base.expert_keys.values())
     count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
-    needed = _bytes(base, kept) + checkpoint.bytes_on_disk
+    needed = _bytes(base, kept, dtype) + _checkpoint_bytes(checkpoint.config, dtype)
     card = model_card(checkpoint, base, dense=False)
     _write_model(base, Path(out), card, tensors(), count, needed, dtype, quantization, on_tensor)
 
@@ -137,7 +138,7 @@ def export_dense(
             yield name, original
 
     card = model_card(checkpoint, base, dense=True)
-    _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
+    _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys, dtype), dtype, None, on_tensor)
 
 
 def _is_compressed(key: ExpertKey | None) -> bool:
@@ -155,8 +156,13 @@ def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{prefix}.{kept_name}", view
 
 
+def _is_cast(key: str, is_floating_point: bool, dtype: torch.dtype | None) -> bool:
+    """Whether an export in `dtype` casts a tensor."""
+    return dtype is not None and is_floating_point and not key.endswith((_NEVER_CAST, "_code_value"))
+
+
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if dtype is None or not tensor.is_floating_point() or key.endswith((_NEVER_CAST, "_code_value")):
+    if not _is_cast(key, tensor.is_floating_point(), dtype):
         return tensor
     cast = tensor.to(dtype)
     if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
@@ -164,8 +170,25 @@ def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     return cast
 
 
-def _bytes(base: ExpertSource, keys: list[str]) -> int:
-    return sum(base.files.num_bytes(key) for key in keys)
+def _bytes(base: ExpertSource, keys: list[str], dtype: torch.dtype | None) -> int:
+    """Count the bytes of tensors of the base in an export in `dtype`."""
+    total = 0
+    for key in keys:
+        view = base.files.view(key)
+        if dtype is not None and _is_cast(key, "F" in view.get_dtype(), dtype):
+            total += math.prod(view.get_shape()) * dtype.itemsize
+        else:
+            total += base.files.num_bytes(key)
+    return total
+
+
+def _checkpoint_bytes(config: GlobeConfig, dtype: torch.dtype | None) -> int:
+    """Count the bytes of the tensors of a checkpoint in an export in `dtype`."""
+    total = 0
+    for name, (shape, stored) in config.tensor_shapes().items():
+        is_cast = dtype is not None and _is_cast(name, stored.is_floating_point, dtype)
+        total += math.prod(shape) * (dtype if is_cast else stored).itemsize
+    return total
 
 
 def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
@@ -204,7 +227,7 @@ def _write_model(
     if out.resolve() == base.model_dir.resolve():
         raise RequestError(f"{out} is the base model itself; give another output directory.")
     require_place(out, is_earlier_export, "export")
-    require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
+    require_room(out, needed)
     config = read_config(base.model_dir)
     config.pop("quantization_config", None)
     if dtype is not None:

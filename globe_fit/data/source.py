@@ -321,7 +321,8 @@ class ExpertSource:
     def facts(self) -> dict[str, int | None]:
         """Bytes of all tensors on disk, bytes of the tensors that a fit does not compress, and experts per token."""
         whole = sum(map(self.files.num_bytes, self.files.weight_map))
-        return {"bytes": whole, "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)), "top_k": self._top_k}
+        replaced = (key for key, parsed in self.expert_keys.items() if parsed.matrix in ("gate", "up", "gate_up"))
+        return {"bytes": whole, "rest_bytes": whole - sum(map(self.files.num_bytes, replaced)), "top_k": self._top_k}
 
     @cached_property
     def weights_sha256(self) -> str:
