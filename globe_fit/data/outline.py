@@ -158,6 +158,13 @@ class Outline:
         return self.where.stem
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that config.json states for the language model; bf16 where it states none."""
+        config = self.model.config
+        stated = (getattr(each, "dtype", None) for each in (config.get_text_config(), config))
+        return next((dtype for dtype in stated if isinstance(dtype, torch.dtype)), torch.bfloat16)
+
+    @property
     def num_layers(self) -> int:
         """The layers of the language model, with and without experts."""
         return int(self.model.config.get_text_config().num_hidden_layers)
