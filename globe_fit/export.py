@@ -102,13 +102,15 @@ def export_globe(
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
     kept = [key for key in base.files.keys if not _is_compressed(base.expert_keys.get(key))]
-    paths = {layer.layer: base.outline.experts[layer.layer].name for layer in base.layers}
-    for path in paths.values():
-        base.names.require_loadable(path)
+    names = {parsed.layer: key for key, parsed in base.expert_keys.items()}
+    paths = {
+        layer.layer: base.names.exported_path(base.outline.experts[layer.layer].name, names[layer.layer])
+        for layer in base.layers
+    }
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
-            yield from _kept(base, key)
+            yield from _kept(base, key, paths)
         for family in FAMILIES:
             yield exported_bank_key(family), checkpoint.bank(family)
         for layer in checkpoint.config.base.num_experts:
@@ -170,16 +172,14 @@ def _is_compressed(key: ExpertKey | None) -> bool:
     return key is not None and key.matrix in (*FAMILIES, GATE_UP)
 
 
-def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a tensor of the base that is not compressed, under its names in the model that runs as GloBE."""
+def _kept(base: ExpertSource, key: str, paths: dict[int, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a tensor of the base that is not compressed, under its names in an export; `paths` are of its experts."""
     parsed, tensor = base.expert_keys.get(key), base.files.read(key)
     if parsed is None or parsed.expert is not None:
         yield key, tensor
         return
-    # under the path in the live model: transformers may rename what has the prefix of the file
-    path = base.outline.experts[parsed.layer].name
     for kept_name, view in parsed.layout.kept(parsed.matrix, tensor).items():
-        yield f"{path}.{kept_name}", view
+        yield f"{paths[parsed.layer]}.{kept_name}", view
 
 
 def _is_cast(key: str, is_floating_point: bool, dtype: torch.dtype | None) -> bool:

@@ -88,7 +88,9 @@ def model_class(config: Any) -> Any:
         mapping = getattr(transformers, head, None) and getattr(transformers, head)._model_mapping
         if mapping and type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            if isinstance(config, found.config_class):  # not the class for the text alone of a nested model
+                return found
     raise RequestError(
         f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}; update "
         "transformers, or give another model."

@@ -39,6 +39,7 @@ from globe_kernels.strategies.cost import Machine, predict
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
 CURVE_TOKENS = tuple(2**power for power in range(15))  # in the plot
 CONTEXT = 4096
+_WITHOUT_KV = ("linear_attention", "conv", "moe")  # layers, as transformers calls them, that keep nothing per token
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,19 @@ def read_model(path: Path) -> ModelSizes:
 
 
 def _kv_values(config) -> int:
-    """Count the values per token: keys and values of every head, or the latent of a model that has a latent."""
-    if latent := getattr(config, "kv_lora_rank", None):
-        return config.num_hidden_layers * (latent + config.qk_rope_head_dim)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    """Count the values per token, as if no window bounded them."""
+    count = config.num_hidden_layers
+    layers = getattr(config, "per_layer_config", None) or [config] * count  # an older transformers has none
+    kinds = getattr(config, "layer_types", None) or [None] * count
+    return sum(_kv_values_of(layer) for layer, kind in zip(layers, kinds, strict=True) if kind not in _WITHOUT_KV)
+
+
+def _kv_values_of(layer) -> int:
+    """Count keys and values of every head, or the latent of a layer that has a latent."""
+    if latent := getattr(layer, "kv_lora_rank", None):
+        return latent + layer.qk_rope_head_dim
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return 2 * layer.num_key_value_heads * head
 
 
 def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckpoint | None]:
