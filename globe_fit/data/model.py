@@ -103,7 +103,10 @@ def token_windows(model_dir: str | Path, text_file: str | Path) -> torch.Tensor:
     except UnicodeDecodeError as error:
         raise RequestError(f"{text_file} is not UTF-8 text ({error}); convert the file to UTF-8.") from error
     tokenizer = load_tokenizer(model_dir)
-    tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    try:
+        tokens = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    except Exception as error:  # a broken file may raise any exception here too
+        raise _no_tokenizer(model_dir, error) from error
     if len(tokens) < WINDOW:
         raise RequestError(f"{text_file} has {len(tokens)} tokens; give a text of at least {WINDOW}.")
     return tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
@@ -118,6 +121,11 @@ def load_tokenizer(model_dir: str | Path):
     try:
         return AutoTokenizer.from_pretrained(model_dir)
     except Exception as error:  # a broken file may raise any exception
-        raise RequestError(
-            f"{model_dir} has no tokenizer that transformers can load ({error}); download its files again."
-        ) from error
+        raise _no_tokenizer(model_dir, error) from error
+
+
+def _no_tokenizer(model_dir: str | Path, error: Exception) -> RequestError:
+    return RequestError(
+        f"{model_dir} has no tokenizer that transformers can use ({type(error).__name__}: {error}); download its files "
+        "again."
+    )

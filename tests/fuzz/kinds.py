@@ -9,6 +9,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401  # makes its folders now
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -23,7 +24,7 @@ from globe_fit.data import source as source_file
 from globe_fit.data.model import load_model, load_tokenizer, token_windows
 from globe_fit.data.outline import Outline
 from globe_fit.fitting import open_snapshots
-from globe_fit.measure.evaluate import read_evaluation, record_evaluation
+from globe_fit.measure.evaluate import evaluate, read_evaluation, record_evaluation
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.model_card import model_card
 from globe_fit.plan.serving import plan_all
@@ -42,6 +43,7 @@ _SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 32, "num_atte
 _QWEN = _SIZES | {"num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 32, "num_experts": 3}
 _GPT_OSS = _SIZES | {"num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 64, "num_local_experts": 3}
 _TOKENS = torch.arange(12)[None]
+matplotlib.get_configdir(), matplotlib.get_cachedir()
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,7 @@ def _read_quantization_config(directory: Path) -> Any:
 
 
 def _load_export(directory: Path) -> Any:
-    return load_model(directory)(_TOKENS).logits
+    return evaluate({"globe": load_model(directory)}, _TOKENS)
 
 
 @cache
@@ -278,7 +280,7 @@ def _read_tokenizer(directory: Path) -> Any:
 # --- all kinds ---
 
 _BASE_FILES = ("*.index.json", "*.safetensors", "*.safetensors")
-_PLANNED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "qwen3_vl_moe", "granitemoehybrid", "llama4", "glm4_moe")
+_PLANNED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "qwen3_vl_moe", "granitemoehybrid", "gemma4", "glm4_moe")
 _CHECKPOINT_FILES = ("globe_config.json", "globe.safetensors")
 _REPORT_FILES = ("fit_report.json", "fit_report.json", "metrics.jsonl", "evaluation.json")
 _SNAPSHOT_FILES = (".snapshot/*.safetensors", ".snapshot/*.safetensors", ".snapshot/metrics.jsonl")

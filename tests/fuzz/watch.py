@@ -63,8 +63,10 @@ class _Audit:
             name = arguments[0]
             if isinstance(name, int):
                 return
-            folders = [os.readlink(f"/proc/self/fd/{each}") for each in arguments[1:] if type(each) is int and each > 2]
-            if not self._may_write(os.path.abspath(os.path.join(*folders[:1], os.fsdecode(name)))):
+            folder = "."
+            if event in ("os.remove", "os.rmdir") and arguments[1] >= 0:  # beside a folder that is open
+                folder = os.readlink(f"/proc/self/fd/{arguments[1]}")
+            if not self._may_write(os.path.abspath(os.path.join(folder, os.fsdecode(name)))):
                 self.seen.append(f"{event} {name!r}")
         elif event in _REACHES_OUT:
             self.seen.append(f"{event} {arguments[:2]!r}")
