@@ -45,18 +45,18 @@ class Figures(NamedTuple):
 
 
 class Trial:
-    """A tiny random model of a model type, and its checkpoint in every layout that transformers reads.
+    """A tiny model, and its checkpoint in every layout that transformers reads, in a folder.
 
-    Raises RequestError where GloBE refuses the type.
+    Raises RequestError where GloBE refuses the model.
     """
 
-    def __init__(self, model_type: str, folder: Path):
-        self.folder, self.model = folder, tiny_model(model_type)
+    def __init__(self, model: Any, folder: Path):
+        self.folder, self.model = folder, model
         self.experts = routed_experts(self.model)
         _make_experts_matter(self.model)
         self.loader = auto_class(self.model)
         layouts = save_layouts(self.model, folder)
-        if model_type in TRANSPOSED:
+        if model.config.model_type in TRANSPOSED:
             layouts["published"] = folder / "published"
             self.model.save_pretrained(layouts["published"])
             _transpose(layouts["published"] / "model.safetensors")
@@ -210,7 +210,7 @@ def rows(full: bool) -> Iterator[Row]:
 def row_of(model_type: str, folder: Path, full: bool = False) -> Row:
     """Try a model type in `folder`; without `full` the row has no figures."""
     try:
-        trial = Trial(model_type, folder)
+        trial = Trial(tiny_model(model_type), folder)
     except RequestError as refusal:
         return Row(model_type, [_reason(str(refusal))], False)
     trial.check_reading()

@@ -13,7 +13,7 @@ from globe_kernels.model.renaming import LiveKey, Renaming
 # The steps by which transformers makes one parameter of the matrices of all experts.
 _MERGES = (("MergeModulelist", "Concatenate"), ("MergeModulelist",))
 
-_LAYER = re.compile(r".*\blayers\.\d+\.")  # the start of a name, up to the module of a layer
+_LEAF = re.compile(r"(\.\d+)?\.\w+(\.weight)?$")  # of the name of a tensor: all behind its experts
 
 # Some of the tensors of GlobeMoEFFN, all of which are renamed alike.
 _EXPORTED = ("gate_adapter", "up_code_index", "up_code_value", "gate_bias", DOWN)
@@ -72,13 +72,12 @@ class DiskNames:
     def exported_path(self, path: str, key: str) -> str:
         """Return the path under which an export stores the GloBE module at `path`, of which the tensor `key` is a part.
 
-        It begins as `key` does: every class of a model reads the names of published files, and not every class has the
-        modules of `path`. Raises RequestError when transformers would load the GloBE tensors elsewhere.
+        It is the path of `key` where transformers reads that as `path`: every class of a model reads the names of
+        published files, and not every class has a module at `path`. Raises RequestError when transformers would load
+        the GloBE tensors elsewhere.
         """
-        on_disk, live = (_LAYER.search(name) for name in (key, path))
-        published = on_disk and live and on_disk[0] + path[live.end() :]
-        for start in (published, path):
-            if start and all(self.live_key(f"{start}.{name}") == f"{path}.{name}" for name in _EXPORTED):
+        for start in (_LEAF.sub("", key), path):
+            if all(self.live_key(f"{start}.{name}") == f"{path}.{name}" for name in _EXPORTED):
                 return start
         raise RequestError(
             f"transformers loads {path}.{DOWN} as {self.live_key(f'{path}.{DOWN}')}, so an export could not be loaded; "
