@@ -79,9 +79,6 @@ class RoundedQuantizer(HfQuantizer):
     def get_weight_conversions(self):
         return [WeightConverter(["scale", "weight_format"], "scale", operations=[Read()])] if self.pre_quantized else []
 
-    def update_weight_conversions(self, weight_conversions, model):
-        return weight_conversions + self.get_weight_conversions()
-
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
             if isinstance(module, Rounded):
