@@ -261,6 +261,7 @@ loads. **The published models themselves were not fitted.**
   *exported* is `globe export`, and `globe export --dense`, loaded again. Each is the worst of all layouts and loaders,
   in float32 on a CPU.
 * `AutoModelForCausalLM` beside another loader loads the text model alone. Its experts have other paths.
+* A model that wraps one of these types runs too, such as `kimi_k25`, whose text model is a deepseek_v3.
 
 ## Types that GloBE refuses
 

@@ -198,6 +198,28 @@ def test_an_infinity_in_the_configuration(trial, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("model_type", "layers", "experts", "top_k", "billions"),
+    [
+        ("qwen3_5_moe", 40, 256, 8, 35.1),  # Qwen3.5-35B-A3B
+        ("gpt_oss", 36, 128, 4, 116.8),  # gpt-oss-120b
+        ("deepseek_v4", 43, 256, 6, 284.3),  # DeepSeek-V4-Flash
+        ("glm_moe_dsa", 75, 256, 8, 743.9),  # GLM-5
+        ("minimax_m2", 62, 256, 8, 228.7),  # MiniMax-M2
+        ("hy_v3", 79, 192, 8, 295.0),  # Hy3
+        ("mimo_v2_flash", 47, 256, 8, 308.8),  # MiMo-V2-Flash
+    ],
+)
+def test_the_sizes_of_the_published_model(model_type, layers, experts, top_k, billions, tmp_path):
+    """They are the defaults of the configurations of these types."""
+    transformers.AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    model = read_model(tmp_path / "config.json")
+    base = model.base
+    assert (len(base.num_experts), {*base.num_experts.values()}, model.top_k) == (layers, {experts}, top_k)
+    inside = 3 * base.total_experts * base.intermediate_size * base.hidden_size
+    assert (inside + model.outside_values) / 1e9 == pytest.approx(billions, abs=0.06)
+
+
+@pytest.mark.parametrize(
     ("model_type", "values"),
     [
         ("gemma4", 2 * (3 * 2 * 16 + 2 * 512)),  # heads of another width in the last layer
