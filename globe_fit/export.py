@@ -1,8 +1,9 @@
 """Write a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
 
 import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
@@ -101,13 +102,15 @@ def export_globe(
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
     kept = [key for key in base.files.keys if not _is_compressed(base.expert_keys.get(key))]
-    paths = {layer.layer: base.outline.experts[layer.layer].name for layer in base.layers}
-    for path in paths.values():
-        base.names.require_loadable(path)
+    names = {parsed.layer: key for key, parsed in base.expert_keys.items()}
+    paths = {
+        layer.layer: base.names.exported_path(base.outline.experts[layer.layer].name, names[layer.layer])
+        for layer in base.layers
+    }
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for key in kept:
-            yield from _kept(base, key)
+            yield from _kept(base, key, paths)
         for family in FAMILIES:
             yield exported_bank_key(family), checkpoint.bank(family)
         for layer in checkpoint.config.base.num_experts:
@@ -120,7 +123,7 @@ def export_globe(
     split = sum(key.matrix == BIASES[GATE_UP] for key in base.expert_keys.values())
     count = len(kept) + split + len(checkpoint.config.tensor_shapes())
     quantization = {"quant_method": QUANT_METHOD, **checkpoint.config.to_dict()}
-    needed = _bytes(base, kept) + checkpoint.bytes_on_disk
+    needed = _bytes(base, kept, dtype) + _checkpoint_bytes(checkpoint.config, dtype)
     card = _card(checkpoint, base, dense=False)
     _write_model(base, Path(out), card, tensors(), count, needed, dtype, quantization, on_tensor)
 
@@ -162,27 +165,30 @@ def export_dense(
             yield name, original
 
     card = _card(checkpoint, base, dense=True)
-    _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys), dtype, None, on_tensor)
+    _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys, dtype), dtype, None, on_tensor)
 
 
 def _is_compressed(key: ExpertKey | None) -> bool:
     return key is not None and key.matrix in (*FAMILIES, GATE_UP)
 
 
-def _kept(base: ExpertSource, key: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a tensor of the base that is not compressed, under its names in the model that runs as GloBE."""
+def _kept(base: ExpertSource, key: str, paths: dict[int, str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a tensor of the base that is not compressed, under its names in an export; `paths` are of its experts."""
     parsed, tensor = base.expert_keys.get(key), base.files.read(key)
     if parsed is None or parsed.expert is not None:
         yield key, tensor
         return
-    # under the path in the live model: transformers may rename what has the prefix of the file
-    path = base.outline.experts[parsed.layer].name
     for kept_name, view in parsed.layout.kept(parsed.matrix, tensor).items():
-        yield f"{path}.{kept_name}", view
+        yield f"{paths[parsed.layer]}.{kept_name}", view
+
+
+def _is_cast(key: str, is_floating_point: bool, dtype: torch.dtype | None) -> bool:
+    """Whether an export in `dtype` casts a tensor."""
+    return dtype is not None and is_floating_point and not key.endswith((_NEVER_CAST, "_code_value"))
 
 
 def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    if dtype is None or not tensor.is_floating_point() or key.endswith((_NEVER_CAST, "_code_value")):
+    if not _is_cast(key, tensor.is_floating_point(), dtype):
         return tensor
     cast = tensor.to(dtype)
     if not torch.isfinite(cast).all() and torch.isfinite(tensor).all():
@@ -190,8 +196,22 @@ def _cast(key: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Te
     return cast
 
 
-def _bytes(base: ExpertSource, keys: list[str]) -> int:
-    return sum(map(base.files.dense_bytes, keys))
+def _bytes(base: ExpertSource, keys: list[str], dtype: torch.dtype | None) -> int:
+    """Count the bytes of tensors of the base in an export in `dtype`."""
+    return _cast_bytes(((key, base.files.shape(key), base.files.dtype(key)) for key in keys), dtype)
+
+
+def _checkpoint_bytes(config: GlobeConfig, dtype: torch.dtype | None) -> int:
+    """Count the bytes of the tensors of a checkpoint in an export in `dtype`."""
+    return _cast_bytes(((name, *spec) for name, spec in config.tensor_shapes().items()), dtype)
+
+
+def _cast_bytes(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], dtype: torch.dtype | None) -> int:
+    total = 0
+    for name, shape, stored in tensors:
+        held = dtype if dtype is not None and _is_cast(name, stored.is_floating_point, dtype) else stored
+        total += math.prod(shape) * held.itemsize
+    return total
 
 
 def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
@@ -268,7 +288,7 @@ def _write_model(
     if out.resolve() == base.model_dir.resolve():
         raise RequestError(f"{out} is the base model itself; give another output directory.")
     require_place(out, is_earlier_export, "export")
-    require_room(out, needed if dtype is None else needed * dtype.itemsize // 2)
+    require_room(out, needed)
     config = without_quantization(read_config(base.model_dir))
     config.pop(GUARD_KEY, None)  # of the files of the base
     _state_dtype(config, str(dtype or base.files.default_dtype).removeprefix("torch."), change=dtype is not None)

@@ -31,13 +31,7 @@ def moe_ffn(
     """
     routed = (hidden_states, top_k_index, top_k_weights)
     _check_inputs(*routed, weights.from_rank.down_proj)
-    _check_weights(weights.from_rank, weights.basis.shape[1] // 2)
-    basis, down = weights.basis, weights.from_rank.down_proj
-    if basis.shape[::2] != down.shape[:2] or basis.dtype != down.dtype:
-        raise RequestError(
-            f"The bases {basis.dtype} {tuple(basis.shape)} are of other experts, width or dtype than down_proj "
-            f"{down.dtype} {tuple(down.shape)}; compose them for these experts."
-        )
+    _check_bases(weights.basis, weights.from_rank)
     return _moe_ffn_op(*routed, weights.to_list(), activation, deterministic)
 
 
@@ -53,6 +47,7 @@ def moe_ffn_scratch(
     routed = (hidden_states, top_k_index, top_k_weights)
     basis, (gate, up), banks, phi, from_rank = weights
     _check_inputs(*routed, from_rank.down_proj)
+    _check_bases(basis, from_rank)
     mixtures = ([*gate, *up], list(banks), list(from_rank))
     return _moe_ffn_scratch_op(*routed, basis, *mixtures, phi, activation, deterministic)
 
@@ -135,6 +130,17 @@ def _check_inputs(
         raise RequestError(
             f"hidden_states is {hidden_states.dtype} and the expert weights are {down_proj.dtype}; cast one "
             "of them, for example with model.to(dtype)."
+        )
+
+
+def _check_bases(basis: torch.Tensor, weights: FromRank) -> None:
+    """Raise RequestError when bases (E, 2R, D) do not fit the other weights of the experts."""
+    _check_weights(weights, basis.shape[1] // 2)
+    down = weights.down_proj
+    if basis.shape[::2] != down.shape[:2] or basis.dtype != down.dtype:
+        raise RequestError(
+            f"The bases {basis.dtype} {tuple(basis.shape)} are of other experts, width or dtype than down_proj "
+            f"{down.dtype} {tuple(down.shape)}; compose them for these experts."
         )
 
 

@@ -78,7 +78,7 @@ def print_plan(figures: dict) -> None:
         f"Predictions, not measurements: {machine['name']} copies {machine['copy_gb_per_s']:g} GB/s, "
         f"multiplies at {machine['matmul_tflop_per_s']:g} TFLOP/s, takes {machine['launch_us']:g} us per launch, has "
         f"{machine['memory_gb']:g} GB ({machine['origin']}); routing is uniform, weights have "
-        f"{8 * machine['item_size']} bits."
+        f"{8 * figures['item_size']} bits."
     )
     for point in figures["points"]:
         _print_planned(point, machine["name"])

@@ -13,6 +13,8 @@ from globe_kernels.model.renaming import LiveKey, Renaming
 # The steps by which transformers makes one parameter of the matrices of all experts.
 _MERGES = (("MergeModulelist", "Concatenate"), ("MergeModulelist",))
 
+_LEAF = re.compile(r"(\.\d+)?\.\w+(\.weight)?$")  # of the name of a tensor: all behind its experts
+
 # Some of the tensors of GlobeMoEFFN, all of which are renamed alike.
 _EXPORTED = ("gate_adapter", "up_code_index", "up_code_value", "gate_bias", DOWN)
 
@@ -67,14 +69,20 @@ class DiskNames:
             "in transformers and save it with save_original_format=False."
         )
 
-    def require_loadable(self, path: str) -> None:
-        """Raises RequestError when transformers would load the GloBE tensors of an export, at `path`, elsewhere."""
-        for name in _EXPORTED:
-            if (live := self.live_key(f"{path}.{name}")) != f"{path}.{name}":
-                raise RequestError(
-                    f"transformers loads {path}.{name} as {live}, so an export could not be loaded; patch the live "
-                    "model with the checkpoint instead."
-                )
+    def exported_path(self, path: str, key: str) -> str:
+        """Return the path under which an export stores the GloBE module at `path`, of which the tensor `key` is a part.
+
+        It is the path of `key` where transformers reads that as `path`: every class of a model reads the names of
+        published files, and not every class has a module at `path`. Raises RequestError when transformers would load
+        the GloBE tensors elsewhere.
+        """
+        for start in (_LEAF.sub("", key), path):
+            if all(self.live_key(f"{start}.{name}") == f"{path}.{name}" for name in _EXPORTED):
+                return start
+        raise RequestError(
+            f"transformers loads {path}.{DOWN} as {self.live_key(f'{path}.{DOWN}')}, so an export could not be loaded; "
+            "patch the live model with the checkpoint instead."
+        )
 
     def _fused_layout(
         self, steps: tuple[str, ...], live: LiveKey, experts: DenseExperts, shape: tuple[int, ...]

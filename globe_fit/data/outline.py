@@ -93,7 +93,9 @@ def model_class(config: Any) -> Any:
         mapping = getattr(transformers, head, None) and getattr(transformers, head)._model_mapping
         if mapping and type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+            found = found[0] if isinstance(found, tuple) else found
+            if isinstance(config, found.config_class):  # not the class for the text alone of a nested model
+                return found
     raise RequestError(
         f"transformers {transformers.__version__} has no language model for model_type {config.model_type!r}; update "
         "transformers, or give another model."
@@ -155,6 +157,13 @@ class Outline:
         if self.where.is_dir() or self.where.name == MODEL_CONFIG_NAME:
             return model_name(self.where if self.where.is_dir() else self.where.parent)
         return self.where.stem
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that config.json states for the language model; bf16 where it states none."""
+        config = self.model.config
+        stated = (getattr(each, "dtype", None) for each in (config.get_text_config(), config))
+        return next((dtype for dtype in stated if isinstance(dtype, torch.dtype)), torch.bfloat16)
 
     @property
     def num_layers(self) -> int:

@@ -319,9 +319,10 @@ class ExpertSource:
         count only as `disk_bytes`, the bytes of the files.
         """
         whole = sum(map(self.files.dense_bytes, self.files.keys))
+        replaced = (key for key, parsed in self.expert_keys.items() if parsed.matrix in (*FAMILIES, GATE_UP))
         return {
             "bytes": whole,
-            "rest_bytes": whole - sum(map(self.stored_bytes, FAMILIES)),
+            "rest_bytes": whole - sum(map(self.files.dense_bytes, replaced)),
             "disk_bytes": sum(map(self.files.num_bytes, self.files.keys)),
             "top_k": self.outline.top_k,
         }

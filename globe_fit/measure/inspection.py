@@ -3,7 +3,7 @@
 import torch
 
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
-from globe_fit.plan.footprint import footprint_of
+from globe_fit.plan.footprint import footprint_of, running_item_size
 from globe_fit.result import reconstruct, slice_experts
 from globe_fit.run.reports import read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
@@ -43,9 +43,9 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
 def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
     """Return the bytes of gate and up by strategy, resident and at the peak of a call; cached without its pool."""
     sizes, palettes = checkpoint.config, palettes_of(checkpoint)
-    item_size = sizes.torch_dtype.itemsize
     # a checkpoint of before its report had the facts about its base does not know top_k
-    top_k = (read_report(checkpoint).get("base") or {}).get("top_k") or 1
+    facts = read_report(checkpoint).get("base")
+    item_size, top_k = running_item_size(sizes, facts), (facts or {}).get("top_k") or 1
     held, peak = {}, {}
     for strategy in (DENSE.name, *strategies_of(sizes)):
         of_experts = resident(sizes, (strategy,), item_size=item_size, palettes=palettes)

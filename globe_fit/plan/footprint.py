@@ -14,6 +14,7 @@ import torch
 
 from globe_fit.run.reports import read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.strategies import DENSE
 from globe_kernels.strategies.base import Palettes
@@ -45,7 +46,7 @@ def footprint(
     whole, rest, top_k = base["bytes"], base["rest_bytes"], base["top_k"]
     on_disk = base.get("disk_bytes", whole)  # older reports lack it
     gate_up = {"dense": whole - rest, "globe": sizes.tensor_bytes}
-    place, item_size = torch.device(device), sizes.torch_dtype.itemsize
+    place, item_size = torch.device(device), running_item_size(sizes, base)
     usual = layer_sizes(sizes, next(iter(sizes.base.num_experts)), top_k, item_size, palettes)
     machine = machine_for(place)
     choice = choose_residents(sizes, usual, machine, palettes=palettes)
@@ -75,6 +76,18 @@ def quantized_note(sizes: dict) -> str:
         f"The base is quantised and takes {format_bytes(sizes['quantized'])} on disk; the sizes here count the values "
         "of its weights, as exports hold them."
     )
+
+
+def running_item_size(sizes: GlobeConfig, base: dict | None) -> int:
+    """Return the bytes of a weight in memory: factors run in the dtype of the dense model, by the facts about it.
+
+    Without facts, and for a model that is stored in fewer bits, this is the dtype of the checkpoint.
+    """
+    stored = sizes.torch_dtype.itemsize
+    if base is None:
+        return stored
+    values = len(FAMILIES) * sizes.base.total_experts * sizes.base.intermediate_size * sizes.base.hidden_size
+    return max(stored, (base["bytes"] - base["rest_bytes"]) // values)
 
 
 def footprint_of(checkpoint: GlobeCheckpoint) -> dict:

@@ -39,7 +39,7 @@ from globe_kernels.strategies.cost import Machine, predict
 TOKENS = (1, 8, 64, 512, 4096)  # of a call, in the tables
 CURVE_TOKENS = tuple(2**power for power in range(15))  # in the plot
 CONTEXT = 4096
-_STORED_BYTES = 2  # per weight on disk: bf16
+_WITHOUT_KV = ("linear_attention", "conv", "moe")  # layers, as transformers calls them, that keep nothing per token
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class ModelSizes:
     top_k: int  # K
     outside_values: int  # weights that are not routed experts
     kv_values: int  # of the KV cache, per token
+    item_size: int = 2  # bytes of a weight, on disk and in memory
 
 
 def read_model(path: Path) -> ModelSizes:
@@ -60,15 +61,24 @@ def read_model(path: Path) -> ModelSizes:
     outline = Outline.read(path)
     experts = {each.name for each in outline.experts.values()}
     outside = (p.numel() for name, p in outline.model.named_parameters() if name.rpartition(".")[0] not in experts)
-    return ModelSizes(outline.base, outline.top_k, sum(outside), _kv_values(outline.model.config.get_text_config()))
+    kv_values = _kv_values(outline.model.config.get_text_config())
+    return ModelSizes(outline.base, outline.top_k, sum(outside), kv_values, outline.dtype.itemsize)
 
 
 def _kv_values(config) -> int:
-    """Count the values per token: keys and values of every head, or the latent of a model that has a latent."""
-    if latent := getattr(config, "kv_lora_rank", None):
-        return config.num_hidden_layers * (latent + config.qk_rope_head_dim)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head
+    """Count the values per token, as if no window bounded them."""
+    count = config.num_hidden_layers
+    layers = getattr(config, "per_layer_config", None) or [config] * count  # an older transformers has none
+    kinds = getattr(config, "layer_types", None) or [None] * count
+    return sum(_kv_values_of(layer) for layer, kind in zip(layers, kinds, strict=True) if kind not in _WITHOUT_KV)
+
+
+def _kv_values_of(layer) -> int:
+    """Count keys and values of every head, or the latent of a layer that has a latent."""
+    if latent := getattr(layer, "kv_lora_rank", None):
+        return latent + layer.qk_rope_head_dim
+    head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+    return 2 * layer.num_key_value_heads * head
 
 
 def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckpoint | None]:
@@ -115,7 +125,7 @@ class Planner:
     def plan(self, sizes: GlobeConfig, palettes: Palettes | None = None) -> dict:
         """Predict the figures of a checkpoint of these sizes, by default with expected palettes; JSON types only."""
         known = palettes or expected_palettes(sizes)
-        top_k, item = self.model.top_k, self.machine.item_size
+        top_k, item = self.model.top_k, self.model.item_size
         kinds = Counter(layer_sizes(sizes, layer, top_k, item, known) for layer in sizes.base.num_experts)
         ((usual, _),) = kinds.most_common(1)
         dense = self._strategy(sizes, Choice((DENSE.name,), 0), kinds, known)
@@ -137,7 +147,7 @@ class Planner:
         for figures in strategies.values():
             if "refused" not in figures:
                 figures |= self._serving(cards, figures["peak"]) | {"fits": figures["resident"] <= limit}
-        down = dense["parts"]["down"] // item * _STORED_BYTES
+        down = dense["parts"]["down"]
         return {
             "rank": sizes.rank,
             "atoms": sizes.num_atoms,
@@ -151,7 +161,7 @@ class Planner:
             "break_even_rank": break_even_rank(sizes.base.intermediate_size, sizes.base.hidden_size),
             "why_not_composed": next((why for s in STRATEGIES.values() if (why := s.wastes(sizes))), None),
             "sizes": self._sizes(sizes, down, strategies),
-            "bytes_on_disk": {"dense": sizes.base.dense_bytes + down, "globe": sizes.tensor_bytes + down},
+            "bytes_on_disk": {"dense": self._dense(sizes) + down, "globe": sizes.tensor_bytes + down},
             "budget": limit,
             "cards": cards,
             "strategies": strategies,
@@ -159,8 +169,8 @@ class Planner:
 
     def _sizes(self, sizes: GlobeConfig, down: int, strategies: dict[str, dict]) -> dict:
         """Add the other weights of the model to the bytes of the experts: dense, and as GloBE by auto."""
-        rest, dense, globe = self.model.outside_values * _STORED_BYTES, strategies[DENSE.name], strategies[AUTO]
-        gate_up = {"dense": sizes.base.dense_bytes, "globe": sizes.tensor_bytes}
+        rest, dense, globe = self._outside(), strategies[DENSE.name], strategies[AUTO]
+        gate_up = {"dense": self._dense(sizes), "globe": sizes.tensor_bytes}
         running = {
             name: None
             if "refused" in globe
@@ -178,19 +188,24 @@ class Planner:
     def _memory(self) -> float:
         return self.machine.memory_gb * 1e9
 
+    def _dense(self, sizes: GlobeConfig) -> int:
+        """Return the bytes of gate and up of the dense model on disk."""
+        base = sizes.base
+        return 2 * base.total_experts * base.intermediate_size * base.hidden_size * self.model.item_size
+
     def _outside(self) -> int:
-        return self.model.outside_values * self.machine.item_size
+        return self.model.outside_values * self.model.item_size
 
     def _serving(self, cards: int, peak: int) -> dict:
         """Count the tokens of the KV cache beside the model on `cards` cards, as if they were one memory."""
         room = cards * self._memory() - self._outside() - peak
-        tokens = max(0, int(room / (self.model.kv_values * self.machine.item_size)))
+        tokens = max(0, int(room / (self.model.kv_values * self.model.item_size)))
         return {"kv_tokens": tokens, "batch": tokens // CONTEXT}
 
     def _strategy(
         self, sizes: GlobeConfig, choice: Choice, kinds: Counter, palettes: Palettes, bank_atoms: int | None = None
     ) -> dict:
-        item, layers = self.machine.item_size, kinds.total()
+        item, layers = self.model.item_size, kinds.total()
         held = resident(
             sizes,
             choice.strategies,
@@ -234,7 +249,8 @@ class Planner:
             "choices": model.top_k,  # the keys of --json stay: scripts read them
             "shape": [model.base.intermediate_size, model.base.hidden_size],
             "outside_bytes": self._outside(),
-            "kv_bytes_per_token": model.kv_values * self.machine.item_size,
+            "kv_bytes_per_token": model.kv_values * model.item_size,
+            "item_size": model.item_size,
             "machine": asdict(self.machine),
         }
 

@@ -130,6 +130,7 @@ class GlobeConfig:
     def to_dict(self) -> dict:
         base = asdict(self.base)
         base["num_experts"] = {str(layer): count for layer, count in self.base.num_experts.items()}
+        base["left_dense"] = {str(layer): list(shape) for layer, shape in self.base.left_dense.items()}
         for name in ("left_dense", "has_bias"):  # a file without them is as it was before there were any
             if not base[name]:
                 del base[name]

@@ -19,10 +19,10 @@ from globe_kernels.model.owners import refuse_unfit
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation, parse_activation
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?=\.)")
-# Spellings of K, in configurations and in routers.
-_TOP_K_KEYS = ("num_experts_per_tok", "top_k", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
-_PROBES = 256
-_PROBED_SPAN = 40.0  # of gate and up: beyond every limit
+# Spellings of K, in configurations and in routers. An old configuration may have a top_k of sampling.
+_TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "top_k")
+_PROBES = 1024
+_PROBED_SPAN = 1e4  # of gate and up: beyond every limit
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def activation_of(experts: DenseExperts) -> str:
     """
     # on the CPU, also inside from_pretrained, which makes tensors on the meta device
     generator = torch.Generator("cpu").manual_seed(0)
-    # the cube puts many numbers near zero, where activations differ
-    numbers = (torch.rand(2, _PROBES, dtype=torch.float64, generator=generator, device="cpu") * 2 - 1) ** 3
+    # the power puts many numbers near zero, where activations differ, and as many around every limit
+    numbers = (torch.rand(2, _PROBES, dtype=torch.float64, generator=generator, device="cpu") * 2 - 1) ** 7
     gate, up = _PROBED_SPAN * numbers
     expected = _apply_gate(experts, gate, up)
     for spec in _candidates(experts):

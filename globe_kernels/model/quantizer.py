@@ -64,10 +64,10 @@ class _Experts(HfQuantizer):
     """Swap the experts before the weights are loaded, and arrange the model after.
 
     The quantizer of a GloBE model is a subclass of this class and of the quantizer of its other layers, by `_joined`:
-    `super()` is that quantizer here. `marked` is `quantization_config` of the model's configuration.
+    `super()` is that quantizer here. `saved_config` is the `quantization_config` of config.json.
     """
 
-    marked: Any
+    saved_config: Any
 
     def update_attn_implementation(self, config: Any) -> Any:
         self._take_guard(config)
@@ -80,16 +80,13 @@ class _Experts(HfQuantizer):
 
     def _take_guard(self, config: Any) -> None:
         """Put the file of the weights in the place of the sentence that stops a transformers without globe_kernels."""
-        if self.marked.weights is not None:
-            setattr(config, GUARD_KEY, self.marked.weights)
+        if self.saved_config.weights is not None:
+            setattr(config, GUARD_KEY, self.saved_config.weights)
         else:
             _take_away(config)
 
-    def _convert_model_for_quantization(self, model: Any) -> None:
-        """Leave experts alone that transformers takes apart for some quantizers: they are replaced."""
-
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files=None, **kwargs):
-        config = self.marked.globe
+        config = self.saved_config.globe
         targets = plan_replacement(model, config)
         self.dtype, self.top_k = targets[0].module.down_proj.dtype, top_k_of(model, targets[0])
         for target in targets:
@@ -97,7 +94,7 @@ class _Experts(HfQuantizer):
             block = model.get_submodule(target.name.rpartition(".")[0])
             if not [*block.parameters(recurse=False), *block.buffers(recurse=False)]:
                 block._is_hf_initialized = True  # transformers would draw dense experts through the block
-        # before the bank is there: some quantizers leave out the last module of a model
+        # before the bank is there: some quantizers leave the last module of a model plain
         super()._process_model_before_weight_loading(model, checkpoint_files=checkpoint_files, **kwargs)
         setattr(model, BANK_NAME, GlobeBank(config, "meta"))
         write_plans(model, [target.name for target in targets])
@@ -114,7 +111,7 @@ class _Experts(HfQuantizer):
         require_finite_factors(bank, BANK_NAME, FAMILIES)
         for name, module in globe_modules(model).items():
             for family in FAMILIES:
-                check_codes(module.code(family).index, self.marked.globe.num_atoms, name)
+                check_codes(module.code(family).index, self.saved_config.globe.num_atoms, name)
             require_finite_factors(module, name, ("gate_adapter", "gate_code_value", "up_adapter", "up_code_value"))
             # transformers 5.17 leaves a tensor that its converters merge (down_proj) in the dtype of the file; every
             # version makes parameters that require gradients
@@ -124,14 +121,14 @@ class _Experts(HfQuantizer):
         arrange(bank, modules, plan_arrangement(bank, modules, self.top_k, AUTO))
         install_bank(model, bank)
         _take_away(model.config)
-        model.config.quantization_config = self.marked
+        model.config.quantization_config = self.saved_config
         model.config.__class__ = _joined(_Guard, type(model.config))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """Refuse to save a directory that could not be loaded; return the answer of transformers otherwise."""
         layers = {module.layer for module in globe_modules(model).values()}
-        if missing := self.marked.globe.base.num_experts.keys() - layers:
+        if missing := self.saved_config.globe.base.num_experts.keys() - layers:
             raise RequestError(
                 f"This process has no layers {', '.join(map(str, sorted(missing)))}, so it cannot save the model; copy "
                 "the directory that it was loaded from."
@@ -143,7 +140,7 @@ class _Experts(HfQuantizer):
     def remove_quantization_config(self, model: Any) -> None:
         """Leave a model on GloBE whose other layers were dequantized."""
         super().remove_quantization_config(model)
-        set_quantizer(model, self.marked.globe)
+        set_quantizer(model, self.saved_config.globe)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -157,7 +154,7 @@ class GlobeHfQuantizer(_Experts):
 
     def __init__(self, quantization_config: Any, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
-        self.marked = quantization_config
+        self.saved_config = quantization_config
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         # a quantized model refuses .half() and .float(), and the factors stand every cast
@@ -215,28 +212,28 @@ def set_quantizer(model: Any, config: GlobeConfig | None) -> None:
     if not hasattr(model, "config"):
         return
     quantizer: Any = getattr(model, "hf_quantizer", None)
-    marked: Any = getattr(model.config, "quantization_config", None)
+    present: Any = getattr(model.config, "quantization_config", None)
     if config is None:
         model.config.__class__ = getattr(type(model.config), "unguarded", type(model.config))
         if isinstance(quantizer, GlobeHfQuantizer):
             del model.hf_quantizer, model.quantization_method, model.config.quantization_config
         elif quantizer is not None:
-            quantizer.__class__, model.config.quantization_config = type(quantizer).unguarded, marked.other_layers
-            del quantizer.marked
+            quantizer.__class__, model.config.quantization_config = type(quantizer).unguarded, present.other_layers
+            del quantizer.saved_config
         return
-    quantization_config: Any = GlobeQuantizationConfig(**config.to_dict() | {"other_layers": marked})
+    saved_config: Any = GlobeQuantizationConfig(**config.to_dict() | {"other_layers": present})
     if quantizer is None:
-        model.hf_quantizer = GlobeHfQuantizer(quantization_config, pre_quantized=True)
+        model.hf_quantizer = GlobeHfQuantizer(saved_config, pre_quantized=True)
         model.quantization_method = QUANT_METHOD
     else:
-        _join(quantizer, quantization_config)
-    model.config.quantization_config = quantization_config
+        _join(quantizer, saved_config)
+    model.config.quantization_config = saved_config
     model.config.__class__ = _joined(_Guard, type(model.config))
 
 
-def _join(quantizer: Any, marked: Any) -> Any:
+def _join(quantizer: Any, saved_config: Any) -> Any:
     """Make `quantizer`, of the other layers of a model, the quantizer of its experts too; return it."""
-    quantizer.__class__, quantizer.marked = _joined(_Experts, type(quantizer)), marked
+    quantizer.__class__, quantizer.saved_config = _joined(_Experts, type(quantizer)), saved_config
     return quantizer
 
 

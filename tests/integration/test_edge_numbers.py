@@ -8,7 +8,6 @@ from functools import partial
 
 import pytest
 import torch
-from globe_kernels.format.architectures import ARCHITECTURES
 from transformers import AutoModelForCausalLM
 
 import globe_kernels
@@ -17,9 +16,11 @@ from globe_fit.calibration.metric import Calibration
 from globe_fit.calibration.moments import collect
 from globe_fit.config import AlternatingConfig
 from globe_kernels import GlobeCheckpoint, GlobeError, RequestError
+from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.strategies import STRATEGIES
 from globe_kernels.testing import relative_errors, tiny_model
+from tests.conftest import MODEL_TYPES
 from tests.kernels.cases import token_by_token
 
 quick = partial(FitConfig, varpro=VarProConfig(steps=2, warmup_steps=1))
@@ -28,7 +29,7 @@ TOKENS = torch.randint(1, 128, (1, 6), generator=torch.Generator().manual_seed(0
 
 
 def experts(model) -> list:
-    return [model.get_submodule(name) for _, name in ARCHITECTURES[model.config.model_type].live_experts(model)]
+    return [dense.module for dense in routed_experts(model).values()]
 
 
 def times(factor: float, layers=slice(None), numbers=slice(None), rows=slice(None)):
@@ -281,7 +282,7 @@ def test_sizes_at_their_bounds(sizes, solver, made):
     assert 0 < report["relative_error"] < 1
 
 
-@pytest.mark.parametrize("model_type", [name for name in ARCHITECTURES if name != "qwen3_moe"])
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "qwen3_moe"])
 def test_a_layer_of_zeros_in_every_architecture(model_type, made):
     model, fitted, report = made(times(0, slice(0, 1)), model_type=model_type)
     agrees(model, fitted, report)

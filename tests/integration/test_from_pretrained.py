@@ -311,7 +311,14 @@ def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
     report = json.loads((checkpoint / "fit_report.json").read_text()) | {"command": "globe fit M -o O --steps 3"}
     (checkpoint / "fit_report.json").write_text(json.dumps(report))
     figures = {"perplexity": 12.5, "kl": 0.01234, "top1": 0.9512, "tokens_per_s": 1.0}
-    evaluation = {"text": "held.txt", "tokens": 512, "dense": figures | {"perplexity": 12.25}, "globe": figures}
+    evaluation = {
+        "text": "held.txt",
+        "tokens": 512,
+        "command": "globe eval",
+        "device": "cpu",
+        "dense": figures | {"perplexity": 12.25},
+        "globe": figures,
+    }
     record_evaluation(GlobeCheckpoint(checkpoint), evaluation)
     export_globe(GlobeCheckpoint(checkpoint), ExpertSource(base_dir), tmp_path / "hf")
     assert {path.name for path in (tmp_path / "hf").iterdir()} == {

@@ -169,9 +169,9 @@ def not_a_moe(tmp_path: Path) -> Path:
         (
             not_a_moe,
             (),
-            "model_type 'llama' is not a Mixture-of-Experts architecture that GloBE knows; expected one of",
+            "LlamaForCausalLM has no routed experts; give a Mixture-of-Experts model.",
         ),
-        (without_layers, (), "describes no layer with routed experts; give a Mixture-of-Experts model."),
+        (without_layers, (), "Qwen3MoeForCausalLM has no routed experts; give a Mixture-of-Experts model."),
         (QWEN, ("--on", "tpu"), "machine 'tpu' is not known; expected one of h100, h200, "),
         (
             QWEN,
@@ -197,4 +197,6 @@ def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
 
 def test_a_damaged_configuration_is_a_failure(globe, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
-    assert_refused(globe("plan", tmp_path), 1, "is not a complete qwen3_moe configuration ('hidden_size');")
+    assert_refused(
+        globe("plan", tmp_path), 1, "says that a token takes 8 of the 4 experts of a layer; download it again."
+    )

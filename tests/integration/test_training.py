@@ -5,7 +5,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from globe_kernels.format.architectures import ARCHITECTURES
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +15,7 @@ from globe_kernels.model.scratch import ScratchBuffers
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.ops import compose_layer, moe_ffn, moe_ffn_backward
 from globe_kernels.testing import assert_close
+from tests.conftest import MODEL_TYPES
 from tests.integration.test_strategies import Stream, patched, reconstructions  # noqa: F401
 from tests.kernels.cases import needs_kernels, same_tiles
 
@@ -68,7 +68,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 
 
 @pytest.mark.parametrize("run", RUNS)
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_two_steps_of_lora_are_those_of_the_dense_reconstruction(model_type, run, fit_tiny, reconstructions):  # noqa: F811
     model, dense = patched(fit_tiny(model_type)[0], model_type, run), copy.deepcopy(reconstructions(model_type))
     pairs = [(each, with_lora(each)) for each in (model, dense)]

@@ -76,7 +76,7 @@ class Layer:
             weights = BankFirstWeights(*self.banks, *self.codes[0], *self.codes[1], self.from_rank)
             return moe_ffn_bank_first(*routed, weights, activation)
         weights = CachedWeights(self.mixtures, self.from_rank)
-        out = moe_ffn_cached(*routed, weights, self.cache.state, 0, self.phi, activation)
+        out = moe_ffn_cached(*routed, weights, self.cache, 0, self.phi, activation)
         self.cache.pool.fill_(float("nan"))
         self.cache.clear()
         return out
@@ -88,7 +88,7 @@ class Layer:
             "moe_ffn": ([self.basis, *from_rank], "silu", True),
             "moe_ffn_scratch": (self.basis, self.flat_codes, list(self.banks), from_rank, self.phi, "silu", True),
             "moe_ffn_bank_first": ([*self.banks, *self.flat_codes], from_rank, "silu", True),
-            "moe_ffn_cached": (list(self.cache.state), list(self.mixtures), from_rank, 0, self.phi, "silu", True),
+            "moe_ffn_cached": (self.cache.number, list(self.mixtures), from_rank, 0, self.phi, "silu", True),
         }[op]
 
 
@@ -253,7 +253,8 @@ def test_no_tokens(run):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck(op):
-    torch.library.opcheck(OPS[op], (*inputs(), *Layer().arguments(op)))
+    layer = Layer()  # owns the cache that the op finds by its number
+    torch.library.opcheck(OPS[op], (*inputs(), *layer.arguments(op)))
 
 
 def test_opcheck_of_the_backward():
