@@ -109,11 +109,14 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
     return kept if kept.get("fingerprint") == checkpoint.fingerprint else None
 
 
-class _Measured(TypedDict):
+class _Dense(TypedDict):
     perplexity: Annotated[float, Above(0)]
+    tokens_per_s: Annotated[float, Above(0)]
+
+
+class _Globe(_Dense):
     kl: float
     top1: float
-    tokens_per_s: Annotated[float, Above(0)]
     timed_batches: NotRequired[int]
 
 
@@ -125,8 +128,8 @@ class _Evaluation(TypedDict):
     command: str
     device: str
     threads: int
-    dense: _Measured
-    globe: _Measured
+    dense: _Dense
+    globe: _Globe
 
 
 def _compare(logits: torch.Tensor, target: torch.Tensor, reference: torch.Tensor | None) -> dict[str, float]:
