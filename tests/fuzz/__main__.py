@@ -18,7 +18,7 @@ _CHUNK = 1000
 def main() -> int:
     """Run the cases and print a line per kind, with the findings before it; returns 1 when there is a finding."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--kind", action="append", help="a kind, or the start of its name (all)")
+    parser.add_argument("--kind", action="append", help="a kind, or the start of the names of several (all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=300, help="cases of each kind")
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
@@ -26,15 +26,19 @@ def main() -> int:
     parser.add_argument("--case", type=int, help="run this case alone, and keep its directory")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # a forked process has none of the threads of its parent, and would wait for them
-    )
+    # a forked process has none of the threads of its parent, and would wait for them
+    os.environ["OMP_NUM_THREADS"] = "1"
     sys.dont_write_bytecode = True
     from tests.fuzz.kinds import KINDS
 
-    wanted = [kind for kind in KINDS if not given.kind or any(kind.startswith(start) for start in given.kind)]
+    wanted = {
+        kind: None
+        for start in given.kind or [""]
+        for kind in KINDS
+        if kind == start or start not in KINDS and kind.startswith(start)
+    }
     if given.case is not None:
-        return _reproduce(wanted[0], given.seed, given.case)
+        return _reproduce(next(iter(wanted)), given.seed, given.case)
     until, found = time.monotonic() + given.seconds, 0
     for kind in wanted:
         found += _run(kind, given.seed, range(given.first, given.first + given.count), until)
