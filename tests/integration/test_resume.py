@@ -1,6 +1,7 @@
 """A fit that is killed, interrupted or short of disk goes on as if nothing had happened."""
 
 import hashlib
+import os
 import random
 import signal
 import subprocess
@@ -127,13 +128,35 @@ def noise_model(save_tiny, tmp_path_factory):
     return ExpertSource(save_tiny("qwen3_moe")), ExpertSource(path)
 
 
-def test_a_damaged_snapshot_is_named(save_tiny, tmp_path):
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:500])
+
+
+def flip_a_fact(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'\\"step\\": 1', b'\\"step\\": 2', 1))
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [cut, flip_a_fact, flip_a_bit, a_pipe])
+def test_a_damaged_snapshot_is_named(save_tiny, tmp_path, damage):
     source = ExpertSource(save_tiny("qwen3_moe"))
     unfinished(source, tmp_path)
     path = tmp_path / ".snapshot" / "gate-1-0.safetensors"
-    path.write_bytes(path.read_bytes()[:500])
+    before = path.read_bytes()
+    damage(path)
+    assert not path.is_file() or path.read_bytes() != before
     with pytest.raises(GlobeError, match=r"gate-1-0.safetensors is damaged .* discard it \(--restart"):
-        open_snapshots(tmp_path, source, TINY_FIT)
+        open_snapshots(tmp_path, source, TINY_FIT).load("gate")
 
 
 def test_a_full_disk_keeps_the_snapshot_before(save_tiny, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -113,6 +114,15 @@ def test_an_incomplete_checkpoint(model_dir, dropped, sentence):
         ({"num_experts": 9, "num_local_experts": 9}, r"lacks the \w+ matrix of expert 8"),
         ({"num_experts": 6, "num_local_experts": 6}, "has expert 7 and config.json says 6"),
         ({"moe_intermediate_size": 32}, "experts of .* are 48 x 64 and config.json says 32 x 64"),
+        ({"num_hidden_layers": 10**9}, "says num_hidden_layers is 1000000000, and no model has more than 262144"),
+        ({"num_hidden_layers": 10**5}, "cannot build the model .* more than 25000 modules"),
+        ({"num_labels": 10**9}, "says num_labels is 1000000000"),
+        ({"hidden_size": 2**40}, r"experts of .* are 48 x 64 and config.json says 48 x 1099511627776"),
+        ({"hidden_size": 2**62}, "cannot build the model"),
+        ({"vocab_size": [3]}, "cannot build the model"),
+        ({"dtype": "int8"}, "says dtype torch.int8, in which no model runs"),
+        ({"architectures": 3}, "has 3 as architectures, where GloBE expects"),
+        ({"quantization_config": {"config_groups": []}}, r"has \[\] as config_groups, where GloBE expects an object"),
         ({"mlp_only_layers": [0]}, r"experts in layers \[0, 1, 2\] and config.json says \[1, 2\]"),
     ],
     ids=str,
@@ -120,6 +130,28 @@ def test_an_incomplete_checkpoint(model_dir, dropped, sentence):
 def test_a_configuration_of_another_model(model_dir, changes, sentence):
     change_config(model_dir, **changes)
     with pytest.raises(GlobeError, match=sentence):
+        ExpertSource(model_dir)
+
+
+@pytest.mark.parametrize("top_k", [0, 9])
+def test_more_experts_per_token_than_there_are(model_dir, top_k):
+    change_config(model_dir, num_experts_per_tok=top_k)
+    with pytest.raises(RequestError, match=f"says num_experts_per_tok is {top_k} and .* has 8 experts"):
+        print(ExpertSource(model_dir).facts)
+
+
+def test_names_of_classes_that_are_no_models(model_dir):
+    change_config(model_dir, architectures=["AutoConfig", "logging", "NoSuchName"], attn_implementation="Org/kernel")
+    assert type(ExpertSource(model_dir).outline.model).__name__ == "Qwen3MoeForCausalLM"
+
+
+@pytest.mark.parametrize("pattern", ["config.json", "*.index.json", "model-00001-*"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to(path)], ids=["pipe", "dir", "loop"])
+def test_no_file_where_a_file_should_be(model_dir, pattern, make):
+    (path,) = model_dir.glob(pattern)
+    path.unlink()
+    make(path)
+    with pytest.raises(GlobeError, match="download the index" if "index" in pattern else path.name):
         ExpertSource(model_dir)
 
 
