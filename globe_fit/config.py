@@ -144,6 +144,8 @@ class FitConfig:
         for name in ("rank", "atoms", "palette"):
             if getattr(self, name) is not None:
                 _require(name, getattr(self, name), int, 1)
+        if not isinstance(self.device, str):
+            raise _unknown_device(self.device)
         _require("support", self.support, int, 1)
         _require("seed", self.seed, int, 0, 2**62)
         if self.ratio is not None:
@@ -211,8 +213,12 @@ def resolve_device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(name)):
-        raise RequestError(f"device is {name!r}; expected auto, cpu or cuda.")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise _unknown_device(name)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise RequestError(f"device is {name} and torch sees no CUDA device; use cpu.")
     return name
+
+
+def _unknown_device(name: object) -> RequestError:
+    return RequestError(f"device is {name!r}; expected auto, cpu or cuda.")

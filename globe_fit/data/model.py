@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -15,13 +14,15 @@ from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.directories import holds_export, holds_model, not_a_model
-from globe_kernels.format.hub import local_directory
+from globe_kernels.format.directories import holds_export, holds_model, not_a_model, weights_entry
+from globe_kernels.format.files import inner_file
+from globe_kernels.format.hub import index_of, local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import routed_experts
 
 WINDOW = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_BESIDE_TOKENIZERS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt")
 
 
 def load_model(
@@ -42,6 +43,7 @@ def load_model(
         raise not_a_model(path)
     config = read_transformers_config(path)
     whole = model_class(config)
+    _require_own_files(path)
     try:
         if quantization := {} if holds_export(path) else quantization_of(read_config(path)):
             return _dequantized(whole, config, path, quantization, dtype).to(device).eval()
@@ -53,11 +55,23 @@ def load_model(
         model: Any = whole.from_pretrained(path, dtype=dtype)
     except GlobeError:
         raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
         raise GlobeError(
-            f"transformers cannot load {path} ({error}); restore the directory or export it again."
+            f"transformers cannot load {path} ({type(error).__name__}: {error}); restore the directory or export it "
+            "again."
         ) from error
+    for name, parameter in model.named_parameters():
+        if name.endswith("weight") and not parameter.is_floating_point():  # transformers casts no integers
+            raise GlobeError(f"{name} in {path} is stored as {parameter.dtype}; download or export it again.")
     return model.to(device).eval()
+
+
+def _require_own_files(path: Path) -> None:
+    """Raise GlobeError when a file of the weights is outside of the directory: transformers follows any name and link."""
+    if (entry := weights_entry(path)) is not None:
+        listed = index_of(inner_file(path, entry)).values() if entry.endswith(".json") else ()
+        for name in {entry, *listed}:
+            inner_file(path, name)
 
 
 def _dequantized(whole: Any, config: Any, path: Path, quantization: dict, dtype: torch.dtype | str) -> Any:
@@ -118,6 +132,8 @@ def load_tokenizer(model_dir: str | Path):
     # without the files of a tokenizer, transformers invents a tokenizer with an empty vocabulary
     if not any((model_dir / name).is_file() for name in _TOKENIZER_FILES):
         raise RequestError(f"{model_dir} holds none of {', '.join(_TOKENIZER_FILES)}; add the tokenizer of the model.")
+    for name in (*_TOKENIZER_FILES, *_BESIDE_TOKENIZERS):
+        inner_file(model_dir, name)
     try:
         return AutoTokenizer.from_pretrained(model_dir)
     except Exception as error:  # a broken file may raise any exception

@@ -246,8 +246,10 @@ class ExpertSource:
                 f"The experts of layer {layer.layer} differ in shape: {key} is of a {first} expert and {other} of a "
                 f"{second} expert; GloBE fits models whose layers differ, not layers whose experts differ."
             )
-        ((inner, width),) = found
-        return inner, width
+        ((shape, key),) = found.items()
+        if len(shape) != 2:
+            raise GlobeError(f"{key} in {self.model_dir} is of shape {shape} and no matrix; download it again.")
+        return shape[0], shape[1]
 
     def _fused_shape(self, layer: ExpertLayer, inner: int, width: int) -> tuple[int, int]:
         """Return (P, D) as config.json says, or another shape when all fused tensors of the layer agree on it."""
@@ -259,9 +261,12 @@ class ExpertSource:
             names = usual.shapes(layer.num_experts, inner, width)
             return {name: layouts.get(name, usual).shapes(layer.num_experts, inner, width)[name] for name in names}
 
-        matrix = found[GATE_UP][1:]
-        rows, columns = matrix[::-1] if layouts[GATE_UP].transposed else matrix
-        for shape in ((inner, width), (rows // 2, columns)):
+        candidates = [(inner, width)]
+        if len(found[GATE_UP]) == 3:
+            matrix = found[GATE_UP][1:]
+            rows, columns = matrix[::-1] if layouts[GATE_UP].transposed else matrix
+            candidates.append((rows // 2, columns))
+        for shape in candidates:
             if found == expected(*shape):
                 return shape
         name, wanted = next(

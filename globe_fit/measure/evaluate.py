@@ -102,7 +102,7 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
     if not path.is_file():
         return None
     try:
-        kept = read_json(inner_file(checkpoint.path, EVALUATION_NAME), "run globe eval again")
+        kept = read_json(inner_file(checkpoint.path, EVALUATION_NAME), "run globe eval again", finite=True)
         checked(_Evaluation, kept, str(path), "run globe eval again")
     except GlobeError:  # an export and a report are worth more than these figures
         return None

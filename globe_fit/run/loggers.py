@@ -48,6 +48,7 @@ class MetricStream:
     def _write(self, records: list[dict]) -> None:
         if self._file is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.unlink(missing_ok=True)  # a pipe would wait for a reader, a link lead elsewhere
             self._file = self._path.open("w", encoding="utf-8")
         self._file.writelines(json.dumps(each) + "\n" for each in records)
         self._file.flush()

@@ -81,7 +81,7 @@ def read_report(checkpoint: GlobeCheckpoint) -> dict[str, Any]:
 
 def read_record(line: str) -> dict[str, Any]:
     """Return a record of the metric stream. Raises ValueError for a line that is no record."""
-    record = checked(_Record, parse_json(line), "the stream", _REMEDY)
+    record = checked(_Record, parse_json(line, finite=True), "the stream", _REMEDY)
     _require_metrics(record, "the stream")
     return record
 

@@ -93,8 +93,10 @@ class Snapshots:
         return tensors, facts
 
     def _facts(self, path: Path) -> dict:
+        if not inner_file(path.parent, path.name).is_file():
+            raise self._damaged(path, "it is no file")
         try:
-            with safe_open(inner_file(path.parent, path.name), framework="pt") as handle:
+            with safe_open(path, framework="pt") as handle:
                 metadata = handle.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise self._damaged(path, error) from error

@@ -207,7 +207,7 @@ class GlobeCheckpoint:
         config_path = self.path / CONFIG_NAME
         if not config_path.is_file():
             raise not_a_checkpoint(path)
-        data = read_json(inner_file(self.path, CONFIG_NAME), "restore the file or fit again")
+        data = read_json(inner_file(self.path, CONFIG_NAME), "restore the file or fit again", finite=True)
         self.config = GlobeConfig.from_dict(data, str(config_path))
         listed = checked(_Listed, data, str(config_path), "restore the file or fit again")
         self._files, self.fingerprint = listed.get("files", {}), listed.get("fingerprint")
@@ -283,7 +283,9 @@ class GlobeCheckpoint:
     def report(self) -> dict:
         """Return fit_report.json, the measurements of the fit; {} when the checkpoint came without it."""
         path = self.path / REPORT_NAME
-        return read_json(inner_file(self.path, REPORT_NAME), "restore the file or fit again") if path.is_file() else {}
+        if not path.is_file():
+            return {}
+        return read_json(inner_file(self.path, REPORT_NAME), "restore the file or fit again", finite=True)
 
 
 _TORCH_DTYPES = {

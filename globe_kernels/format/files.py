@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -166,12 +167,15 @@ def inner_file(directory: Path, name: str) -> Path:
     )
 
 
-def read_json(path: Path, remedy: str) -> dict:
-    """Read the JSON object in a file. Raises GlobeError, which ends in `remedy`, when the file holds anything else."""
+def read_json(path: Path, remedy: str, *, finite: bool = False) -> dict:
+    """Read the JSON object in a file. Raises GlobeError, which ends in `remedy`, when the file holds anything else.
+
+    `finite`: also when a number is NaN or infinite, which GloBE never writes and a config.json may hold.
+    """
     try:
         if not path.is_file():
             raise GlobeError(f"{path} is no file; {remedy}.")
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"), finite=finite)
     except (OSError, ValueError) as error:
         if isinstance(error, (GlobeError, PermissionError)):
             raise
@@ -181,14 +185,16 @@ def read_json(path: Path, remedy: str) -> dict:
     return data
 
 
-def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError, also for values that are nested deeper than functions can call themselves."""
+def parse_json(text: str, *, finite: bool = False) -> Any:
+    """Parse JSON. Raises ValueError, also for values that are nested too deep, and if `finite` for NaN and infinity."""
     try:
         data = json.loads(text)
     except RecursionError:
         raise ValueError("its values are nested too deep") from None
     level = [data]
     for _ in range(_MOST_LEVELS):
+        if finite and any(isinstance(value, float) and not math.isfinite(value) for value in level):
+            raise ValueError("a number is NaN or infinite")
         level = [inner for value in level for inner in _inside(value)]
     if level:
         raise ValueError(f"its values are nested deeper than {_MOST_LEVELS} levels")

@@ -159,11 +159,19 @@ def _apply_gate(experts: DenseExperts, gate: torch.Tensor, up: torch.Tensor) -> 
 
 
 def top_k_of(model: nn.Module, experts: DenseExperts) -> int:
-    """Return K, the experts per token, of the configuration or of the router beside the experts."""
+    """Return K, the experts per token, of the configuration or of the router beside the experts.
+
+    Raises RequestError when neither says a number from 1 to E.
+    """
     block = model.get_submodule(experts.name.rpartition(".")[0])
     for place in (experts.module.config, block, *block.children()):
         for key in _TOP_K_KEYS:
             if isinstance(value := getattr(place, key, None), int):
+                if not 0 < value <= experts.sizes[0]:
+                    raise RequestError(
+                        f"{type(model).__name__} says {key} is {value} and {experts.name} has {experts.sizes[0]} "
+                        "experts; restore its config.json."
+                    )
                 return value
     raise RequestError(
         f"Neither the configuration of {type(model).__name__} nor the router beside {experts.name} says how many "

@@ -1,9 +1,10 @@
 """Check the weights of an export while transformers loads it, which fills gaps with random values and warns at most."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from globe_kernels.errors import GlobeError
@@ -24,20 +25,19 @@ def require_finite_factors(module: nn.Module, where: str, names: Iterable[str]) 
 def check_exported_files(files: list[str], model: Any) -> None:
     """Check the tensors of experts and bank: transformers neither stops at a missing tensor nor checks shapes here.
 
-    Raises GlobeError for a tensor that is missing or of another shape. The experts of a base that keeps them one by one
-    are merged by transformers.
+    Raises GlobeError for a damaged file and for a tensor that is missing or of another shape. The experts of a base
+    that keeps them one by one are merged by transformers.
     """
     renaming = Renaming(model)
     found: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[tuple[int, ...]]] = {}
     for file in files:
-        with safe_open(file, framework="pt") as handle:
-            for key in list(handle.keys()):
-                live, shape = renaming.live(key), tuple(handle.get_slice(key).get_shape())
-                if len(shape) == 2 and live.converter is not None:
-                    pieces.setdefault(live.key, []).append(shape)
-                else:
-                    found[live.key] = shape
+        for key, shape in _shapes_in(Path(file)).items():
+            live = renaming.live(key)
+            if len(shape) == 2 and live.converter is not None:
+                pieces.setdefault(live.key, []).append(shape)
+            else:
+                found[live.key] = shape
     bank = getattr(model, BANK_NAME)
     expected = {exported_bank_key(family): tuple(getattr(bank, family).shape) for family in FAMILIES}
     for path, module in globe_modules(model).items():
@@ -55,6 +55,16 @@ def check_exported_files(files: list[str], model: Any) -> None:
                 f"{key} is {actual or 'missing'} in the model's safetensors files and config.json says {shape}; "
                 "export the checkpoint again."
             )
+
+
+def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        if not file.is_file():  # a pipe would wait for a writer
+            raise OSError("it is no file")
+        with safe_open(file, framework="pt") as handle:
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
+    except (OSError, SafetensorError) as error:
+        raise GlobeError(f"{file} is truncated or damaged ({error}); export the checkpoint again.") from error
 
 
 def require_all_weights(model: Any) -> None:

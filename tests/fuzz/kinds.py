@@ -9,7 +9,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib.font_manager  # noqa: F401  # makes its folders now
+import matplotlib.font_manager
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -43,7 +43,7 @@ _SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 32, "num_atte
 _QWEN = _SIZES | {"num_key_value_heads": 1, "head_dim": 8, "moe_intermediate_size": 32, "num_experts": 3}
 _GPT_OSS = _SIZES | {"num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 64, "num_local_experts": 3}
 _TOKENS = torch.arange(12)[None]
-matplotlib.get_configdir(), matplotlib.get_cachedir()
+_FOLDERS = matplotlib.get_configdir(), matplotlib.get_cachedir()  # makes them now
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _patch(directory: Path) -> Any:
     model = _live()
     patch(model, directory, keep_dense=True)
     try:
-        return model(_TOKENS).logits
+        return evaluate({"patched": model}, _TOKENS)
     finally:
         unpatch(model)
 
@@ -284,7 +284,7 @@ _PLANNED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "qwen3_vl_moe", "g
 _CHECKPOINT_FILES = ("globe_config.json", "globe.safetensors")
 _REPORT_FILES = ("fit_report.json", "fit_report.json", "metrics.jsonl", "evaluation.json")
 _SNAPSHOT_FILES = (".snapshot/*.safetensors", ".snapshot/*.safetensors", ".snapshot/metrics.jsonl")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "text.txt")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 KINDS: dict[str, Kind] = {
     "base": Kind(_save_base, _read_base, _BASE_FILES),
@@ -321,6 +321,7 @@ KINDS: dict[str, Kind] = {
     "patch": Kind(_save_checkpoint, _patch, _CHECKPOINT_FILES),
     "settings": Kind(_save_settings, _read_settings, ("fit.toml",), is_given=True),
     "tokenizer": Kind(_save_tokenizer, _read_tokenizer, _TOKENIZER_FILES),
+    "text": Kind(_save_tokenizer, _read_tokenizer, ("text.txt",), is_given=True),
 }
 
 
