@@ -67,7 +67,7 @@ def load_model(
 
 
 def _require_own_files(path: Path) -> None:
-    """Raise GlobeError when weights lie outside of the directory: transformers follows any name and any link."""
+    """Raise GlobeError when a file of the weights lies outside of the directory: transformers follows any link."""
     if (entry := weights_entry(path)) is not None:
         listed = index_of(inner_file(path, entry)).values() if entry.endswith(".json") else ()
         for name in {entry, *listed}:

@@ -316,7 +316,7 @@ def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
         "tokens": 512,
         "command": "globe eval",
         "device": "cpu",
-        "threads": 1,
+        "threads": 2,
         "dense": figures | {"perplexity": 12.25},
         "globe": figures,
     }
