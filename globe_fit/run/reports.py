@@ -6,7 +6,7 @@ from globe_fit.run.metrics import METRICS
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import parse_json
-from globe_kernels.format.names import REPORT_NAME
+from globe_kernels.format.names import FAMILIES, REPORT_NAME
 from globe_kernels.format.typed import Bytes, Size, checked
 
 _REMEDY = "restore the file or fit again"
@@ -63,10 +63,9 @@ def read_report(checkpoint: GlobeCheckpoint) -> dict[str, Any]:
     """Return fit_report.json of a checkpoint, {} without one. Raises GlobeError for values that no fit writes."""
     where = str(checkpoint.path / REPORT_NAME)
     report = checked(_Report, checkpoint.report(), where, _REMEDY)
-    families = report.get("families", {})
+    families = {family: report["families"][family] for family in FAMILIES if "families" in report}
     for family, found in families.items():
-        if family in _Families.__annotations__:
-            _require_metrics(found, f"{family} in {where}")
+        _require_metrics(found, f"{family} in {where}")
     if len({tuple(found.get("relative_error_by_layer", ())) for found in families.values()}) > 1:
         raise GlobeError(f"{where} has the errors of other layers for gate than for up; {_REMEDY}.")
     if base := report.get("base"):

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -71,12 +72,12 @@ def mutate_json(random: Random, data: Any, odd: list[Any]) -> Any:
         path = random.choice([place for place in places if len(place) <= depth])
         if not path:
             if random.random() < 0.05:
-                return random.choice(odd)
+                return deepcopy(random.choice(odd))
             continue
         owner, key = _at(data, path[:-1]), path[-1]
         kind = random.randrange(12)
         if kind <= 4:
-            owner[key] = random.choice(odd)
+            owner[key] = deepcopy(random.choice(odd))
         elif kind == 5:
             del owner[key]
         elif kind == 6 and isinstance(owner[key], (int, float)) and not isinstance(owner[key], bool):
@@ -92,12 +93,12 @@ def mutate_json(random: Random, data: Any, odd: list[Any]) -> Any:
             owner[key] = random.choice(([owner[key]], {"x": owner[key]}, [owner[key]] * 3))
         elif kind == 10 and isinstance(owner, dict):
             extra = random.choice(_EXTRA_KEYS)
-            owner[extra] = random.choice(odd)
+            owner[extra] = deepcopy(random.choice(odd))
         elif isinstance(owner[key], str) and owner[key]:
             text, place = owner[key], random.randrange(len(owner[key]))
             owner[key] = text[:place] + random.choice(("", "x", "/", "..", "\0", "\n", text)) + text[place + 1 :]
         else:
-            owner[key] = random.choice(odd)
+            owner[key] = deepcopy(random.choice(odd))
     return data
 
 

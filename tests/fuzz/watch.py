@@ -148,7 +148,7 @@ def _not_finite(value: Any, where: str = "result") -> str | None:
 
 
 def _no_sentence(text: str) -> str | None:
-    if not text.isprintable() or len(text) > _LONGEST or not text.endswith("."):
+    if not text.isprintable() or len(text) > _LONGEST or not text.endswith((".", "?")):
         return f"the error is no sentence: {len(text)} characters, {text[:300]!r} ... {text[-80:]!r}"
     return None
 
