@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from measure import summarise
-from subjects import Subject, Variant, build, cache_of
+from subjects import Subject, Variant, build, cache_of, experts_of
 
 from globe_kernels import cache_stats, warm_cache
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.bank import DeviceBank
 from globe_kernels.model.cache import BasisCache
-from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules
 from globe_kernels.testing import relative_errors
 
@@ -75,10 +74,9 @@ def _routings(subject: Subject, dtype: torch.dtype) -> dict[str, Routing]:
     """Return {name: routing}; the inputs of all are the inputs of the model's layers on its tokens."""
     tokens = _WARM_UP + _COUNTED
     seen: Routing = []
-    names = [experts.name for experts in routed_experts(subject.dense).values()]
     hooks = [
-        subject.dense.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
-        for name in names
+        experts.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        for experts in experts_of(subject.dense).values()
     ]
     subject.dense(subject.tokens[None, :tokens], use_cache=False, logits_to_keep=1)
     for hook in hooks:

@@ -39,7 +39,7 @@ from ledger import append, conditions
 from measure import captured, device_name, time_side_by_side
 from report import table
 from shapes import MODELS
-from subjects import Subject, Variant, build, measured_bytes, random, shipped, variants
+from subjects import Subject, Variant, build, experts_of, measured_bytes, random, shipped, variants
 from transformers import StaticCache
 from transformers.utils.logging import disable_progress_bar
 
@@ -47,7 +47,6 @@ from globe_kernels import cache_stats, call_counts
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.names import BANK_NAME
 from globe_kernels.model.cache import BasisCache
-from globe_kernels.model.discovery import routed_experts
 from globe_kernels.model.targets import globe_modules, is_patched
 from globe_kernels.strategies import DENSE, STRATEGIES
 from globe_kernels.strategies.budget import layer_sizes
@@ -189,9 +188,9 @@ def _routed(model: Any, call: Callable[[], torch.Tensor]) -> tuple[torch.Tensor,
 @contextmanager
 def _routes(model: Any) -> Iterator[list[torch.Tensor]]:
     seen: list[torch.Tensor] = []
-    names = [experts.name for experts in routed_experts(model).values()]
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1])) for name in names
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+        for module in experts_of(model).values()
     ]
     yield seen
     for hook in hooks:

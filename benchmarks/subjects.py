@@ -206,6 +206,11 @@ def planned_bytes(subject: Subject, model: Any) -> int:
     return found.total + (found.host if model.device.type == "cpu" else 0)
 
 
+def experts_of(model: Any) -> dict[str, Any]:
+    """{path: module} of the routed experts, dense or GloBE."""
+    return globe_modules(model) or {dense.name: dense.module for dense in routed_experts(model).values()}
+
+
 def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tuple[int, int]:
     """Return (measured, planned): the bytes that a model loses with its experts and bank, and `planned_bytes`."""
     model = build(subject, variant, dtype)
@@ -213,11 +218,8 @@ def measured_bytes(subject: Subject, variant: Variant, dtype: torch.dtype) -> tu
     _touch(model)
     before = _held_bytes(device)
     if is_patched(model):
-        paths = list(globe_modules(model))
         remove_bank(model)
-    else:
-        paths = [experts.name for experts in routed_experts(model).values()]
-    for path in paths:
+    for path in experts_of(model):
         model.set_submodule(path, nn.Identity())
     return before - _held_bytes(device), planned
 

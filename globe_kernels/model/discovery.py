@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from globe_kernels.errors import RequestError
+from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.layout import BIASES, DOWN, GATE_UP, ExpertsLayout
 from globe_kernels.model.owners import refuse_unfit
 from globe_kernels.ops.activations import GATED_ACTIVATIONS, gated_activation, parse_activation
@@ -161,14 +161,14 @@ def _apply_gate(experts: DenseExperts, gate: torch.Tensor, up: torch.Tensor) -> 
 def top_k_of(model: nn.Module, experts: DenseExperts) -> int:
     """Return K, the experts per token, of the configuration or of the router beside the experts.
 
-    Raises RequestError when neither says a number from 1 to E.
+    Raises RequestError when neither says a number, GlobeError for a number that is not from 1 to E.
     """
     block = model.get_submodule(experts.name.rpartition(".")[0])
     for place in (experts.module.config, block, *block.children()):
         for key in _TOP_K_KEYS:
             if isinstance(value := getattr(place, key, None), int):
                 if not 0 < value <= experts.sizes[0]:
-                    raise RequestError(
+                    raise GlobeError(
                         f"{type(model).__name__} says {key} is {value} and {experts.name} has {experts.sizes[0]} "
                         "experts; restore its config.json."
                     )

@@ -198,5 +198,7 @@ def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
 def test_a_damaged_configuration_is_a_failure(globe, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
     assert_refused(
-        globe("plan", tmp_path), 1, "says that a token takes 8 of the 4 experts of a layer; download it again."
+        globe("plan", tmp_path),
+        1,
+        "num_experts_per_tok is 8 and model.layers.0.mlp.experts has 4 experts; restore its config.json.",
     )

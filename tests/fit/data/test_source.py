@@ -136,7 +136,7 @@ def test_a_configuration_of_another_model(model_dir, changes, sentence):
 @pytest.mark.parametrize("top_k", [0, 9])
 def test_more_experts_per_token_than_there_are(model_dir, top_k):
     change_config(model_dir, num_experts_per_tok=top_k)
-    with pytest.raises(RequestError, match=f"says num_experts_per_tok is {top_k} and .* has 8 experts"):
+    with pytest.raises(GlobeError, match=f"says num_experts_per_tok is {top_k} and .* has 8 experts"):
         print(ExpertSource(model_dir).facts)
 
 
