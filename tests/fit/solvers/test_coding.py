@@ -31,7 +31,7 @@ def test_entmax_meets_its_optimality_conditions(alpha, atoms, size, tied, seed):
         scores[:, ::2] = scores[:, :1].clone()
     p = entmax(scores, alpha)
     assert p.dtype == torch.float32 and (p >= 0).all()
-    assert_close(p.sum(1), torch.ones(3), rms=1e-6, peak=1e-6)
+    assert_close(p.sum(1), torch.ones(3), rms=5e-6, peak=5e-6)  # many equal probabilities round alike
     x = (alpha - 1) * (scores - scores.amax(1, keepdim=True)).double()
     used = p > 0
     level = x - p.double().pow(alpha - 1)
