@@ -162,12 +162,14 @@ def parse_activation(spec: str) -> Activation:
     return Activation(match[1], **settings)
 
 
+@lru_cache  # every call of a layer asks on a CPU
 def gated_activation(spec: str) -> GatedFunction:
     """Return the function of (gate, up) that a spec names. Raises RequestError for a bad spec."""
     activation = parse_activation(spec)
     return partial(GATED_ACTIVATIONS[activation.name], **activation.settings)
 
 
+@lru_cache
 def gated_slopes(spec: str) -> Callable[[torch.Tensor, torch.Tensor], Pair]:
     """Return the function of (gate, up) that gives the derivatives of the activation by gate and by up.
 
