@@ -124,7 +124,7 @@ class BasisCache(nn.Module):
             if was_torn:
                 self._clear()
             yield self.state
-            # what a capture notes down is done by its replays alone
+            # a capture only notes the clearing down: its replays do it
             self._is_torn = was_torn and self.pool.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property

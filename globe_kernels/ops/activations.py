@@ -43,7 +43,7 @@ def _softcapped_silu(gate: torch.Tensor, up: torch.Tensor, alpha: float = 4.0, l
     return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * limit * torch.tanh(up / limit)
 
 
-# {name: function of gate, up and settings, whose defaults are those of the first model that has the activation}
+# {name: function of gate, up and settings, whose defaults come from the first model that has the activation}
 GATED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "silu": lambda gate, up: F.silu(gate) * up,
     "swish": lambda gate, up: F.silu(gate) * up,
