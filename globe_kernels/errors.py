@@ -1,4 +1,4 @@
-"""The errors that a user can meet: a sentence says what was found, what was expected and what to do next.
+"""The errors that a user can meet: a sentence names the fault, the expected value and the next step.
 
 A failure beside the work, such as a logger or a plot, is a warning: it never ends work that succeeds without it.
 """

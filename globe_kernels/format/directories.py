@@ -2,7 +2,7 @@
 
     model        config.json of transformers
     export       a model that `globe export` wrote: it runs from its compressed form
-    checkpoint   globe_config.json: what `globe fit` wrote, without the rest of the model
+    checkpoint   globe_config.json of `globe fit`, without the rest of the model
     unfinished   the snapshots of a fit
     sweep        a directory of checkpoints
 
@@ -63,8 +63,7 @@ def holds_model(path: Path) -> bool:
 
 def holds_export(path: Path) -> bool:
     """Whether `path` is a model that runs from its compressed form."""
-    quantization = (_model_config(path) or {}).get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD
+    return _compressed(_model_config(path) or {}) is not None
 
 
 def is_earlier_export(path: Path) -> bool:
@@ -76,11 +75,8 @@ def is_earlier_export(path: Path) -> bool:
 def named_weights(path: Path) -> str | None:
     """Return the file of the weights that config.json names, also of an export; None where the name is usual."""
     config = _model_config(path) or {}
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-        named = quantization.get("weights")
-    else:
-        named = config.get(GUARD_KEY)
+    compressed = _compressed(config)
+    named = config.get(GUARD_KEY) if compressed is None else compressed.get("weights")
     return named if isinstance(named, str) else None
 
 
@@ -135,6 +131,12 @@ def _model_config(path: Path) -> dict | None:
         raise RequestError(f"{path} cannot be read: permission denied; give a directory that you may read.") from None
     except GlobeError:
         return {}
+
+
+def _compressed(config: dict) -> dict | None:
+    """Return the `quantization_config` of an export; None for another model."""
+    found = config.get("quantization_config")
+    return found if isinstance(found, dict) and found.get("quant_method") == QUANT_METHOD else None
 
 
 def not_a_model(path: str | Path) -> RequestError:

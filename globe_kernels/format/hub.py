@@ -1,4 +1,4 @@
-"""Get a model or a checkpoint of the Hugging Face Hub into the cache of huggingface_hub, and name what lies there.
+"""Get a model or a checkpoint of the Hugging Face Hub into the cache of huggingface_hub, and name the models there.
 
 A path that exists is never asked of the Hub. `Org/name` is a name there, and `Org/name@revision` names a branch, a tag
 or a commit.

@@ -7,6 +7,7 @@ while a model runs.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from threading import Lock
 from typing import Any
 
@@ -85,7 +86,8 @@ class BasisCache(nn.Module):
                 "the bytes of at least one."
             )
         self.num_experts = dict(num_experts)
-        n = sum(self.num_experts.values())
+        *firsts, n = accumulate(self.num_experts.values(), initial=0)
+        self._first_expert = dict(zip(self.num_experts, firsts, strict=True))
         shapes = {
             "pool": ((slots, 2 * rank, width), dtype),
             "slot_of": ((n,), torch.int32),
@@ -122,7 +124,7 @@ class BasisCache(nn.Module):
             if was_torn:
                 self._clear()
             yield self.state
-            # what a capture notes down is done by its replays alone
+            # a capture only notes the clearing down: its replays do it
             self._is_torn = was_torn and self.pool.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
@@ -132,8 +134,7 @@ class BasisCache(nn.Module):
 
     def first_expert(self, layer: int) -> int:
         """Return the number of the layer's first expert among the experts of all layers."""
-        layers = list(self.num_experts)
-        return sum(self.num_experts[before] for before in layers[: layers.index(layer)])
+        return self._first_expert[layer]
 
     def clear(self) -> None:
         """Forget all bases; call this when banks or codes have changed. Statistics stay."""

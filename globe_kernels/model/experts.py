@@ -26,7 +26,7 @@ class GlobeMoEFFN(nn.Module):
     `hold` says by which strategies calls may run. Each strategy makes the tensors that it needs beside the weights;
     they are buffers that `state_dict` leaves out.
 
-    Where several processes share the experts, `num_experts` and `intermediate_dim` are those that a call sees here.
+    Where several processes share the experts, `num_experts` and `intermediate_dim` are the sizes of a call here.
     """
 
     gate_adapter: nn.Parameter

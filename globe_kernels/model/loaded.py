@@ -75,7 +75,7 @@ def require_all_weights(model: Any) -> None:
     body, head = f"{model.base_model_prefix}.", model.get_output_embeddings()
     heads = set() if head is None else set(head.parameters())
     is_body = getattr(model, model.base_model_prefix, None) is None
-    own = {*model.parameters(), *model.buffers()}  # the state_dict may hold what a quantizer made of them
+    own = {*model.parameters(), *model.buffers()}  # the state_dict may hold a quantizer's tensors in their place
     for name, tensor in model.state_dict(keep_vars=True).items():
         belongs = is_body or name.startswith(body) or tensor in heads
         if belongs and tensor in own and not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):

@@ -202,9 +202,11 @@ def _module_bytes(module: nn.Module) -> int:
 
 def _checkpoint_path(model: nn.Module) -> Path:
     name = getattr(getattr(model, "config", None), "name_or_path", "")
+    is_there = False
     with suppress(GlobeError):  # a Hub that does not answer
-        if name and holds_checkpoint(local_directory(name, weights=False)):
-            return local_directory(name)
+        is_there = bool(name) and holds_checkpoint(local_directory(name, weights=False))
+    if is_there:
+        return local_directory(name)
     raise RequestError(
         f"The model's directory ({name or 'unknown'}) holds no {CONFIG_NAME}; pass the GloBE checkpoint: "
         'globe_kernels.patch(model, "out/globe").'

@@ -43,7 +43,7 @@ def _softcapped_silu(gate: torch.Tensor, up: torch.Tensor, alpha: float = 4.0, l
     return alpha * torch.tanh(gate / alpha) * torch.sigmoid(gate) * limit * torch.tanh(up / limit)
 
 
-# {name: function of gate, up and settings, whose defaults are those of the first model that has the activation}
+# {name: function of gate, up and settings, whose defaults come from the first model that has the activation}
 GATED_ACTIVATIONS: dict[str, Callable[..., torch.Tensor]] = {
     "silu": lambda gate, up: F.silu(gate) * up,
     "swish": lambda gate, up: F.silu(gate) * up,
@@ -162,12 +162,14 @@ def parse_activation(spec: str) -> Activation:
     return Activation(match[1], **settings)
 
 
+@lru_cache  # every call of a layer asks on a CPU
 def gated_activation(spec: str) -> GatedFunction:
     """Return the function of (gate, up) that a spec names. Raises RequestError for a bad spec."""
     activation = parse_activation(spec)
     return partial(GATED_ACTIVATIONS[activation.name], **activation.settings)
 
 
+@lru_cache
 def gated_slopes(spec: str) -> Callable[[torch.Tensor, torch.Tensor], Pair]:
     """Return the function of (gate, up) that gives the derivatives of the activation by gate and by up.
 

@@ -142,7 +142,7 @@ def launch_down(
 
 
 def sum_choices(rows: torch.Tensor, top_k_index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Sum the rows (S, D) of each token in fp32, without those of choices that name no expert; return (T, D)."""
+    """Sum the rows (S, D) of each token in fp32, without choices that name no expert; return (T, D)."""
     (num_tokens, top_k), columns = top_k_index.shape, rows.shape[1]
     out = rows.new_empty(num_tokens, columns)
     _sum_choices_kernel[(num_tokens, triton.cdiv(columns, _SUM_BLOCK))](
@@ -152,7 +152,7 @@ def sum_choices(rows: torch.Tensor, top_k_index: torch.Tensor, num_experts: int)
 
 
 def down_ref(y: torch.Tensor, plan: RoutingPlan, down: Down, top_k_weights: torch.Tensor) -> torch.Tensor:
-    """Compute what `launch_down` computes, with weighted rows in fp32, of fp64 in fp64."""
+    """Compute the result of `launch_down`, with weighted rows in fp32, of fp64 in fp64."""
     width, dtype = down.weight.shape[1], torch.promote_types(y.dtype, torch.float32)
     out = y.new_zeros(plan.num_rows, width, dtype=dtype)
     row_weights = top_k_weights.flatten().to(dtype)

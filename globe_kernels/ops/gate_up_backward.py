@@ -131,7 +131,7 @@ def gate_up_backward_ref(
     top_k_weights: torch.Tensor,
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute what `launch_gate_up_backward` computes, from fp64 in fp64; rows that belong to no expert are zero."""
+    """Compute the result of `launch_gate_up_backward`, from fp64 in fp64; rows that belong to no expert are zero."""
     rank, dtype = adapters.gate.shape[2], torch.promote_types(h.dtype, torch.float32)
     act, slopes = gated_activation(activation), gated_slopes(activation)
     out = h.new_zeros(plan.num_rows, 2 * adapters.gate.shape[1])

@@ -10,7 +10,7 @@ For routed row s = (token t, choice k) with expert e = top_k_index[t, k], from t
     d hidden[t]   = sum_k basis[e]^T d h                                          (ops/project_back.py)
 
 Shapes and letters as in ops/moe_ffn.py. Every layer op differentiates by this op: from the bases that it has, or from
-bases that it composes again. What is kept between forward and backward is the input of the layer. Deterministic.
+bases that it composes again. Between forward and backward only the input of the layer is kept. Deterministic.
 """
 
 from typing import Any

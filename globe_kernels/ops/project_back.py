@@ -107,7 +107,7 @@ def project_back_ref(
     by_token: bool = False,
     in_order_of_tokens: bool = False,
 ) -> torch.Tensor:
-    """Compute what `launch_project_back` computes, into `out`, whose dtype may be wider."""
+    """Compute the result of `launch_project_back`, into `out`, whose dtype may be wider."""
     for expert, places in plan.rows_by_expert():
         target = plan.order[places]
         source = rows[target // plan.top_k] if by_token else rows[places]

@@ -3,7 +3,7 @@
 An op is defined through torch.library.Library itself. The decorator torch.library.custom_op does the same and then
 looks every default and every written tensor of a call up in Python: for `moe_ffn_cached` a quarter of a millisecond,
 which is more than a step of decoding takes on a card. torch.library.register_autograd refuses an op that writes an
-argument, and saves all arguments for the backward, also those that are overwritten before it.
+argument, and saves all arguments for the backward, also arguments that are overwritten before it.
 """
 
 import inspect

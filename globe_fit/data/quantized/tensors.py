@@ -89,7 +89,7 @@ class StoredTensors:
         return (key,) if weight is None else weight.stored
 
     def num_bytes(self, key: str) -> int:
-        """Count the bytes on disk, those of scales and other companions included."""
+        """Count the bytes on disk, with the scales and other companions."""
         return sum(map(self.files.num_bytes, self.stored(key)))
 
     def dense_bytes(self, key: str) -> int:
