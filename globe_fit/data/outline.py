@@ -144,7 +144,14 @@ class Outline:
     @cached_property
     def experts(self) -> dict[int, DenseExperts]:
         """{layer id: experts}. Raises RequestError for a model without experts that GloBE can stand in for."""
-        return routed_experts(self.model)
+        found = routed_experts(self.model)
+        for each in found.values():
+            if 0 in each.sizes:
+                count, inner, width = each.sizes
+                raise GlobeError(
+                    f"{self.where} says that {each.name} has {count} experts of {inner} x {width}; download it again."
+                )
+        return found
 
     @cached_property
     def top_k(self) -> int:

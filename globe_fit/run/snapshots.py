@@ -48,7 +48,8 @@ class Snapshots:
 
     def _parts(self, name: str = "*") -> list[Path]:
         """List the files of this rank, of every step."""
-        return sorted(self.directory.glob(f"{name}-*-{self._ranks.rank}.safetensors"))
+        found = self.directory.glob(f"{name}-*-{self._ranks.rank}.safetensors")
+        return sorted(path for path in found if path.name.split("-")[-2].isdecimal())
 
     def _keep_common_steps(self) -> None:
         """Keep of each family the newest step that all ranks have, and remove the other files of this rank."""

@@ -5,8 +5,9 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import matplotlib.font_manager
@@ -95,12 +96,14 @@ def _save_quantized(directory: Path, name: str) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-@lru_cache
-def _home() -> Path:
-    """Return a folder for inputs that others are made of."""
-    from tempfile import mkdtemp
+@cache
+def _made() -> TemporaryDirectory:
+    """Make the folder of the inputs that others are made of; it goes when the process ends."""
+    return TemporaryDirectory(prefix="globe-fuzz-")
 
-    return Path(mkdtemp(prefix="globe-fuzz-"))
+
+def _home() -> Path:
+    return Path(_made().name)
 
 
 @cache

@@ -119,6 +119,7 @@ def test_an_incomplete_checkpoint(model_dir, dropped, sentence):
         ({"num_labels": 10**9}, "says num_labels is 1000000000"),
         ({"hidden_size": 2**40}, r"experts of .* are 48 x 64 and config.json says 48 x 1099511627776"),
         ({"hidden_size": 2**62}, "cannot build the model"),
+        ({"moe_intermediate_size": 0}, "says that model.layers.0.mlp.experts has 8 experts of 0 x 64"),
         ({"vocab_size": [3]}, "cannot build the model"),
         ({"dtype": "int8"}, "says dtype torch.int8, in which no model runs"),
         ({"architectures": 3}, "has 3 as architectures, where GloBE expects"),
