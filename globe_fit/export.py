@@ -4,12 +4,12 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 
+from globe_fit.data.beside import files_beside, state_dtype
 from globe_fit.data.disk_names import ExpertKey
 from globe_fit.data.quantized.config import without_quantization
 from globe_fit.data.source import ExpertSource, read_config
@@ -37,34 +37,6 @@ from globe_kernels.format.names import (
     QUANT_METHOD,
 )
 
-# An export takes over the files and folders of the base that a model needs to run, and its licence; neither weights in
-# other formats nor files of the training of the base. Lower case; a folder that holds code goes too.
-_COPIED = (
-    "tokenizer*",
-    "vocab*",
-    "*vocab.json",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.spm",
-    "*.bpe",
-    "sentencepiece*",
-    "tekken.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "additional_chat_templates",
-    "*.jinja",
-    "generation_config.json",
-    "custom_generate",
-    "*processor_config.json",
-    "assets",
-    "*.py",
-    "*licen[cs]e*",
-    "notice*",
-    "use_policy*",
-)
-_WEIGHTS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.npz")
 # Not the name that transformers looks for: without globe_kernels no option of from_pretrained finds the weights.
 _GLOBE_STEM = "globe-model"
 # The router chooses by small differences of this tensor: bf16 would turn them into ties.
@@ -241,38 +213,6 @@ def _card(checkpoint: GlobeCheckpoint, base: ExpertSource, dense: bool) -> str:
     return f"# {base.base.name}, {CARD_MARK}\n"
 
 
-def _files_beside(model_dir: Path) -> Iterator[Path]:
-    """Yield the files that an export copies, relative to the directory of the base."""
-    for path in sorted(model_dir.iterdir()):
-        wanted = any(fnmatch(path.name.lower(), pattern) for pattern in _COPIED)
-        if path.is_dir() and (wanted or any(path.glob("*.py"))):
-            inside = sorted(path.rglob("*"))
-        else:
-            inside = [path] if wanted else []
-        for file in inside:
-            name = file.relative_to(model_dir)
-            is_hidden = any(part.startswith((".", "__pycache__")) for part in name.parts)
-            is_weight = any(fnmatch(file.name.lower(), pattern) for pattern in _WEIGHTS)
-            if file.is_file() and not is_hidden and not is_weight:
-                yield name
-
-
-def _state_dtype(config: dict, name: str, *, change: bool) -> None:
-    """State the dtype `name` in a configuration and its parts, where there is none, or everywhere (`change`).
-
-    transformers reads `dtype`, then `torch_dtype`; without both it takes the dtype of any tensor in the first file.
-    """
-    stated = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
-    for key in stated if change else ():
-        value = config[key]
-        config[key] = dict.fromkeys(value, name) if isinstance(value, dict) else name
-    if not stated:
-        config["dtype"] = name
-    for part in config.values():
-        if isinstance(part, dict) and "model_type" in part:
-            _state_dtype(part, name, change=change)
-
-
 def _write_model(
     base: ExpertSource,
     out: Path,
@@ -291,10 +231,10 @@ def _write_model(
     require_room(out, needed)
     config = without_quantization(read_config(base.model_dir))
     config.pop(GUARD_KEY, None)  # of the files of the base
-    _state_dtype(config, str(dtype or base.files.default_dtype).removeprefix("torch."), change=dtype is not None)
+    state_dtype(config, str(dtype or base.files.default_dtype).removeprefix("torch."), change=dtype is not None)
     if note := adapter_note(base.model_dir):
         warn(note, stacklevel=3)
-    copied = [(name, inner_file(base.model_dir, str(name))) for name in _files_beside(base.model_dir)]
+    copied = [(name, inner_file(base.model_dir, str(name))) for name in files_beside(base.model_dir)]
     stem = "model" if quantization is None else _GLOBE_STEM
     stale = {path.name for each in ("model", _GLOBE_STEM) for path in out.glob(f"{each}*.safetensors*")}
     with staged_directory(out, last=MODEL_CONFIG_NAME) as staging:

@@ -55,8 +55,8 @@ from globe_kernels.format.directories import (
     not_a_model,
     refuse_swapped,
 )
-from globe_kernels.format.files import replacing_file
-from globe_kernels.format.hub import at_revision, local_directory, repository_of
+from globe_kernels.format.files import replacing_file, repository_of
+from globe_kernels.format.hub import at_revision, local_directory
 from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.model.patching import patch
 from globe_kernels.strategies.budget import palettes_of

@@ -20,6 +20,8 @@ from globe_kernels.units import format_bytes
 
 MAX_SHARD_BYTES = 4 * 2**30
 _STAGING_PREFIX = ".staging-"
+_UMASK = os.umask(0)  # of the process; there is no other way to read it than to set it
+os.umask(_UMASK)
 _MOST_LEVELS = 100  # of values in values of a JSON file
 
 
@@ -47,7 +49,7 @@ def staged_directory(target: Path, *, last: str) -> Iterator[Path]:
             for folder in name.parents:
                 if (target / folder).is_file():
                     raise RequestError(f"{target / folder} is a file and a directory must go there; move the file.")
-            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
+            path.chmod(0o666 & ~_UMASK)  # safetensors writes files that only their owner can read
             _sync(path)
         (target / last).unlink(missing_ok=True)
         for name, path in sorted(files.items(), key=lambda item: str(item[0]) == last):
@@ -79,12 +81,6 @@ def replacing_file(target: Path) -> Iterator[Path]:
         raise _as_user_error(error, target) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current
 
 
 def _sync(path: Path) -> None:
@@ -142,6 +138,15 @@ def _is_running(pid: str) -> bool:
     return int(pid) != os.getpid()
 
 
+def repository_of(directory: Path) -> Path | None:
+    """Return the folder of a model in the cache of the Hub, of which `directory` is a snapshot; None elsewhere."""
+    resolved = directory.resolve()
+    for folder in resolved.parents:
+        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
+            return folder.parent
+    return None
+
+
 def inner_file(directory: Path, name: str) -> Path:
     """Return the path of the file `name` of a directory, a name that an index or another file states.
 
@@ -149,7 +154,8 @@ def inner_file(directory: Path, name: str) -> Path:
     with an export. A snapshot in the cache of the Hub links into the blobs of its model, which are its own files.
     """
     path, root = directory / name, directory.resolve()
-    blobs = [folder.parent / "blobs" for folder in root.parents if folder.name == "snapshots"]
+    repository = repository_of(directory)
+    homes = [root] if repository is None else [root, repository / "blobs"]
     try:
         resolved = path.resolve()
         path.is_file()
@@ -158,7 +164,7 @@ def inner_file(directory: Path, name: str) -> Path:
             f"{directory} names the file {name}, which no path can be ({error}); restore the file."
         ) from error
     if not Path(name).is_absolute() and ".." not in Path(name).parts:
-        if any(resolved.is_relative_to(home) for home in (root, *blobs)):
+        if any(resolved.is_relative_to(home) for home in homes):
             return path
         name = f"{name}, a link to {resolved}"
     raise GlobeError(

@@ -12,8 +12,9 @@ from typing import Any, TypedDict
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_model, named_weights, weights_entry
-from globe_kernels.format.files import read_json
+from globe_kernels.format.files import read_json, repository_of
 from globe_kernels.format.names import (
+    BESIDE_WEIGHTS,
     CARD_NAME,
     CONFIG_NAME,
     EVALUATION_NAME,
@@ -27,8 +28,15 @@ from globe_kernels.units import format_bytes
 
 _ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\w[\w./-]*))?")
 _CONFIGS = (MODEL_CONFIG_NAME, CONFIG_NAME)
-# All but weights: configurations, the index, tokenizer, templates, code, licence. "*" also matches "/".
-_SMALL = ("*.json", "*.py", "*.jinja", "*.model", "*.tiktoken", "*.txt", "LICEN*", "NOTICE*", CARD_NAME)
+
+
+def _in_any_case(pattern: str) -> str:
+    return re.sub(r"[a-z]", lambda letter: f"[{letter[0]}{letter[0].upper()}]", pattern)
+
+
+# All but weights: configurations, the index, and the files that an export takes over. "*" also matches "/".
+_BESIDE = tuple(_in_any_case(pattern) for pattern in BESIDE_WEIGHTS)
+_SMALL = ("*.json", CARD_NAME, *_BESIDE, *(f"{pattern}/*" for pattern in _BESIDE))
 _BESIDE_A_CHECKPOINT = (METRICS_NAME, EVALUATION_NAME)
 
 
@@ -47,15 +55,6 @@ def at_revision(model: str, revision: str | None) -> str:
             "such a model; give an id such as Org/name, or no revision."
         )
     return f"{model}@{revision}"
-
-
-def repository_of(directory: Path) -> Path | None:
-    """Return the folder of a model in the cache of the Hub, of which `directory` is a snapshot; None elsewhere."""
-    resolved = directory.resolve()
-    for folder in resolved.parents:
-        if folder.name == "snapshots" and folder.parent.name.startswith("models--"):
-            return folder.parent
-    return None
 
 
 def model_name(directory: Path) -> str:

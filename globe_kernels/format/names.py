@@ -20,6 +20,34 @@ MODEL_CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+# The files and folders that a model needs to run, and its licence, in lower case: not its configuration, not weights of
+# any format, no files of a training. A folder that holds code belongs to them too.
+BESIDE_WEIGHTS = (
+    "tokenizer*",
+    "vocab*",
+    "*vocab.json",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.spm",
+    "*.bpe",
+    "sentencepiece*",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "additional_chat_templates",
+    "*.jinja",
+    "generation_config.json",
+    "custom_generate",
+    "*processor_config.json",
+    "assets",
+    "*.py",
+    "*license*",
+    "*licence*",
+    "notice*",
+    "use_policy*",
+)
 CARD_NAME = "README.md"
 CARD_MARK = "Compressed with GloBE"  # in the model card of an export
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from globe_fit import ExpertSource, compress, export_dense, export_globe
-from globe_fit.export import _state_dtype
+from globe_fit.data.beside import state_dtype
 from globe_kernels import GlobeCheckpoint
 from globe_kernels.errors import GlobeError, GlobeWarning, RequestError
 from tests.conftest import TINY_FIT
@@ -223,7 +223,7 @@ def test_a_dtype_is_stated_in_every_part():
         "vision_config": {"model_type": "siglip_vision_model"},
         "vocabulary_map": {"dtype": 17},
     }
-    _state_dtype(config, "bfloat16", change=True)
+    state_dtype(config, "bfloat16", change=True)
     assert config["dtype"] == {"": "bfloat16", "text_config": "bfloat16"}
     assert config["text_config"]["torch_dtype"] == config["vision_config"]["dtype"] == "bfloat16"
     assert config["vocabulary_map"] == {"dtype": 17}
