@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from globe_fit.data.model import text_part
 from globe_fit.data.source import ExpertSource
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
@@ -34,10 +35,11 @@ def collect(
     model: Any, source: ExpertSource, batches: Sequence[torch.Tensor], device: str, on_batch: OnBatch | None = None
 ) -> dict[int, Sums]:
     """Run `model` over all `batches` of windows; return {layer id: its sums, float32 on the CPU}."""
+    body = text_part(model).base_model
     with _accumulating(model, source, device) as totals:
         for number, batch in enumerate(batches):
             # no head, because nobody needs the logits; no keys and values, because no token follows
-            model.model(batch.to(device), use_cache=False)
+            body(batch.to(device), use_cache=False)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     tokens = sum(batch.numel() for batch in batches)
@@ -52,14 +54,15 @@ def collect(
 @contextmanager
 def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dict[int, Sums]]:
     """Yield {layer id: sums}; while the block runs, every call of the experts of `model` adds to them."""
-    count_of = {layer.layer: layer.num_experts for layer in source.layers}
+    live = routed_experts(model)
     width, inner = source.base.hidden_size, source.base.intermediate_size
     # fp32 on a GPU: fp64 is slow there, and a finite text errs more than fp32 sums do
     dtype = torch.float64 if device == "cpu" else torch.float32
     totals: dict[int, Sums] = {}
     removers = []
-    for layer, dense in routed_experts(model).items():
-        rows = {family: torch.zeros(count_of[layer], inner, dtype=dtype, device=device) for family in FAMILIES}
+    for layer, count in ((each.layer, each.num_experts) for each in source.layers):
+        dense = live[layer]
+        rows = {family: torch.zeros(count, inner, dtype=dtype, device=device) for family in FAMILIES}
         totals[layer] = Sums(torch.zeros(width, width, dtype=dtype, device=device), rows)
 
         def add(

@@ -6,13 +6,13 @@ windows as memory allows needs each layer once.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from re import search
 
 import torch
-from transformers import AutoConfig
 
 from globe_fit.calibration.self_text import AT_ONCE
 from globe_fit.data.model import WINDOW
@@ -94,26 +94,29 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
 
 def _token_bytes(source: ExpertSource) -> int:
     """Bound the bytes that a token takes while a layer runs: every tensor counts as fp32."""
-    config = AutoConfig.from_pretrained(source.model_dir).to_dict()  # with its defaults
     width, inner = source.base.hidden_size, source.base.intermediate_size
-    heads = config["num_attention_heads"]
-    split = config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0)
-    head = max(config.get("head_dim") or 0, split, width // heads)
-    dense = max(config.get(key) or 0 for key in ("intermediate_size", "shared_expert_intermediate_size"))
-    experts = config["num_experts_per_tok"] * (4 * width + 4 * inner)
+    experts = source.outline.top_k * (4 * width + 4 * inner)
     # scores of every head: some implementations of attention hold them
-    attention = heads * (6 * head + 3 * WINDOW)
+    attention = max(heads * (6 * head + 3 * WINDOW) for heads, _, head in _heads(source))
+    names = ("intermediate_size", "shared_expert_intermediate_size")
+    dense = max(getattr(layer, name, None) or 0 for layer in source.outline.layer_configs for name in names)
     return 4 * (8 * width + experts + attention + 3 * dense)
 
 
 def _written_bytes(source: ExpertSource) -> int:
     """Bound the bytes that a window takes while the model writes it: keys, values, and the choice of a token."""
-    config = AutoConfig.from_pretrained(source.model_dir).to_dict()
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
-    head = config.get("head_dim") or source.base.hidden_size // config["num_attention_heads"]
-    head = max(head, config.get("qk_nope_head_dim", 0) + config.get("qk_rope_head_dim", 0))
-    cache = 2 * WINDOW * (config["num_hidden_layers"] + 1) * heads * head * 4  # one layer is copied as it grows
-    return cache + 4 * 4 * config["vocab_size"] + _token_bytes(source)
+    layers = [kept * head for _, kept, head in _heads(source)]
+    cache = 2 * WINDOW * (sum(layers) + max(layers)) * 4  # one layer is copied as it grows
+    return cache + 4 * 4 * source.outline.model.config.get_text_config().vocab_size + _token_bytes(source)
+
+
+def _heads(source: ExpertSource) -> Iterator[tuple[int, int, int]]:
+    """Yield of each layer the heads of queries, the heads of keys and values, and the width of a head."""
+    for layer in source.outline.layer_configs:
+        heads = layer.num_attention_heads
+        split = (getattr(layer, "qk_nope_head_dim", None) or 0) + (getattr(layer, "qk_rope_head_dim", None) or 0)
+        head = max(getattr(layer, "head_dim", None) or source.base.hidden_size // heads, split)
+        yield heads, getattr(layer, "num_key_value_heads", None) or heads, head
 
 
 def _available(device: str) -> float:

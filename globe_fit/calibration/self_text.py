@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from globe_fit.data.model import predictor
+
 WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as docs/log.md has figures of; other numbers were not tried
 AT_ONCE = 64  # windows of a batch, whose keys and values stay in memory
 
@@ -26,6 +28,7 @@ def sample_windows(
 ) -> torch.Tensor:
     """Sample tokens (count, length) int64, on the CPU, from `model` on `device`; a seed fixes the text on a CPU."""
     generator = torch.Generator().manual_seed(seed)
+    model = predictor(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     written = torch.empty(count, length, dtype=torch.int64)
     parts = written.split(AT_ONCE)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
-from globe_fit.data.outline import model_class, read_transformers_config
+from globe_fit.data.outline import Outline, model_class, read_transformers_config
 from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
@@ -48,9 +48,7 @@ def load_model(
         if quantization := {} if holds_export(path) else quantization_of(read_config(path)):
             return _dequantized(whole, config, path, quantization, dtype).to(device).eval()
         if offload_folder is not None:
-            on_device = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), device)
-            device_map = on_device | dict.fromkeys(("model.layers", "lm_head"), "disk")
-            options = {"device_map": device_map, "offload_folder": offload_folder}
+            options = {"device_map": _layers_on_disk(Outline.read(path), device), "offload_folder": offload_folder}
             return whole.from_pretrained(path, dtype=dtype, **options).eval()
         model: Any = whole.from_pretrained(path, dtype=dtype)
     except GlobeError:
@@ -64,6 +62,27 @@ def load_model(
         if name.endswith("weight") and not parameter.is_floating_point():  # transformers casts no integers
             raise GlobeError(f"{name} in {path} is stored as {parameter.dtype}; download or export it again.")
     return model.to(device).eval()
+
+
+def _layers_on_disk(outline: Outline, device: str) -> dict[str, str]:
+    """Return a device map that leaves the layers of the language model, and the head, on disk."""
+    on_disk = {experts.name.rpartition(".layers.")[0] + ".layers" for experts in outline.experts.values()}
+    head = outline.model.get_output_embeddings()
+    if head is not None and head.weight is not outline.model.get_input_embeddings().weight:
+        on_disk |= {name for name, module in outline.model.named_modules() if module is head}
+    devices: dict[str, str] = {}
+
+    def place(name: str, module: nn.Module) -> None:
+        if name in on_disk or not any(path.startswith(f"{name}.") for path in on_disk):
+            devices[name] = "disk" if name in on_disk else device
+            return
+        devices.update({f"{name}.{own}": device for own, _ in module.named_parameters(recurse=False)})
+        for child, inner in module.named_children():
+            place(f"{name}.{child}", inner)
+
+    for name, module in outline.model.named_children():
+        place(name, module)
+    return devices
 
 
 def _require_own_files(path: Path) -> None:
@@ -83,6 +102,25 @@ def _dequantized(whole: Any, config: Any, path: Path, quantization: dict, dtype:
     if dtype == "auto":
         dtype = getattr(config, "dtype", None) or torch.bfloat16
     return whole.from_pretrained(None, config=config, state_dict=tensors.views(), dtype=dtype)
+
+
+def text_part(model: Any) -> Any:
+    """Return the part of a model that runs over tokens: the model, unless it has no forward of its own."""
+    if type(model).forward is not nn.Module.forward:
+        return model
+    parts = (part for part in model.children() if isinstance(part, PreTrainedModel))
+    return next(part for part in parts if part.get_output_embeddings() is not None)
+
+
+def predictor(model: Any) -> Any:
+    """Return the part of a model that predicts the next token. Raises RequestError for a model of another task."""
+    part = text_part(model)
+    if part.get_output_embeddings() is None:
+        raise RequestError(
+            f"{type(part).__name__} predicts no next token, so it neither writes a text nor has a perplexity; "
+            "calibrate on a text file, and measure such a model by its own task."
+        )
+    return part
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -177,6 +177,13 @@ class Outline:
         """The layers of the language model, with and without experts."""
         return int(self.model.config.get_text_config().num_hidden_layers)
 
+    @property
+    def layer_configs(self) -> list[Any]:
+        """The configuration of every layer of the language model; one that all layers share, where they are alike."""
+        config = self.model.config.get_text_config()
+        # an older transformers has none
+        return getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+
     @cached_property
     def base(self) -> BaseModel:
         """The sizes of the experts. Raises RequestError as `experts` does."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import torch
 import torch.nn.functional as F
 
-from globe_fit.data.model import load_tokenizer
+from globe_fit.data.model import load_tokenizer, predictor
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import inner_file, read_json, replacing_file
@@ -45,6 +45,7 @@ def evaluate(
     which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ,
     GlobeError when a model gives NaN.
     """
+    models = {name: predictor(model) for name, model in models.items()}
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
     if len(set(vocabularies.values())) > 1 or int(windows.max()) >= min(vocabularies.values()):
         sizes = ", ".join(f"{name} has {size}" for name, size in vocabularies.items())
@@ -153,6 +154,7 @@ def read_token_by_token(model: Any, window: torch.Tensor) -> float:
     """Return the tokens/s of `model` over a window (T,), a step per token; the first quarter is not timed."""
     device = next(model.parameters()).device
     cache, began, untimed = None, 0.0, len(window) // 4
+    model = predictor(model)
     for number, token in enumerate(window.to(device).view(-1, 1, 1)):
         if number == untimed:
             if device.type == "cuda":

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from globe_fit.data.model import load_tokenizer
+from globe_fit.data.model import load_tokenizer, predictor
 from globe_kernels.errors import GlobeError, RequestError
 
 _RESAMPLES = 1000  # of the examples, for the standard error of a perplexity, which they give to 2 %
@@ -112,7 +112,7 @@ def run_tasks(
         )
     with _silence():
         wrapped = {
-            name: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
+            name: HFLM(pretrained=predictor(model), tokenizer=tokenizer, batch_size=batch_size)  # type: ignore[arg-type]
             for name, model in models.items()
         }
     run: Any = simple_evaluate  # a decorator hides its signature from type checkers

@@ -61,15 +61,14 @@ def read_model(path: Path) -> ModelSizes:
     outline = Outline.read(path)
     experts = {each.name for each in outline.experts.values()}
     outside = (p.numel() for name, p in outline.model.named_parameters() if name.rpartition(".")[0] not in experts)
-    kv_values = _kv_values(outline.model.config.get_text_config())
+    kv_values = _kv_values(outline)
     return ModelSizes(outline.base, outline.top_k, sum(outside), kv_values, outline.dtype.itemsize)
 
 
-def _kv_values(config) -> int:
+def _kv_values(outline: Outline) -> int:
     """Count the values per token, as if no window bounded them."""
-    count = config.num_hidden_layers
-    layers = getattr(config, "per_layer_config", None) or [config] * count  # an older transformers has none
-    kinds = getattr(config, "layer_types", None) or [None] * count
+    layers = outline.layer_configs
+    kinds = getattr(outline.model.config.get_text_config(), "layer_types", None) or [None] * len(layers)
     return sum(_kv_values_of(layer) for layer, kind in zip(layers, kinds, strict=True) if kind not in _WITHOUT_KV)
 
 

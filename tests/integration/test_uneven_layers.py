@@ -11,6 +11,7 @@ from torch import nn
 
 import globe_kernels
 from globe_fit import ExpertSource
+from globe_fit.calibration.moments import collect
 from globe_fit.result import reconstruct
 from globe_kernels import GlobeCheckpoint, GlobeMoEFFN, RequestError
 from globe_kernels.model.discovery import routed_experts
@@ -89,6 +90,13 @@ def test_patch_replaces_the_covered_layers_and_leaves_the_other_alone(uneven):
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     globe_kernels.unpatch(model)
     assert torch.equal(logits(model), original)
+
+
+def test_a_text_is_summed_over_the_covered_layers(uneven):
+    model_type, model_dir, _, _ = uneven
+    sums = collect(uneven_model(model_type), ExpertSource(model_dir), [torch.arange(16)[None]], "cpu")
+    assert {layer: tuple(each.rows["up"].shape) for layer, each in sums.items()} == {0: (8, 48), 2: (6, 48)}
+    assert all(each.rows["up"].any() for each in sums.values())
 
 
 def test_a_model_that_is_even_is_not_the_one_of_the_fit(uneven):

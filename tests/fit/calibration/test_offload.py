@@ -3,16 +3,22 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from globe_fit import ExpertSource
 from globe_fit.calibration import offload
 from globe_fit.calibration.metric import calibrate
+from globe_fit.calibration.moments import collect
 from globe_fit.calibration.offload import plan_run
+from globe_fit.calibration.self_text import sample_windows
 from globe_fit.cli.demo import shipped_model
+from globe_fit.data.model import load_model
+from globe_fit.measure.evaluate import evaluate
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format import files
-from globe_kernels.testing import assert_close
+from globe_kernels.model.discovery import routed_experts
+from globe_kernels.testing import assert_close, tiny_model
 
 LIMIT = 20e6  # the model has 10.9 MB, and less than a window is left beside it
 
@@ -85,3 +91,37 @@ def test_a_disk_that_is_full_is_refused_before(source, text, tmp_path, monkeypat
     monkeypatch.setattr(files, "_free", lambda target: 1000)
     with pytest.raises(GlobeError, match="needs 8.85 MB and 1.00 kB are free"):
         calibrate(source, text, memory_limit=LIMIT)
+
+
+# A model for text and images, layers of two widths of a head with a tied head, a model whose part runs over text.
+@pytest.mark.parametrize("model_type", ["qwen3_5_moe", "gemma4", "qwen3_omni_moe"])
+def test_nested_models_run_over_text_in_memory_and_from_disk(model_type, tmp_path):
+    tiny_model(model_type).save_pretrained(tmp_path / "model")
+    source = ExpertSource(tmp_path / "model")
+    over_a_text, writing = plan_run(source, "cpu"), plan_run(source, "cpu", writes=True)
+    assert not over_a_text.offload and over_a_text.in_memory_bytes < writing.in_memory_bytes
+    windows = torch.randint(1, 120, (2, 32), generator=torch.Generator().manual_seed(0))
+    whole = load_model(source.model_dir)
+    assert sample_windows(whole, 4, "cpu", count=2).shape == (2, 4)
+    assert 1 < evaluate({"model": whole}, windows)["model"].perplexity < 1000
+    from_disk = load_model(source.model_dir, offload_folder=tmp_path)
+    first = next(iter(routed_experts(from_disk).values()))
+    assert first.module.down_proj.is_meta and first.module.gate_up_proj.is_meta
+    expected, found = (collect(model, source, windows.split(1), "cpu") for model in (whole, from_disk))
+    assert expected.keys() == found.keys() == set(source.base.num_experts)
+    for layer, sums in expected.items():
+        assert_close(found[layer].moment, sums.moment, rms=1e-5, peak=1e-5)
+        for family, rows in sums.rows.items():
+            assert_close(found[layer].rows[family], rows, rms=1e-5, peak=1e-5)
+
+
+def test_a_model_that_predicts_no_tokens_writes_no_text(tmp_path):
+    model = tiny_model("openai_privacy_filter")
+    for refused in (
+        lambda: sample_windows(model, 4, "cpu", count=2),
+        lambda: evaluate({"model": model}, torch.ones(1, 4).long()),
+    ):
+        with pytest.raises(RequestError, match="ForTokenClassification predicts no next token, so it neither writes"):
+            refused()
+    model.save_pretrained(tmp_path)
+    assert collect(model, ExpertSource(tmp_path), [torch.ones(1, 4).long()], "cpu")[0].moment.any()
