@@ -198,7 +198,7 @@ class Planner:
     def _serving(self, cards: int, peak: int) -> dict:
         """Count the tokens of the KV cache beside the model on `cards` cards, as if they were one memory."""
         room = cards * self._memory() - self._outside() - peak
-        tokens = max(0, int(room / (self.model.kv_values * self.model.item_size)))
+        tokens = max(0, int(room / (max(1, self.model.kv_values) * self.model.item_size)))
         return {"kv_tokens": tokens, "batch": tokens // CONTEXT}
 
     def _strategy(
