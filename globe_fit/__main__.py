@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import suppress
 
 _USAGE = 2
 _INTERRUPTED = 130
@@ -23,7 +24,18 @@ def main() -> None:
         from globe_fit.run import display
 
         display.say(message)
+    _let_streams_go()
     sys.exit(code)
+
+
+def _let_streams_go() -> None:
+    """Drop the text that a stream without a reader still holds: Python would end with exit code 120."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):  # a stream without a descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _keep_streams_usable() -> None:
