@@ -124,8 +124,7 @@ def _plan_in_one_block_kernel(
     rows = tl.arange(0, BLOCK)
     ids = _load_ids(index_ptr, rows, num_rows, num_experts)
     experts = tl.arange(0, E_PAD)
-    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
-    counts = tl.where(experts < num_experts, counts, 0)
+    counts = tl.histogram(ids, E_PAD, mask=ids < num_experts)
     starts = tl.cumsum(counts, 0) - counts
     tl.store(starts_ptr + experts, starts, mask=experts < num_experts)
     tl.store(starts_ptr + num_experts, tl.sum(counts, 0))
@@ -149,7 +148,7 @@ def _count_kernel(
     block = tl.program_id(0)
     ids = _load_ids(index_ptr, block * BLOCK + tl.arange(0, BLOCK), num_rows, num_experts)
     experts = tl.arange(0, E_PAD)
-    counts = tl.sum((ids[:, None] == experts[None, :]).to(tl.int32), 0)
+    counts = tl.histogram(ids, E_PAD, mask=ids < num_experts)
     mask = experts < num_experts
     tl.store(block_counts_ptr + block * num_experts + experts, counts, mask=mask)
     # integer sums: the same in any order
@@ -227,7 +226,7 @@ def launch_routing_plan(top_k_index: torch.Tensor, num_experts: int, block_m: in
     plan = RoutingPlan(
         integers(num_rows), integers(num_experts + 1), integers(num_tiles), integers(num_tiles), block_m, top_k
     )
-    e_pad = triton.next_power_of_2(num_experts)
+    e_pad = max(2, triton.next_power_of_2(num_experts))  # tl.histogram takes two bins or more
     if num_rows <= _BLOCK:
         _plan_in_one_block_kernel[(1,)](
             top_k_index,
