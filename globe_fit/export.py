@@ -73,7 +73,8 @@ def export_globe(
     """
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
-    kept = [key for key in base.files.keys if not _is_compressed(base.expert_keys.get(key))]
+    compressed = {key for key, parsed in base.expert_keys.items() if parsed.is_compressed}
+    kept = [key for key in base.files.keys if key not in compressed]
     names = {parsed.layer: key for key, parsed in base.expert_keys.items()}
     paths = {
         layer.layer: base.names.exported_path(base.outline.experts[layer.layer].name, names[layer.layer])
@@ -127,7 +128,7 @@ def export_dense(
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for name in keys:
             key = base.expert_keys.get(name)
-            if key is None or not _is_compressed(key):
+            if key is None or not key.is_compressed:
                 original = base.files.read(name)
             else:
                 original = torch.empty(base.files.shape(name), dtype=base.files.dtype(name))
@@ -138,10 +139,6 @@ def export_dense(
 
     card = _card(checkpoint, base, dense=True)
     _write_model(base, Path(out), card, tensors(), len(keys), _bytes(base, keys, dtype), dtype, None, on_tensor)
-
-
-def _is_compressed(key: ExpertKey | None) -> bool:
-    return key is not None and key.matrix in (*FAMILIES, GATE_UP)
 
 
 def _kept(base: ExpertSource, key: str, paths: dict[int, str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,12 +1,11 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
 import json
-import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -77,8 +76,6 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None], *,
             print_tables(figures)
         sys.stdout.flush()
     except OSError as error:
-        with suppress(OSError):  # the text that is left must not fail again when the process ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, BrokenPipeError):
             return
         sentence = f"The figures cannot be printed ({error})"

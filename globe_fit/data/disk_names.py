@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from globe_fit.data.outline import Outline
 from globe_kernels.errors import RequestError
-from globe_kernels.format.layout import DOWN, ExpertsLayout
+from globe_kernels.format.layout import DOWN, GATE_UP, ExpertsLayout
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import DenseExperts
 from globe_kernels.model.renaming import LiveKey, Renaming
@@ -27,6 +27,11 @@ class ExpertKey:
     expert: int | None  # None: a fused tensor of all experts
     matrix: str  # "gate", "up" or "down" of one expert; of a fused tensor the parameter of the live module
     layout: ExpertsLayout  # of a fused tensor, on disk
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether factors stand for the tensor: gate, up or both."""
+        return self.matrix in (*FAMILIES, GATE_UP)
 
 
 class DiskNames:

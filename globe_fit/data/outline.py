@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import BaseModel
-from globe_kernels.format.files import inner_file, read_json
+from globe_kernels.format.files import inner_file, inner_values, read_json
 from globe_kernels.format.hub import model_name
 from globe_kernels.format.names import MODEL_CONFIG_NAME
 from globe_kernels.format.typed import checked
@@ -67,7 +67,7 @@ def _require_sane(where: Path) -> None:
                     raise GlobeError(
                         f"{path} says {name} is {value}, and no model has more than {_MOST}; download it again."
                     )
-        level += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        level += inner_values(part)
 
 
 class _Config(TypedDict, total=False):

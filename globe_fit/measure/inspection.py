@@ -18,7 +18,7 @@ _SPREAD = ("min", "median", "max")
 
 def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
     """Return figures of an opened checkpoint, from its tensors and its fit report; JSON types only."""
-    sizes = checkpoint.config
+    sizes, report = checkpoint.config, read_report(checkpoint)
     return {
         "base": sizes.base.name,
         "model_type": sizes.base.model_type,
@@ -33,18 +33,20 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
         "scope": sizes.scope,
         "dtype": sizes.dtype,
         "bytes": {"dense_experts": sizes.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk}
-        | _bytes_of_running(checkpoint),
+        | _bytes_of_running(checkpoint, report.get("base")),
         "sizes": footprint_of(checkpoint),
-        "families": {family: _inspect_family(checkpoint, family) for family in FAMILIES},
+        "families": {
+            family: _inspect_family(checkpoint, family, report.get("families", {}).get(family, {}))
+            for family in FAMILIES
+        },
         "provenance": sizes.provenance,
     }
 
 
-def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
+def _bytes_of_running(checkpoint: GlobeCheckpoint, facts: dict | None) -> dict:
     """Return the bytes of gate and up by strategy, resident and at the peak of a call; cached without its pool."""
     sizes, palettes = checkpoint.config, palettes_of(checkpoint)
     # a checkpoint of before its report had the facts about its base does not know top_k
-    facts = read_report(checkpoint).get("base")
     item_size, top_k = running_item_size(sizes, facts), (facts or {}).get("top_k") or 1
     held, peak = {}, {}
     for strategy in (DENSE.name, *strategies_of(sizes)):
@@ -55,13 +57,12 @@ def _bytes_of_running(checkpoint: GlobeCheckpoint) -> dict:
     return {"resident": held, "peak": peak, "peak_rows": PEAK_TOKENS * top_k}
 
 
-def _inspect_family(checkpoint: GlobeCheckpoint, family: str) -> dict:
+def _inspect_family(checkpoint: GlobeCheckpoint, family: str, report: dict) -> dict:
     sizes, bank = checkpoint.config, checkpoint.bank(family)
     layers = sorted(sizes.base.num_experts)
     found = sparsity(stored_codes(checkpoint, family), sizes.base)
     sampled = layers[:: max(1, len(layers) // _SAMPLED_LAYERS)]
     spectra = {str(layer): _effective_rank(checkpoint.layer(layer, family), bank, sizes.phi) for layer in sampled}
-    report = read_report(checkpoint).get("families", {}).get(family, {})
     return {
         "relative_error": report.get("relative_error"),
         "svd_equal_bytes": report.get("svd_equal_bytes"),

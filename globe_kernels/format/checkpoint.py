@@ -178,6 +178,11 @@ class Code:
     index: torch.Tensor  # (E, C) int32, global atom ids
     value: torch.Tensor  # (E, C) float32
 
+    @property
+    def palette(self) -> int:
+        """U: the distinct atoms that these experts use."""
+        return self.index.unique().numel()
+
 
 @dataclass(frozen=True)
 class LayerFactors:

@@ -201,13 +201,14 @@ def parse_json(text: str, *, finite: bool = False) -> Any:
     for _ in range(_MOST_LEVELS):
         if finite and any(isinstance(value, float) and not math.isfinite(value) for value in level):
             raise ValueError("a number is NaN or infinite")
-        level = [inner for value in level for inner in _inside(value)]
+        level = [inner for value in level for inner in inner_values(value)]
     if level:
         raise ValueError(f"its values are nested deeper than {_MOST_LEVELS} levels")
     return data
 
 
-def _inside(value: Any) -> Iterable[Any]:
+def inner_values(value: Any) -> Iterable[Any]:
+    """Return the values of a JSON object or list, and none of any other value."""
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 

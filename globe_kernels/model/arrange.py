@@ -46,9 +46,7 @@ def plan_arrangement(
                 "that shape, or load the model again."
             )
     item_size, machine = first.gate_adapter.element_size(), machine_for(first.device)
-    palettes = {
-        module.layer: {family: module.code(family).index.unique().numel() for family in FAMILIES} for module in modules
-    }
+    palettes = {module.layer: {family: module.code(family).palette for family in FAMILIES} for module in modules}
     sizes = layer_sizes(config, first.layer, top_k * first.share_of_experts, item_size, palettes)
     choice = choose_residents(
         config,
@@ -111,9 +109,8 @@ def _num_experts(modules: Sequence[GlobeMoEFFN]) -> dict[int, int]:
     return {module.layer: module.num_experts for module in modules}
 
 
-@torch.inference_mode(
-    False
-)  # a later call changes the tensors: an inference tensor allows that in inference mode alone
+# a later call changes the tensors: an inference tensor allows that in inference mode alone
+@torch.inference_mode(False)
 def arrange(bank: GlobeBank, modules: Sequence[GlobeMoEFFN], arrangement: Arrangement) -> None:
     """Hold the tensors that `arrangement` needs, and no others; replace any earlier arrangement.
 

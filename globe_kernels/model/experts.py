@@ -153,7 +153,7 @@ class GlobeMoEFFN(nn.Module):
         self.forget()
         self._shared, self.strategies, self._top_k = (device_bank,), strategies, top_k
         self._refuse_misfits()
-        self.palettes = {family: self.code(family).index.unique().numel() for family in FAMILIES}
+        self.palettes = {family: self.code(family).palette for family in FAMILIES}
         for name in strategies:
             STRATEGIES[name].hold(self)
         self._choose()

@@ -32,6 +32,40 @@ class GatedAdapters(NamedTuple):
         return GatedAdapters(*(w if w is None else w.contiguous() for w in self))  # pyright: ignore[reportArgumentType]
 
 
+@triton.jit
+def adapter_outputs(
+    gate_in_ptr,
+    up_in_ptr,
+    source,  # (BLOCK_M, 1) places of the rows
+    row_mask,  # (BLOCK_M,)
+    gate_ptr,  # (E, P, R)
+    up_ptr,  # (E, P, R)
+    gate_bias_ptr,  # (E, P) or None
+    up_bias_ptr,  # (E, P) or None
+    expert,
+    columns,  # (BLOCK_N,)
+    column_mask,  # (BLOCK_N,)
+    num_columns,  # P
+    depth,  # R
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return the outputs of the gate and the up adapter of an expert, before the activation, in fp32."""
+    weight = (expert * num_columns + columns)[None, :] * depth
+    rows_in, columns_in = row_mask[:, None], column_mask[None, :]
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if gate_bias_ptr is not None:
+        bias = expert * num_columns + columns
+        gate += tl.load(gate_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        up += tl.load(up_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    gate = accumulate(gate, gate_in_ptr + source, rows_in, gate_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
+    up = accumulate(up, up_in_ptr + source, rows_in, up_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
+    return gate, up
+
+
 @triton.jit(do_not_specialize=["num_tiles"])
 def _gate_up_kernel(
     gate_in_ptr,  # (S, ...) rows of `row_stride` values; with GATHER, row order[s] // top_k belongs to s
@@ -70,16 +104,25 @@ def _gate_up_kernel(
     if GATHER:
         source = tl.load(order_ptr + rows, mask=row_mask, other=0) // top_k
     source = source.to(tl.int64)[:, None] * row_stride
-    weight = (expert * num_columns + columns)[None, :] * depth
-    rows_in, columns_in = row_mask[:, None], column_mask[None, :]
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if gate_bias_ptr is not None:
-        bias = expert * num_columns + columns
-        gate += tl.load(gate_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(up_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    gate = accumulate(gate, gate_in_ptr + source, rows_in, gate_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
-    up = accumulate(up, up_in_ptr + source, rows_in, up_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
+    gate, up = adapter_outputs(
+        gate_in_ptr,
+        up_in_ptr,
+        source,
+        row_mask,
+        gate_ptr,
+        up_ptr,
+        gate_bias_ptr,
+        up_bias_ptr,
+        expert,
+        columns,
+        column_mask,
+        num_columns,
+        depth,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
     y = apply_gated(gate, up, ACTIVATION, ALPHA, LIMIT)
     out = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     tl.store(out, y.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
@@ -116,20 +159,24 @@ def launch_gate_up(
     return out
 
 
+def adapter_outputs_ref(source: torch.Tensor, adapters: GatedAdapters, expert: int) -> list[torch.Tensor]:
+    """Return the outputs of both adapters of an expert for rows whose first R columns are of gate, the last R of up."""
+    rank = adapters.gate.shape[2]
+    return [
+        F.linear(half, adapter[expert], None if bias is None else bias[expert])
+        for half, adapter, bias in (
+            (source[:, :rank], adapters.gate, adapters.gate_bias),
+            (source[:, -rank:], adapters.up, adapters.up_bias),
+        )
+    ]
+
+
 def gate_up_ref(
     h: torch.Tensor, plan: RoutingPlan, adapters: GatedAdapters, activation: str, gather: int | None = None
 ) -> torch.Tensor:
     """Compute what `launch_gate_up` computes; rows that belong to no expert are zero."""
-    rank, act = adapters.gate.shape[2], gated_activation(activation)
-    out = h.new_zeros(plan.num_rows, adapters.gate.shape[1])
+    act, out = gated_activation(activation), h.new_zeros(plan.num_rows, adapters.gate.shape[1])
     for expert, rows in plan.rows_by_expert():
         source = h[rows] if gather is None else h[plan.order[rows] // gather]
-        gate, up = (
-            F.linear(half, adapter[expert], None if bias is None else bias[expert])
-            for half, adapter, bias in (
-                (source[:, :rank], adapters.gate, adapters.gate_bias),
-                (source[:, -rank:], adapters.up, adapters.up_bias),
-            )
-        )
-        out[rows] = act(gate, up)
+        out[rows] = act(*adapter_outputs_ref(source, adapters, expert))
     return out

@@ -13,11 +13,10 @@ Gate and up are computed again: they would be 2 S P values to keep. Accumulators
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
 from globe_kernels.ops.activations import gated_activation, gated_factors, gated_slopes, parse_activation
-from globe_kernels.ops.gate_up import GatedAdapters
-from globe_kernels.ops.grouped import accumulate, grouped_launch, program_tile
+from globe_kernels.ops.gate_up import GatedAdapters, adapter_outputs, adapter_outputs_ref
+from globe_kernels.ops.grouped import grouped_launch, program_tile
 from globe_kernels.ops.routing import RoutingPlan
 from globe_kernels.ops.triton_import import tl, triton
 from globe_kernels.ops.tuning import GemmConfig
@@ -60,17 +59,26 @@ def _gate_up_backward_kernel(
     if expert < 0:
         return
     source = rows.to(tl.int64)[:, None] * row_stride
-    weight = (expert * num_columns + columns)[None, :] * depth
-    rows_in, columns_in = row_mask[:, None], column_mask[None, :]
-    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if gate_bias_ptr is not None:
-        bias = expert * num_columns + columns
-        gate += tl.load(gate_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(up_bias_ptr + bias, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    gate = accumulate(gate, gate_in_ptr + source, rows_in, gate_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
-    up = accumulate(up, up_in_ptr + source, rows_in, up_ptr + weight, columns_in, depth, EVEN_K, BLOCK_K)
-    mask = rows_in & columns_in
+    gate, up = adapter_outputs(
+        gate_in_ptr,
+        up_in_ptr,
+        source,
+        row_mask,
+        gate_ptr,
+        up_ptr,
+        gate_bias_ptr,
+        up_bias_ptr,
+        expert,
+        columns,
+        column_mask,
+        num_columns,
+        depth,
+        EVEN_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    mask = row_mask[:, None] & column_mask[None, :]
     place = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
     q = tl.load(q_ptr + place, mask=mask, other=0.0).to(tl.float32)
     a, a_slope, b, b_slope = gated_factors(gate, up, ACTIVATION, ALPHA, LIMIT)
@@ -132,20 +140,14 @@ def gate_up_backward_ref(
     activation: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the result of `launch_gate_up_backward`, from fp64 in fp64; rows that belong to no expert are zero."""
-    rank, dtype = adapters.gate.shape[2], torch.promote_types(h.dtype, torch.float32)
+    dtype = torch.promote_types(h.dtype, torch.float32)
     act, slopes = gated_activation(activation), gated_slopes(activation)
     out = h.new_zeros(plan.num_rows, 2 * adapters.gate.shape[1])
     weight = h.new_zeros(plan.num_rows, dtype=dtype)
     row_weights = top_k_weights.flatten().to(dtype)
     for expert, rows in plan.rows_by_expert():
         target = plan.order[rows]
-        gate, up = (
-            F.linear(half, adapter[expert], None if bias is None else bias[expert]).to(dtype)
-            for half, adapter, bias in (
-                (h[rows, :rank], adapters.gate, adapters.gate_bias),
-                (h[rows, rank:], adapters.up, adapters.up_bias),
-            )
-        )
+        gate, up = (output.to(dtype) for output in adapter_outputs_ref(h[rows], adapters, expert))
         gradient = q[rows].to(dtype)
         weight[target] = (act(gate, up) * gradient).sum(1)
         gradient = gradient * row_weights[target, None]

@@ -37,7 +37,7 @@ def strategies_of(config: GlobeConfig) -> tuple[str, ...]:
 def palettes_of(checkpoint: GlobeCheckpoint) -> Palettes:
     """Count the distinct atoms that each layer uses, by the stored codes."""
     return {
-        layer: {family: checkpoint.code(layer, family).index.unique().numel() for family in FAMILIES}
+        layer: {family: checkpoint.code(layer, family).palette for family in FAMILIES}
         for layer in checkpoint.config.base.num_experts
     }
 
