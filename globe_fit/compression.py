@@ -1,6 +1,6 @@
 """The verb `compress`: from the directory of a model to a GloBE checkpoint on disk."""
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
@@ -9,7 +9,7 @@ from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
 from globe_fit.config import SNAPSHOT_MINUTES, SOLVERS, FitConfig
 from globe_fit.data.source import ExpertSource
-from globe_fit.export import WEIGHTS_KEY, require_same_weights, save_fit
+from globe_fit.export import require_same_weights, save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint_of
@@ -25,6 +25,7 @@ from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import adapter_note, holds_checkpoint, holds_unfinished_fit
 from globe_kernels.format.names import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
 from globe_kernels.format.typed import checked
+from globe_kernels.format.writing import only_writer
 
 
 def compress(
@@ -84,54 +85,55 @@ def compress(
         shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
     if note := adapter_note(source.model_dir):
         warn(note)
-    if not resume:
-        discard_snapshots(out)
-        ranks.every(0)  # before a rank writes there
-    calibrated_on = None if calibrate is None else identity(calibrate)
-    if resume and not holds_unfinished_fit(Path(out)):
-        done = finished_fit(out, source, plan.sizes, config, calibrated_on)
-        if done is not None:
-            shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
-            result = stored_fit(done)
-            result.report["sizes"] = footprint_of(done)
-            return result
-    snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
+    with only_writer(Path(out)) if ranks.leads else nullcontext():
+        if not resume:
+            discard_snapshots(out)
+            ranks.every(0)  # before a rank writes there
+        calibrated_on = None if calibrate is None else identity(calibrate)
+        if resume and not holds_unfinished_fit(Path(out)):
+            done = finished_fit(out, source, plan.sizes, config, calibrated_on)
+            if done is not None:
+                shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
+                result = stored_fit(done)
+                result.report["sizes"] = footprint_of(done)
+                return result
+        snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
 
-    with snapshots.explaining_interrupts(resume), ExitStack() as stack:
-        if is_shown:
-            shown = stack.enter_context(show_progress())
-        stages, stream = FitStages(shown, snapshots.reached(), config.steps), None
+        with snapshots.explaining_interrupts(resume), ExitStack() as stack:
+            if is_shown:
+                shown = stack.enter_context(show_progress())
+            stages, stream = FitStages(shown, snapshots.reached(), config.steps), None
+            if ranks.leads:
+                listeners = [stages.advance] if on_step is None else [stages.advance, on_step]
+                if wandb_project is not None:
+                    facts = plan.sizes.to_dict() | {"fit": asdict(config)}
+                    listeners.append(stack.enter_context(WandbRun(wandb_project, facts)).log)
+                stream = stack.enter_context(MetricStream(snapshots, listeners))
+            calibration = None
+            if calibrate is not None:
+                shown.begin("inputs", 1)
+                calibration = run_calibration(
+                    source,
+                    calibrate,
+                    config.device,
+                    memory_limit=plan.memory_limit,
+                    snapshots=snapshots,
+                    on_batch=lambda done, total: shown.advance(done / total),
+                    say=shown.say,
+                )
+            stages.begin()
+            result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
+            if ranks.leads:  # on the disk before the loggers end
+                result.report.update(base=source.facts, command=command)
+                save_fit(result, source, out)
         if ranks.leads:
-            listeners = [stages.advance] if on_step is None else [stages.advance, on_step]
-            if wandb_project is not None:
-                facts = plan.sizes.to_dict() | {"fit": asdict(config)}
-                listeners.append(stack.enter_context(WandbRun(wandb_project, facts)).log)
-            stream = stack.enter_context(MetricStream(snapshots, listeners))
-        calibration = None
-        if calibrate is not None:
-            shown.begin("inputs", 1)
-            calibration = run_calibration(
-                source,
-                calibrate,
-                config.device,
-                memory_limit=plan.memory_limit,
-                snapshots=snapshots,
-                on_batch=lambda done, total: shown.advance(done / total),
-                say=shown.say,
-            )
-        stages.begin()
-        result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
-        if ranks.leads:  # on the disk before the loggers end
-            result.report.update(base={**source.facts, WEIGHTS_KEY: source.weights_sha256}, command=command)
-            save_fit(result, source, out)
-    if ranks.leads:
-        with tolerating("Removing the figures of the fit before", f"the checkpoint in {out} is complete"):
-            for name in (EVALUATION_NAME, PAGE_NAME):
-                (Path(out) / name).unlink(missing_ok=True)
-        if all((Path(out) / name).is_file() for name in (REPORT_NAME, METRICS_NAME)):
-            discard_snapshots(out)  # otherwise the same call can write these files from them
-        result.report["sizes"] = footprint_of(GlobeCheckpoint(out))
-    return result
+            with tolerating("Removing the figures of the fit before", f"the checkpoint in {out} is complete"):
+                for name in (EVALUATION_NAME, PAGE_NAME):
+                    (Path(out) / name).unlink(missing_ok=True)
+            if all((Path(out) / name).is_file() for name in (REPORT_NAME, METRICS_NAME)):
+                discard_snapshots(out)  # otherwise the same call can write these files from them
+            result.report["sizes"] = footprint_of(GlobeCheckpoint(out, verify=False))  # just written
+        return result
 
 
 def finished_fit(
@@ -144,7 +146,7 @@ def finished_fit(
     if not holds_checkpoint(Path(out)):
         return None
     checkpoint = GlobeCheckpoint(out)
-    recorded = {REPORT_NAME: "status" in read_report(checkpoint), METRICS_NAME: (Path(out) / METRICS_NAME).is_file()}
+    recorded = {REPORT_NAME: "status" in read_report(checkpoint), METRICS_NAME: bool(checkpoint.metrics)}
     for name, is_there in recorded.items():
         if not is_there:
             raise RequestError(

@@ -1,5 +1,6 @@
 """Write a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -25,7 +26,7 @@ from globe_kernels.format.checkpoint import (
     writing_checkpoint,
 )
 from globe_kernels.format.directories import adapter_note, is_earlier_export, require_place
-from globe_kernels.format.files import ShardWriter, inner_file, require_room, staged_directory
+from globe_kernels.format.files import inner_file
 from globe_kernels.format.layout import BIASES, GATE_UP
 from globe_kernels.format.names import (
     CARD_MARK,
@@ -33,16 +34,24 @@ from globe_kernels.format.names import (
     EXPORT_GUARD,
     FAMILIES,
     GUARD_KEY,
+    INDEX_NAME,
     MODEL_CONFIG_NAME,
     QUANT_METHOD,
+    SINGLE_NAME,
+)
+from globe_kernels.format.writing import (
+    ShardWriter,
+    free_name,
+    only_writer,
+    require_room,
+    staged_directory,
+    written_files,
 )
 
 # Not the name that transformers looks for: without globe_kernels no option of from_pretrained finds the weights.
-_GLOBE_STEM = "globe-model"
+_GLOBE_STEM, _DENSE_STEM = "globe-model", "model"
 # The router chooses by small differences of this tensor: bf16 would turn them into ties.
 _NEVER_CAST = "e_score_correction_bias"
-
-WEIGHTS_KEY = "weights_sha256"  # in fit_report.json, among the facts about the base
 
 OnTensor = Callable[[int, int], None]  # tensors done, tensors in all
 
@@ -73,6 +82,7 @@ def export_globe(
     """
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
+    checkpoint.verify()
     compressed = {key for key, parsed in base.expert_keys.items() if parsed.is_compressed}
     kept = [key for key in base.files.keys if key not in compressed]
     names = {parsed.layer: key for key, parsed in base.expert_keys.items()}
@@ -112,6 +122,7 @@ def export_dense(
     """Write the reconstructed dense model in the layout of the base, for engines that do not know GloBE."""
     require_same_model(checkpoint.config, base)
     require_same_weights(checkpoint, base)
+    checkpoint.verify()
     banks = {family: checkpoint.bank(family) for family in FAMILIES}
     keys = list(base.files.keys)
 
@@ -184,8 +195,9 @@ def _cast_bytes(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], dty
 
 
 def require_same_weights(checkpoint: GlobeCheckpoint, base: ExpertSource) -> None:
-    """Raises RequestError when a checkpoint was fitted on other weights, as far as its report records them."""
-    recorded = (read_report(checkpoint).get("base") or {}).get(WEIGHTS_KEY)
+    """Raises RequestError when a checkpoint was fitted on other weights, as far as it records its weights."""
+    of_version_0_1 = (read_report(checkpoint).get("base") or {}).get("weights_sha256")
+    recorded = checkpoint.config.provenance.get("weights_sha256", of_version_0_1)
     if recorded is not None and recorded != base.weights_sha256:
         raise RequestError(
             f"{checkpoint.path} was fitted on other weights than the weights of {base.model_dir}: the experts have "
@@ -232,29 +244,42 @@ def _write_model(
     if note := adapter_note(base.model_dir):
         warn(note, stacklevel=3)
     copied = [(name, inner_file(base.model_dir, str(name))) for name in files_beside(base.model_dir)]
-    stem = "model" if quantization is None else _GLOBE_STEM
-    stale = {path.name for each in ("model", _GLOBE_STEM) for path in out.glob(f"{each}*.safetensors*")}
-    with staged_directory(out, last=MODEL_CONFIG_NAME) as staging:
-        for name, path in copied:
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, staging / name)
-        shards = ShardWriter(staging, stem, {"format": "pt"})
-        for done, (key, tensor) in enumerate(tensors, start=1):
-            shards.add(key, _cast(key, tensor, dtype))
-            if on_tensor is not None:
-                on_tensor(done, count)
-        weight_map = shards.finish()
-        written = set(weight_map.values())
-        entry = f"{stem}.safetensors"
-        if len(written) > 1:
-            entry = f"{stem}.safetensors.index.json"
-            written.add(entry)
-            index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
-            (staging / entry).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        if quantization is not None:
-            config |= {"quantization_config": quantization | {"weights": entry}, GUARD_KEY: EXPORT_GUARD}
-        with tolerating("Writing the model card", "the export is complete without it"):
-            (staging / CARD_NAME).write_text(card, encoding="utf-8")
-        (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in stale - written:
-        (out / name).unlink(missing_ok=True)
+    stem = _DENSE_STEM if quantization is None else _GLOBE_STEM
+    with only_writer(out):
+        with staged_directory(out, switch=MODEL_CONFIG_NAME, shared=[str(name) for name, _ in copied]) as staging:
+            for name, path in copied:
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, staging / name)
+            shards = ShardWriter(staging, out, stem, {"format": "pt"})
+            for done, (key, tensor) in enumerate(tensors, start=1):
+                shards.add(key, _cast(key, tensor, dtype))
+                if on_tensor is not None:
+                    on_tensor(done, count)
+            entry, written = _index(shards, out, stem)
+            if quantization is not None:
+                weights = {"weights": entry, "files": shards.sha256}
+                config |= {"quantization_config": quantization | weights, GUARD_KEY: EXPORT_GUARD}
+            with tolerating("Writing the model card", "the export is complete without it"):
+                (staging / CARD_NAME).write_text(card, encoding="utf-8")
+            (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name in {*written_files(out, _DENSE_STEM), *written_files(out, _GLOBE_STEM)} - written:
+            (out / name).unlink(missing_ok=True)
+
+
+def _index(shards: ShardWriter, out: Path, stem: str) -> tuple[str, set[str]]:
+    """Give the shards their names, and write their index where a reader needs it.
+
+    Returns the file in which a reader begins, and all files. A dense model has the names that every engine looks for:
+    its index takes the place of the old index in one rename, and one old file is read until it is removed.
+    """
+    weight_map = shards.finish()
+    written = set(weight_map.values())
+    entry = min(written)
+    if len(written) == 1 and (stem == _GLOBE_STEM or entry == SINGLE_NAME):
+        return entry, written
+    index = json.dumps({"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
+    entry = INDEX_NAME
+    if stem == _GLOBE_STEM:
+        entry = free_name(out, stem, ".safetensors.index.json", hashlib.sha256(index.encode()).hexdigest())
+    (shards.staging / entry).write_text(index, encoding="utf-8")
+    return entry, written | {entry}

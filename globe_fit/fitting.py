@@ -77,7 +77,7 @@ def fit(
     config = replace(config, device=resolve_device(config.device))
     require_supported(source.base, config, calibration is not None, ranks)
     sizes = resolve_sizes(source.base, config)
-    sizes = replace(sizes, provenance=_provenance(config, calibration))
+    sizes = replace(sizes, provenance=_provenance(source, config, calibration))
     with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
         metrics = {} if calibration is None else calibration.metrics(config.device)
         # both families before the first step: a NaN in the second is found now, not after the fit of the first
@@ -188,7 +188,7 @@ def _fit_family(
     return done
 
 
-def _provenance(config: FitConfig, calibration: Calibration | None) -> dict:
+def _provenance(source: ExpertSource, config: FitConfig, calibration: Calibration | None) -> dict:
     versions = {
         "globe": __version__,
         "torch": torch.__version__,
@@ -198,7 +198,8 @@ def _provenance(config: FitConfig, calibration: Calibration | None) -> dict:
     # through JSON, so that a configuration equals itself after it was saved and loaded
     settings = json.loads(json.dumps(asdict(config)))
     facts = None if calibration is None else calibration.facts
-    return {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
+    known = {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
+    return {**known, "weights_sha256": source.weights_sha256}
 
 
 def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: int) -> BankState:

@@ -6,11 +6,11 @@ from html import escape
 
 import torch
 
-from globe_fit.run.loggers import read_stream
+from globe_fit.run.loggers import records_of
 from globe_fit.run.reports import read_report
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import Code, GlobeCheckpoint, GlobeConfig, LayerFactors, require_finite
-from globe_kernels.format.names import FAMILIES, METRICS_NAME, REPORT_NAME
+from globe_kernels.format.names import FAMILIES, REPORT_NAME
 from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.table import Table, bytes_table
 
@@ -142,5 +142,5 @@ def stored_fit(checkpoint: GlobeCheckpoint) -> FitResult:
     status = FitStatus(
         **{name: report["status"][name] for name in FitStatus.__annotations__ if name in report["status"]}
     )
-    history = read_stream(checkpoint.path / METRICS_NAME)
+    history = records_of(checkpoint.metrics)
     return FitResult(checkpoint.config, _StoredFactors(checkpoint), status, history, report)

@@ -40,8 +40,9 @@ from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import ErrorMetric
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.files import require_room, sha256
+from globe_kernels.format.files import sha256
 from globe_kernels.format.names import FAMILIES
+from globe_kernels.format.writing import require_room
 from globe_kernels.units import format_bytes
 
 _NAME = "calibration"

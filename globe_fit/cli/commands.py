@@ -5,7 +5,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.utils import logging
 from globe_fit.cli.demo import run_demo
 from globe_fit.cli.plots import plan_figure, save_png
 from globe_fit.cli.report.page import write_report
-from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points, read_cache_bytes, read_lists, write_rows
+from globe_fit.cli.sweep import ROWS_NAME, Sweep, is_sweep, plan_points, read_cache_bytes, read_lists, write_rows
 from globe_fit.cli.tables import (
     print_demo,
     print_estimate,
@@ -53,10 +53,12 @@ from globe_kernels.format.directories import (
     is_earlier_export,
     not_a_model,
     refuse_swapped,
+    require_place,
 )
-from globe_kernels.format.files import replacing_file, repository_of
+from globe_kernels.format.files import repository_of
 from globe_kernels.format.hub import at_revision, local_directory
 from globe_kernels.format.names import DTYPE_NAMES
+from globe_kernels.format.writing import only_writer, replacing_file
 from globe_kernels.model.patching import patch
 from globe_kernels.strategies.budget import palettes_of
 from globe_kernels.strategies.cost import machine_named
@@ -165,7 +167,7 @@ def _fit(
         )
     if not leads():
         return
-    checkpoint = GlobeCheckpoint(out)
+    checkpoint = GlobeCheckpoint(out, verify=False)
     figures = {
         **result.report,
         "rank": checkpoint.config.rank,
@@ -202,26 +204,28 @@ def _sweep(
     points = plan_points(source, settings, read_lists(sizes))
     _say_left_dense(source.base)
     windows = None if text is None else token_windows(source.model_dir, text)
-    runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
-    title = f"{len(points)} points on {source.base.name}"
-    if dry_run:
-        rows = runs.estimate()
-        figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
-        _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
-        return
-    with show_progress(as_json) as shown:
-        rows = runs.run(shown)
-        plot = write_rows(rows, out)
-        if windows is not None:
-            rows = runs.measure(rows, windows, caches, shown)
-            write_rows(rows, out)
-    figures = {"points": rows, "plot": None if plot is None else str(plot)}
-    _show(figures, as_json, lambda _: print_sweep(title, rows, out / ROWS_NAME, plot), on_disk=out)
-    if diverged := sorted({row["point"] for row in rows if not row["completed"]}):
-        raise GlobeError(
-            f"{', '.join(diverged)} diverged and the best state of each is kept; lower the lr and fit them with "
-            "--restart."
-        )
+    require_place(out, is_sweep, "sweep")
+    with nullcontext() if dry_run else only_writer(out):
+        runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
+        title = f"{len(points)} points on {source.base.name}"
+        if dry_run:
+            rows = runs.estimate()
+            figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
+            _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
+            return
+        with show_progress(as_json) as shown:
+            rows = runs.run(shown)
+            plot = write_rows(rows, out)
+            if windows is not None:
+                rows = runs.measure(rows, windows, caches, shown)
+                write_rows(rows, out)
+        figures = {"points": rows, "plot": None if plot is None else str(plot)}
+        _show(figures, as_json, lambda _: print_sweep(title, rows, out / ROWS_NAME, plot), on_disk=out)
+        if diverged := sorted({row["point"] for row in rows if not row["completed"]}):
+            raise GlobeError(
+                f"{', '.join(diverged)} diverged and the best state of each is kept; lower the lr and fit them with "
+                "--restart."
+            )
 
 
 def _export(
@@ -231,7 +235,7 @@ def _export(
         raise RequestError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPE_NAMES)}.")
     refuse_swapped(Path(globe_dir), Path(base), holds_checkpoint, f"globe export {base} --base {globe_dir}")
     cast = None if dtype is None else DTYPES[DTYPE_NAMES.get(dtype, dtype)]
-    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=True)
+    checkpoint = GlobeCheckpoint(_local(globe_dir))
     source = ExpertSource(_local(base, revision))
     write = export_dense if dense else export_globe
     with show_progress(as_json) as shown:
@@ -317,7 +321,9 @@ def _kind(model: Path) -> str:
 
 
 def _inspect(globe_dir: str, verify: bool, layers: bool, as_json: bool) -> None:
-    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=verify)
+    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=False)  # figures, no weights
+    if verify:
+        checkpoint.verify()
     _show(inspect_checkpoint(checkpoint), as_json, lambda figures: print_inspection(figures, layers))
 
 

@@ -23,7 +23,7 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
-from globe_fit.run.loggers import read_stream
+from globe_fit.run.loggers import records_of
 from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
@@ -31,9 +31,9 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_fit, holds_model, is_empty, require_place
-from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.format.names import FAMILIES, METRICS_NAME
+from globe_kernels.format.directories import holds_fit, holds_model, is_empty
+from globe_kernels.format.names import FAMILIES
+from globe_kernels.format.writing import replacing_file, require_room
 from globe_kernels.model.patching import patch
 from globe_kernels.units import parse_bytes
 
@@ -119,12 +119,11 @@ def plan_points(source: ExpertSource, config: FitConfig, lists: dict[str, list])
 class Sweep:
     """The points of a sweep in the directory `out`.
 
-    Raises RequestError when `out` holds other files or a point with other settings, GlobeError when the disk has no
+    Raises RequestError when `out` holds a point with other settings, GlobeError when the disk has no
     room for all points. With `restart` the fits of the points count as absent, and `run` fits over them.
     """
 
     def __init__(self, source: ExpertSource, points: list[Point], out: Path, *, restart: bool, minutes: float):
-        require_place(out, is_sweep, "sweep")
         self._source, self.points, self._out = source, points, out
         self._restart, self._minutes = restart, minutes
         self.finished = set() if restart else {point.name for point in points if self._is_finished(point)}
@@ -199,9 +198,9 @@ class Sweep:
             ) from stopped
 
     def _row(self, point: Point) -> dict:
-        checkpoint = GlobeCheckpoint(self._out / point.name)
+        checkpoint = GlobeCheckpoint(self._out / point.name, verify=False)  # figures, no weights
         report = read_report(checkpoint)
-        records = read_stream(self._out / point.name / METRICS_NAME)
+        records = records_of(checkpoint.metrics)
         seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
         return {

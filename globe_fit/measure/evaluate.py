@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from globe_fit.data.model import load_tokenizer, predictor
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
-from globe_kernels.format.files import inner_file, read_json, replacing_file
+from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.names import EVALUATION_NAME
 from globe_kernels.format.typed import Above, checked
+from globe_kernels.format.writing import replacing_file
 
 _BATCH = 16
 

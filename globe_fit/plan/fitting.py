@@ -21,8 +21,8 @@ from globe_fit.solvers.start import initial_codes
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeConfig
 from globe_kernels.format.directories import holds_fit, require_place
-from globe_kernels.format.files import require_room
 from globe_kernels.format.names import FAMILIES
+from globe_kernels.format.writing import require_room
 from globe_kernels.units import format_bytes, parse_bytes
 
 _OTHER_PASSES = 4  # statistics, start, refit, baselines: each about as long as the first pass of a solver

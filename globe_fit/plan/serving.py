@@ -89,7 +89,7 @@ def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckp
         return read_model(path), None
     if base is None:
         raise RequestError(f"{path} is a GloBE checkpoint without the rest of its model; give --base MODEL_DIR.")
-    checkpoint, model = GlobeCheckpoint(path), read_model(base)
+    checkpoint, model = GlobeCheckpoint(path, verify=False), read_model(base)
     fitted = checkpoint.config.base
     for name, found in (
         ("model_type", model.base.model_type),

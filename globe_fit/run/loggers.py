@@ -60,14 +60,19 @@ class MetricStream:
 
 
 def read_stream(path: Path) -> list[dict]:
-    """Read the records of a metric stream: none where there is no file, and not the line that a kill cut short.
+    """Read the records of the metric stream of an unfinished fit: none where there is no file.
 
     Raises GlobeError for a link to a file of another directory.
     """
-    records = []
     if not inner_file(path.parent, path.name).is_file():
-        return records
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        return []
+    return records_of(path.read_text(encoding="utf-8", errors="replace"))
+
+
+def records_of(stream: str) -> list[dict]:
+    """Parse a metric stream, but for the line that a kill cut short."""
+    records = []
+    for line in stream.splitlines():
         with suppress(ValueError):
             records.append(read_record(line))
     return records

@@ -22,8 +22,9 @@ from safetensors.torch import save_file
 from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format.files import inner_file, replacing_file
+from globe_kernels.format.files import inner_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
+from globe_kernels.format.writing import replacing_file
 
 _ABSENT = object()
 

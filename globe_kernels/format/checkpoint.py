@@ -3,7 +3,8 @@
 A directory with
 
     globe_config.json    GlobeConfig, provenance, the sha256 of each tensor file, a fingerprint that they share
-    globe.safetensors    or globe-0000i-of-0000N.safetensors above 4 GiB:
+    globe.safetensors    or globe-0000i-of-0000N.safetensors above 4 GiB, or such a name with the first digits of its
+                         sha256, as globe-1f0c22ab.safetensors, where an older file had the name:
                          bank.{family}                          (M, R, D)
                          layers.{l}.{family}_adapter            (E, P, R)
                          layers.{l}.{family}_code_index         (E, C) int32
@@ -24,8 +25,9 @@ Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C suppo
 import hashlib
 import json
 import math
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TypedDict
@@ -33,9 +35,9 @@ from typing import TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 
-from globe_kernels.errors import GlobeError, tolerating
-from globe_kernels.format.directories import holds_model, not_a_checkpoint
-from globe_kernels.format.files import ShardWriter, inner_file, read_json, sha256, staged_directory
+from globe_kernels.errors import GlobeError, tolerating, warn
+from globe_kernels.format.directories import had_writer, holds_model, not_a_checkpoint
+from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.hub import local_directory
 from globe_kernels.format.names import (
     BANK_NAME,
@@ -50,9 +52,16 @@ from globe_kernels.format.names import (
     SCOPES,
 )
 from globe_kernels.format.typed import Size, checked
+from globe_kernels.format.verification import Verification
+from globe_kernels.format.writing import ShardWriter, only_writer, staged_directory, written_files
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 2**60
+_STEM = "globe"
+_REMEDY = "restore the file or fit again"
+# Keys of fit_report.json that tie it and the metric stream to the tensors.
+_FIT, _METRICS = "fingerprint", "metrics_sha256"
+_TRIES, _PAUSE = 40, 0.05  # openings while a writer replaces the files, and seconds between two of them
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -147,8 +156,7 @@ class GlobeConfig:
                 "update globe_kernels, or fit and export again."
             )
         names = {f.name for f in fields(cls)}
-        remedy = "restore the file or fit again"
-        config = checked(cls, {name: value for name, value in data.items() if name in names}, where, remedy)
+        config = checked(cls, {name: value for name, value in data.items() if name in names}, where, _REMEDY)
         for name, value, allowed in (
             ("phi", config.phi, PHIS),
             ("scope", config.scope, SCOPES),
@@ -163,7 +171,7 @@ class GlobeConfig:
             (f"sizes of {config.tensor_bytes} bytes", config.tensor_bytes >= _MOST_BYTES),
         ):
             if is_wrong:
-                raise GlobeError(f"{where} has {found}, which no checkpoint has; {remedy}.")
+                raise GlobeError(f"{where} has {found}, which no checkpoint has; {_REMEDY}.")
         return config
 
 
@@ -200,27 +208,69 @@ class _Listed(TypedDict, total=False):
 
 
 class GlobeCheckpoint:
-    """An opened checkpoint: `config`, and tensors read on demand. Opening checks names, shapes and dtypes."""
+    """An opened checkpoint: `config`, and tensors read on demand. Opening checks names, shapes and dtypes.
 
-    def __init__(self, path: str | Path, *, verify: bool = False):
-        """Open the checkpoint in directory `path`; `verify` also compares the sha256 of every file.
+    All files belong to one fit, also while a writer replaces them, and stay readable then.
+    """
 
-        `path` may be the id of a checkpoint on the Hub, also as id@revision. Raises RequestError when `path` holds no
-        GloBE checkpoint, GlobeError when it is damaged.
+    def __init__(self, path: str | Path, *, verify: bool = True):
+        """Open the checkpoint in directory `path`.
+
+        `path` may be the id of a checkpoint on the Hub, also as id@revision. `verify`: compare the sha256 of a file
+        before the first of its tensors is used. Raises RequestError when `path` holds no GloBE checkpoint, GlobeError
+        when it is damaged.
         """
-        self.path = local_directory(path)
-        config_path = self.path / CONFIG_NAME
-        if not config_path.is_file():
+        self.path, self._verify = local_directory(path), verify
+        if not (self.path / CONFIG_NAME).is_file():
             raise not_a_checkpoint(path)
-        data = read_json(inner_file(self.path, CONFIG_NAME), "restore the file or fit again", finite=True)
-        self.config = GlobeConfig.from_dict(data, str(config_path))
-        listed = checked(_Listed, data, str(config_path), "restore the file or fit again")
-        self._files, self.fingerprint = listed.get("files", {}), listed.get("fingerprint")
-        self._handles = {name: self._open(name) for name in self._files}
-        self._where = {key: handle for handle in self._handles.values() for key in handle.keys()}  # noqa: SIM118
+        for _ in range(_TRIES):
+            before = self._switch()
+            try:
+                self._open_all()
+            except (GlobeError, OSError):
+                if self._switch() == before:
+                    raise
+                continue
+            if self._switch() == before and (self._is_whole() or not had_writer(self.path)):
+                break
+            time.sleep(_PAUSE)
+        if not self._is_whole():
+            self._report, self.metrics = {}, ""
+            warn(
+                f"{REPORT_NAME} or {METRICS_NAME} in {self.path} is of another fit than the tensors, so GloBE reads "
+                "the checkpoint without both; restore the files, or run the command that wrote them again."
+            )
+
+    def _switch(self) -> bytes:
+        """Read the file that a writer replaces last."""
+        with suppress(FileNotFoundError):
+            return inner_file(self.path, CONFIG_NAME).read_bytes()
+        return b""
+
+    def _open_all(self) -> None:
+        data = read_json(inner_file(self.path, CONFIG_NAME), _REMEDY, finite=True)
+        where = str(self.path / CONFIG_NAME)
+        self.config = GlobeConfig.from_dict(data, where)
+        listed = checked(_Listed, data, where, _REMEDY)
+        files, self.fingerprint = listed.get("files", {}), listed.get("fingerprint")
+        handles = {name: self._open(name) for name in files}
+        self._verification = Verification(self.path, files, "copy the file again or fit again", enabled=self._verify)
+        self.bytes_on_disk = sum((self.path / name).stat().st_size for name in files)  # of the tensor files
+        self._where = {key: (name, handle) for name, handle in handles.items() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
-        if verify:
-            self.verify()
+        self._report: dict = {}
+        if (self.path / REPORT_NAME).is_file():
+            self._report = read_json(inner_file(self.path, REPORT_NAME), _REMEDY, finite=True)
+        self._ties = self._report.pop(_FIT, None), self._report.pop(_METRICS, None)
+        #: The metric stream of the fit, one JSON object a line; empty when the checkpoint came without it.
+        self.metrics = ""
+        if (self.path / METRICS_NAME).is_file():
+            self.metrics = inner_file(self.path, METRICS_NAME).read_text(encoding="utf-8", errors="replace")
+
+    def _is_whole(self) -> bool:
+        """Whether report and metric stream are of this fit, as far as the files tell."""
+        fit, metrics = self._ties
+        return fit in (None, self.fingerprint) and (not self.metrics or metrics in (None, _sha256(self.metrics)))
 
     def _open(self, name: str):
         path = inner_file(self.path, name)
@@ -243,7 +293,7 @@ class GlobeCheckpoint:
         for name, (shape, dtype) in self.config.tensor_shapes().items():
             if name not in self._where:
                 raise GlobeError(f"{self.path} has no tensor {name}; restore its tensor files or fit again.")
-            view = self._where[name].get_slice(name)
+            view = self._where[name][1].get_slice(name)
             found = (tuple(view.get_shape()), _TORCH_DTYPES.get(view.get_dtype(), view.get_dtype()))
             if found != (shape, dtype):
                 raise GlobeError(
@@ -252,14 +302,8 @@ class GlobeCheckpoint:
                 )
 
     def verify(self) -> None:
-        """Compare the sha256 of every tensor file with the recorded sha256."""
-        for name, expected in self._files.items():
-            found = sha256(self.path / name)
-            if found != expected:
-                raise GlobeError(
-                    f"{self.path / name} has sha256 {found[:12]}... and {CONFIG_NAME} records {expected[:12]}...; "
-                    "the file was changed or damaged, copy it again or fit again."
-                )
+        """Compare the sha256 of every tensor file with the recorded sha256 now. Raises GlobeError."""
+        self._verification.require()
 
     def bank(self, family: str) -> torch.Tensor:
         """Read the atoms (M, R, D) of a family."""
@@ -276,21 +320,15 @@ class GlobeCheckpoint:
         return Code(index, value)
 
     def _tensor(self, name: str) -> torch.Tensor:
-        tensor = self._where[name].get_tensor(name)
+        file, handle = self._where[name]
+        self._verification.require([file])
+        tensor = handle.get_tensor(name)
         require_finite(tensor, f"{name} in {self.path}")
         return tensor
 
-    @property
-    def bytes_on_disk(self) -> int:
-        """Bytes of the tensor files."""
-        return sum((self.path / name).stat().st_size for name in self._files)
-
     def report(self) -> dict:
         """Return fit_report.json, the measurements of the fit; {} when the checkpoint came without it."""
-        path = self.path / REPORT_NAME
-        if not path.is_file():
-            return {}
-        return read_json(inner_file(self.path, REPORT_NAME), "restore the file or fit again", finite=True)
+        return self._report
 
 
 _TORCH_DTYPES = {
@@ -328,9 +366,10 @@ class CheckpointWriter:
         for family in FAMILIES:
             digest.update(banks[family].cpu().contiguous().view(torch.uint8).numpy().data)
         self._fingerprint = digest.hexdigest()
-        self._shards = ShardWriter(staging, "globe", {"fingerprint": self._fingerprint})
+        self._shards = ShardWriter(staging, target, _STEM, {"fingerprint": self._fingerprint})
         self._missing = config.tensor_shapes()
         self.left_out: list[str] = []  # files beside the tensors that could not be written
+        self.files: set[str] = set()  # names of the tensor files
         for family in FAMILIES:
             self._add(f"bank.{family}", banks[family])
 
@@ -348,15 +387,14 @@ class CheckpointWriter:
 
     def finish(self, report: dict, metrics: list[dict]) -> None:
         assert not self._missing, f"not written: {sorted(self._missing)}"
-        names = sorted(set(self._shards.finish().values()))
-        files = {name: sha256(self._staging / name) for name in names}
-        config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": files}
-        (self._staging / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        self.files = set(self._shards.finish().values())
+        config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": self._shards.sha256}
+        (self._staging / CONFIG_NAME).write_text(_json(config), encoding="utf-8")
         if not holds_model(self._target):  # of a checkpoint beside its model: that config.json stays
-            guard = {"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}
-            self._write_beside(MODEL_CONFIG_NAME, json.dumps(guard, indent=2) + "\n")
-        self._write_beside(METRICS_NAME, "".join(json.dumps(record) + "\n" for record in metrics))
-        self._write_beside(REPORT_NAME, json.dumps(report, indent=2) + "\n")
+            self._write_beside(MODEL_CONFIG_NAME, _json({"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}))
+        stream = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
+        self._write_beside(METRICS_NAME, stream)
+        self._write_beside(REPORT_NAME, _json({_FIT: self._fingerprint, _METRICS: _sha256(stream), **report}))
 
     def _write_beside(self, name: str, text: str) -> None:
         """Write a file without which the checkpoint is whole; a failure leaves the checkpoint without it."""
@@ -380,19 +418,17 @@ def writing_checkpoint(
     not replace are removed; other files are left alone.
     """
     target = Path(path)
-    old = _listed_files(target)
-    with staged_directory(target, last=CONFIG_NAME) as staging:
-        writer = CheckpointWriter(staging, target, config, banks)
-        yield writer
-    for name in (old - _listed_files(target)).union(writer.left_out):
-        (target / name).unlink(missing_ok=True)
+    with only_writer(target):
+        with staged_directory(target, switch=CONFIG_NAME) as staging:
+            writer = CheckpointWriter(staging, target, config, banks)
+            yield writer
+        for name in (written_files(target, _STEM) - writer.files).union(writer.left_out):
+            (target / name).unlink(missing_ok=True)
 
 
-def _listed_files(directory: Path) -> set[str]:
-    """Return the names of the tensor files of the checkpoint in `directory`; none when no checkpoint can be read."""
-    try:
-        data = read_json(inner_file(directory, CONFIG_NAME), "restore the file")
-        files = checked(_Listed, data, CONFIG_NAME, "restore the file").get("files", {})
-    except (OSError, GlobeError):
-        return set()
-    return {name for name in files if name == Path(name).name}
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

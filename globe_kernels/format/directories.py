@@ -22,6 +22,7 @@ from globe_kernels.format.names import (
     CONFIG_NAME,
     GUARD_KEY,
     INDEX_NAME,
+    LOCK_NAME,
     MODEL_CONFIG_NAME,
     QUANT_METHOD,
     SINGLE_NAME,
@@ -108,6 +109,11 @@ def adapter_note(path: Path) -> str | None:
         f"{path} holds an adapter too ({ADAPTER_CONFIG_NAME}): it is no part of the weights that GloBE fits, measures "
         "and exports, though transformers with peft would load it; merge the adapter first if it belongs to the model."
     )
+
+
+def had_writer(path: Path) -> bool:
+    """Whether a writer of GloBE is at work in `path`, or was killed there."""
+    return (path / LOCK_NAME).exists()
 
 
 def holds_fit(path: Path) -> bool:
@@ -207,10 +213,11 @@ def refuse_swapped(first: Path, second: Path, first_holds: Callable[[Path], bool
 def require_place(out: str | Path, is_own: Callable[[Path], bool], kind: str) -> None:
     """Refuse to write into a directory that holds anything but earlier work of the same `kind`, as `is_own` tells.
 
-    A directory that is absent, or empty but for hidden files, is fine. Raises RequestError.
+    A directory that is absent, empty but for hidden files, or left by a writer that was killed, is fine. Raises
+    RequestError.
     """
     out = Path(out)
-    if not out.is_dir() or is_empty(out) or is_own(out):
+    if not out.is_dir() or is_empty(out) or is_own(out) or had_writer(out):
         return
     names = _names(out)
     if holds_model(out):

@@ -14,6 +14,7 @@ PHIS = ("identity", "silu", "tanh")
 SCOPES = ("global", "layer")
 # dtypes of an export, as a person names them
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+LOCK_NAME = ".globe.lock"  # in a directory that is written to
 SNAPSHOT_DIRECTORY = ".snapshot"  # of an unfinished fit, in the directory of its checkpoint
 # of transformers: the configuration of a model, its weights in one file, the index of several files, an adapter beside
 MODEL_CONFIG_NAME = "config.json"

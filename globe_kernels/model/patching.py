@@ -99,6 +99,7 @@ def patch(
     memory_budget: int | str | None = None,
     cache_bytes: int | str | None = None,
     keep_dense: bool = False,
+    verify: bool = True,
 ) -> PatchReport:
     """Replace the routed experts of `model`, in place, by the GloBE checkpoint in `path`, a directory or a Hub id.
 
@@ -107,6 +108,7 @@ def patch(
     globe_kernels.strategies, or "auto": at every number of tokens the strategy that is predicted to be the fastest, of
     all strategies whose tensors fit into `memory_budget` (bytes, or "20GB"; of all experts, down included).
     `cache_bytes` is the size of the pool of composed bases. `keep_dense` keeps the dense experts for `unpatch`.
+    `verify`: compare the sha256 of the checkpoint's files, at 1 to 2 GB/s; GLOBE_VERIFY=0 turns this off everywhere.
 
     Everything is read, checked and built before the model is touched: a failed call leaves the model as it was, and for
     a moment dense and GloBE experts are both in memory. Where both do not fit, export the checkpoint and load it with
@@ -117,7 +119,7 @@ def patch(
     refuse_keepers(around, model)
     if is_patched(model):
         raise RequestError("This model already runs on GloBE experts; call globe_kernels.unpatch(model) first.")
-    checkpoint = GlobeCheckpoint(_checkpoint_path(model) if path is None else path)
+    checkpoint = GlobeCheckpoint(_checkpoint_path(model) if path is None else path, verify=verify)
     targets = plan_replacement(model, checkpoint.config)
     for target in targets:
         refuse_unfit(target.name, target.module)

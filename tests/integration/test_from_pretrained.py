@@ -1,9 +1,13 @@
 import copy
 import json
 import pickle
+import random
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import globe_kernels
-from globe_fit import ExpertSource, export_dense, export_globe
+from globe_fit import ExpertSource, compress, export_dense, export_globe
 from globe_fit.measure.evaluate import record_evaluation
 from globe_kernels import GlobeCheckpoint, GlobeError, GlobeMoEFFN, RequestError
-from globe_kernels.format import files
+from globe_kernels.format import writing
 from globe_kernels.format.names import EXPORT_GUARD
 from globe_kernels.testing import assert_close, tiny_model
 from globe_kernels.units import format_bytes
-from tests.conftest import MODEL_TYPES
+from tests.conftest import MODEL_TYPES, TINY_FIT
 from tests.integration.test_patching import TOKENS, logits
 
 
@@ -100,7 +104,7 @@ def test_everything_else_of_the_base_is_copied(save_tiny, export_tiny):
     ids=["per expert", "fused", "fused, transposed and interleaved"],
 )
 def test_dense_export_in_the_layout_of_the_base(model_type, fused, save_tiny, fit_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_SHARD_BYTES", 200_000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 200_000)
     base = ExpertSource(save_tiny(model_type, fused))
     export_dense(GlobeCheckpoint(fit_tiny(model_type)[0]), base, tmp_path / "dense")
     exported = ExpertSource(tmp_path / "dense")
@@ -117,7 +121,7 @@ def test_dense_export_in_the_layout_of_the_base(model_type, fused, save_tiny, fi
 
 
 def test_a_sharded_export_and_another_dtype(save_tiny, fit_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 100_000)
     base, checkpoint = ExpertSource(save_tiny("qwen3_moe")), GlobeCheckpoint(fit_tiny()[0])
     export_globe(checkpoint, base, tmp_path / "hf", dtype=torch.bfloat16)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 3
@@ -125,9 +129,11 @@ def test_a_sharded_export_and_another_dtype(save_tiny, fit_tiny, tmp_path, monke
     assert model.dtype == torch.bfloat16
     # a second, unsharded export into the same directory leaves nothing of the first
     monkeypatch.undo()
-    export_globe(checkpoint, base, tmp_path / "hf")
-    assert [path.name for path in (tmp_path / "hf").glob("*.safetensors*")] == ["globe-model.safetensors"]
-    assert load(tmp_path / "hf") is not None
+    for _ in range(3):
+        export_globe(checkpoint, base, tmp_path / "hf")
+        (left,) = (tmp_path / "hf").glob("*.safetensors*")
+        assert re.fullmatch(r"globe-model(-[0-9a-f]{8})?.safetensors", left.name)
+        assert load(tmp_path / "hf") is not None
 
 
 def test_a_cast_spares_what_decides_between_experts_and_refuses_what_it_cannot_hold(save_tiny, fit_tiny, tmp_path):
@@ -165,7 +171,7 @@ def test_a_checkpoint_beside_its_base_is_not_copied_into_the_export(save_tiny, f
 
 
 def test_an_export_that_was_killed_can_be_written_again(save_tiny, fit_tiny, tmp_path):
-    (tmp_path / "hf" / ".staging-999999999").mkdir(parents=True)
+    (tmp_path / "hf" / ".staging").mkdir(parents=True)
     export_globe(GlobeCheckpoint(fit_tiny()[0]), ExpertSource(save_tiny("qwen3_moe")), tmp_path / "hf")
     assert load(tmp_path / "hf") is not None
     assert not list((tmp_path / "hf").glob(".staging*"))
@@ -193,10 +199,41 @@ def rewrite(path, change) -> None:
     ],
     ids=["a missing adapter", "a missing bank", "another shape", "a code outside the bank"],
 )
-def test_a_damaged_export_is_refused(exported, change, sentence):
+def test_a_damaged_export_is_refused(exported, change, sentence, monkeypatch):
     rewrite(exported, change)
-    with pytest.raises(GlobeError, match=sentence):
+    with monkeypatch.context() as patched, pytest.raises(GlobeError, match=sentence):
+        patched.setenv("GLOBE_VERIFY", "0")
         load(exported)
+    with pytest.raises(GlobeError):
+        load(exported)
+
+
+def flip(path: Path, seed: int) -> None:
+    """Flip a bit of the tensors in a safetensors file."""
+    data = bytearray(path.read_bytes())
+    header = int.from_bytes(data[:8], "little") + 8
+    position = random.Random(seed).randrange(8 * header, 8 * len(data))
+    data[position // 8] ^= 1 << position % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flipped_bit_is_refused(exported, seed):
+    flip(exported / "globe-model.safetensors", seed)
+    with pytest.raises(GlobeError, match=r"has sha256 .* is recorded: the file was changed or damaged; export"):
+        load(exported)
+
+
+def test_a_shard_of_another_export_is_refused(save_tiny, fit_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 100_000)
+    base = ExpertSource(save_tiny("qwen3_moe"))
+    compress(base.model_dir, tmp_path / "other", replace(TINY_FIT, seed=1))
+    for name, checkpoint in (("one", fit_tiny()[0]), ("two", tmp_path / "other")):
+        export_globe(GlobeCheckpoint(checkpoint), base, tmp_path / name)
+    last = sorted((tmp_path / "one").glob("*.safetensors"))[-1]
+    shutil.copyfile(tmp_path / "two" / last.name, last)
+    with pytest.raises(GlobeError, match=f"{last.name} has sha256"):
+        load(tmp_path / "one")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +333,7 @@ def test_an_export_of_an_earlier_version_still_loads(export_tiny, tmp_path):
     config = json.loads((old / "config.json").read_text())
     assert config.pop("transformers_weights") == EXPORT_GUARD
     assert config["quantization_config"].pop("weights") == "globe-model.safetensors"
+    del config["quantization_config"]["files"]
     (old / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(load(old)), logits(load(export_tiny())))
 

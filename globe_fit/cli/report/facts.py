@@ -10,11 +10,11 @@ from globe_fit.measure.evaluate import read_evaluation
 from globe_fit.measure.inspection import stored_codes
 from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
-from globe_fit.run.loggers import read_stream
+from globe_fit.run.loggers import read_stream, records_of
 from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import stream_path
 from globe_kernels.format.checkpoint import GlobeCheckpoint
-from globe_kernels.format.names import CONFIG_NAME, FAMILIES, METRICS_NAME
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES
 
 _EXPERTS_OF_BASE = 5  # spectra to draw with a dense model; without it the spectra of the fit report
 
@@ -43,7 +43,7 @@ def collect(directory: Path, base: Path | None) -> Facts:
     stream = stream_path(directory)
     unfinished = stream.is_file() and not (directory / CONFIG_NAME).is_file()
     checkpoint = None if unfinished else GlobeCheckpoint(directory)
-    records = read_stream(stream if checkpoint is None else directory / METRICS_NAME)
+    records = read_stream(stream) if checkpoint is None else records_of(checkpoint.metrics)
     history = {family: [record for record in records if record["family"] == family] for family in FAMILIES}
     history = {family: found for family, found in history.items() if found}
     newest = {family: {name: each[name] for each in found for name in each} for family, found in history.items()}

@@ -12,8 +12,8 @@ from globe_fit.cli.report.diagnostics import diagnostic_groups, error_group, num
 from globe_fit.cli.report.facts import Facts, collect
 from globe_fit.cli.report.figures import inline_svg
 from globe_kernels.errors import RequestError
-from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.format.names import PAGE_NAME
+from globe_kernels.format.writing import replacing_file, require_room
 from globe_kernels.model.patching import PEAK_TOKENS
 from globe_kernels.units import format_bytes, format_count
 from globe_kernels.version import __version__

@@ -16,7 +16,7 @@ from globe_fit.data.model import load_model
 from globe_fit.measure.evaluate import evaluate
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format import files
+from globe_kernels.format import writing
 from globe_kernels.model.discovery import routed_experts
 from globe_kernels.testing import assert_close, tiny_model
 
@@ -88,7 +88,7 @@ def test_from_disk_a_text_says_the_same(source, text, tmp_path):
 
 
 def test_a_disk_that_is_full_is_refused_before(source, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_free", lambda target: 1000)
+    monkeypatch.setattr(writing, "_free", lambda target: 1000)
     with pytest.raises(GlobeError, match="needs 8.85 MB and 1.00 kB are free"):
         calibrate(source, text, memory_limit=LIMIT)
 

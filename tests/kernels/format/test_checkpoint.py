@@ -1,7 +1,14 @@
 import errno
 import json
 import os
+import random
+import re
 import subprocess
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from globe_kernels.errors import GlobeError, RequestError
-from globe_kernels.format import files
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError
+from globe_kernels.format import writing
 from globe_kernels.format.checkpoint import (
     BaseModel,
     Code,
@@ -20,7 +27,8 @@ from globe_kernels.format.checkpoint import (
     LayerFactors,
     writing_checkpoint,
 )
-from globe_kernels.format.names import CONFIG_NAME
+from globe_kernels.format.names import CONFIG_NAME, LOCK_NAME
+from globe_kernels.format.writing import only_writer, replacing_file
 
 FAMILIES = ("gate", "up")
 CONFIG = GlobeConfig(
@@ -40,7 +48,13 @@ def draw(seed: int = 0) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def write(path: Path, tensors: dict[str, torch.Tensor], config: GlobeConfig = CONFIG) -> None:
+def write(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    config: GlobeConfig = CONFIG,
+    report: dict | None = None,
+    metrics: tuple[dict, ...] = ({"step": 0},),
+) -> None:
     banks = {family: tensors[f"bank.{family}"] for family in FAMILIES}
     with writing_checkpoint(path, config, banks) as writer:
         for family in FAMILIES:
@@ -48,11 +62,11 @@ def write(path: Path, tensors: dict[str, torch.Tensor], config: GlobeConfig = CO
                 prefix = f"layers.{layer}.{family}"
                 code = Code(tensors[f"{prefix}_code_index"], tensors[f"{prefix}_code_value"])
                 writer.add_layer(layer, family, LayerFactors(tensors[f"{prefix}_adapter"], code))
-        writer.finish({"families": {}}, [{"step": 0}])
+        writer.finish(report or {"fit": 0}, [*metrics])
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint, tensors = GlobeCheckpoint(path, verify=True), {}
+    checkpoint, tensors = GlobeCheckpoint(path), {}
     for family in FAMILIES:
         tensors[f"bank.{family}"] = checkpoint.bank(family)
         for layer in checkpoint.config.base.num_experts:
@@ -95,15 +109,17 @@ def test_bytes_are_those_of_the_files_less_their_headers(saved):
 
 
 def test_shards_and_what_is_left_of_an_earlier_fit(saved, monkeypatch):
-    monkeypatch.setattr(files, "MAX_SHARD_BYTES", 150)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 150)
     write(saved, draw(1))
     shards = sorted(path.name for path in saved.glob("*.safetensors"))
     assert len(shards) > 2 and shards[0] == f"globe-00001-of-{len(shards):05d}.safetensors"
     assert_same(read(saved), draw(1))
     monkeypatch.undo()
-    write(saved, draw(2))
-    assert [path.name for path in saved.glob("*.safetensors")] == ["globe.safetensors"]
-    assert_same(read(saved), draw(2))
+    for seed in (2, 3, 3):  # a name that is taken gets digits of its hash, until it is free again
+        write(saved, draw(seed))
+        (left,) = saved.glob("*.safetensors")
+        assert re.fullmatch(r"globe(-[0-9a-f]{8})?\.safetensors", left.name)
+        assert_same(read(saved), draw(seed))
 
 
 def edit_config(path: Path, **changes) -> None:
@@ -196,17 +212,27 @@ def test_refuses_a_tensor_of_another_shape(saved):
 
 def test_refuses_a_code_outside_the_bank(saved):
     rewrite(saved, lambda tensors: tensors["layers.3.up_code_index"].fill_(5))
-    checkpoint = GlobeCheckpoint(saved)
+    checkpoint = GlobeCheckpoint(saved, verify=False)
     checkpoint.layer(1, "up")
     with pytest.raises(GlobeError, match="atom ids from 5 to 5 and the bank has 5 atoms"):
         checkpoint.layer(3, "up")
 
 
-def test_verify_finds_a_changed_value(saved):
-    rewrite(saved, lambda tensors: tensors["bank.gate"].mul_(2))
-    GlobeCheckpoint(saved)
+@pytest.mark.parametrize("place", range(8))
+def test_a_flipped_bit_is_refused(saved, place, monkeypatch):
+    path = saved / "globe.safetensors"
+    data, header = bytearray(path.read_bytes()), int.from_bytes(path.read_bytes()[:8], "little") + 8
+    position = random.Random(place).randrange(8 * header, 8 * len(data))
+    data[position // 8] ^= 1 << position % 8
+    path.write_bytes(data)
+    checkpoint = GlobeCheckpoint(saved)
+    with pytest.raises(GlobeError, match=r"has sha256 .* is recorded: the file was changed or damaged; copy"):
+        checkpoint.code(1, "gate")
     with pytest.raises(GlobeError, match="sha256"):
-        GlobeCheckpoint(saved, verify=True)
+        GlobeCheckpoint(saved).verify()
+    GlobeCheckpoint(saved, verify=False).verify()
+    monkeypatch.setenv("GLOBE_VERIFY", "0")
+    GlobeCheckpoint(saved).verify()
 
 
 @pytest.mark.parametrize(
@@ -219,8 +245,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(saved, monkeypatch, failure):
         raise failure
 
     with monkeypatch.context() as patched:
-        patched.setattr(*((files, "save_file") if isinstance(failure, SafetensorError) else (os, "fsync")), fail)
-        with pytest.raises(GlobeError, match="is full .* nothing was written"):
+        patched.setattr(*((writing, "save_file") if isinstance(failure, SafetensorError) else (os, "fsync")), fail)
+        with pytest.raises(GlobeError, match="has no room for the new files .* nothing was written"):
             write(saved, draw(1))
     assert_same(read(saved), draw())
     assert not list(saved.glob(".staging*"))
@@ -233,33 +259,115 @@ def test_a_failed_first_write_leaves_no_directory(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_what_a_killed_writer_left_is_cleaned_up_and_a_running_one_is_left_alone(saved):
-    killed = subprocess.Popen(["true"])
-    killed.wait()
-    for pid in (killed.pid, os.getppid()):
-        (saved / f".staging-{pid}").mkdir()
-        (saved / f".staging-{pid}" / "globe.0.partial").write_text("half")
-    write(saved, draw(1))
-    assert [path.name for path in saved.glob(".staging*")] == [f".staging-{os.getppid()}"]
-
-
-def test_a_kill_between_the_renames_leaves_a_directory_that_is_refused(saved, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    replaced = []
-
-    def replace_once(source, target):
-        if replaced:
-            raise Killed
-        replaced.append(target)
-        Path(source).replace(target)
-
-    monkeypatch.setattr(os, "replace", replace_once)
-    with pytest.raises(Killed):
+def test_what_a_killed_writer_left_is_cleaned_up(saved, tmp_path):
+    (tmp_path / "of others").mkdir()
+    (tmp_path / "of others" / "file").write_text("theirs")
+    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to(tmp_path / "of others")):
+        make(saved / ".staging")
+        (saved / LOCK_NAME).touch()
         write(saved, draw(1))
-    with pytest.raises(RequestError, match="holds no globe_config.json"):
-        GlobeCheckpoint(saved)
+        assert not [*saved.glob(".*")]
+    assert (tmp_path / "of others" / "file").read_text() == "theirs"
+    assert_same(read(saved), draw(1))
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, number: int) -> None:
+    """Ends the process, as far as it can be seen from outside, before its `number`-th rename."""
+    renames = []
+    replace_file = os.replace
+
+    def replace_or_end(source, target):
+        renames.append(target)
+        if len(renames) >= number:
+            raise Killed
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_or_end)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_a_kill_between_the_renames_leaves_the_old_or_the_new(saved, monkeypatch, number):
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        kill_at(patched, number)
+        write(saved, draw(1), report={"fit": 1})
+        raise Killed  # after the last rename
+    renamed = number > 5  # config.json, fit_report.json, tensors, metrics.jsonl, globe_config.json
+    with pytest.warns(GlobeWarning, match="is of another fit") if 3 <= number <= 5 else nullcontext():
+        checkpoint = GlobeCheckpoint(saved)
+    assert_same({name: checkpoint._tensor(name) for name in CONFIG.tensor_shapes()}, draw(int(renamed)))
+    assert checkpoint.report() == ({"fit": 1} if renamed else {} if number >= 3 else {"fit": 0})
+    write(saved, draw(1), report={"fit": 1})
+    assert_same(read(saved), draw(1))
+    assert len([*saved.glob("*.safetensors")]) == 1
+
+
+def test_a_second_writer_is_refused(saved):
+    with only_writer(saved):
+        with only_writer(saved):  # the same thread
+            pass
+        with ThreadPoolExecutor() as pool, pytest.raises(RequestError, match="Another command is writing to .*; wait"):
+            pool.submit(write, saved, draw(1)).result()
+        with_path = [sys.executable, "-c", SECOND_WRITER, str(saved)]
+        assert subprocess.run(with_path, capture_output=True, text=True, check=True).stdout == "refused\n"
+    assert_same(read(saved), draw())
+    write(saved, draw(1))
+    assert_same(read(saved), draw(1))
+    assert not (saved / LOCK_NAME).exists()
+
+
+SECOND_WRITER = """
+import sys
+from pathlib import Path
+from globe_kernels.errors import RequestError
+from globe_kernels.format.writing import only_writer
+try:
+    with only_writer(Path(sys.argv[1])):
+        print("written")
+except RequestError:
+    print("refused")
+"""
+
+
+def test_readers_see_the_old_or_the_new(saved):
+    """A writer replaces the checkpoint while readers open it: tensors, configuration, report, stream of one fit."""
+    fits = {seed: draw(seed) for seed in (0, 1)}
+    write(saved, fits[0], replace(CONFIG, provenance={"seed": 0}), report={"fit": 0}, metrics=({"fit": 0},))
+    ended = threading.Event()
+
+    def read_until_the_end() -> int:
+        opened = 0
+        while not ended.is_set() or not opened:
+            checkpoint = GlobeCheckpoint(saved)
+            seed = checkpoint.config.provenance["seed"]
+            assert checkpoint.report() == {"fit": seed} and json.loads(checkpoint.metrics) == {"fit": seed}
+            assert torch.equal(checkpoint.bank("up"), fits[seed]["bank.up"])
+            assert torch.equal(checkpoint.layer(3, "gate").adapter, fits[seed]["layers.3.gate_adapter"])
+            opened += 1
+        return opened
+
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error")
+        readers = [pool.submit(read_until_the_end) for _ in range(3)]
+        try:
+            for seed in [1, 0] * 25:
+                config = replace(CONFIG, provenance={"seed": seed})
+                write(saved, fits[seed], config, report={"fit": seed}, metrics=({"fit": seed},))
+        finally:
+            ended.set()
+        assert all(reader.result() for reader in readers)
+
+
+def test_nothing_that_lies_at_the_temporary_path_is_followed(tmp_path):
+    (tmp_path / "theirs").write_text("theirs")
+    (tmp_path / "page.html.partial").symlink_to(tmp_path / "theirs")
+    with replacing_file(tmp_path / "page.html") as path:
+        path.write_text("page")
+    assert (tmp_path / "theirs").read_text() == "theirs" and not (tmp_path / "page.html").is_symlink()
+    assert [*tmp_path.glob("*.partial")] == []
 
 
 def test_only_its_own_files_are_replaced(saved):
@@ -269,11 +377,10 @@ def test_only_its_own_files_are_replaced(saved):
 
 
 def test_a_directory_in_the_way_is_named_and_nothing_changes(saved):
-    (saved / "globe-00001-of-00002.safetensors").mkdir()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(files, "MAX_SHARD_BYTES", CONFIG.tensor_bytes * 2 // 3)
-        with pytest.raises(RequestError, match="is a directory and a file must go there"):
-            write(saved, draw(1))
+    (saved / "metrics.jsonl").unlink()
+    (saved / "metrics.jsonl").mkdir()
+    with pytest.raises(RequestError, match="is a directory and a file must go there"):
+        write(saved, draw(1))
     assert_same(read(saved), draw())
 
 
@@ -292,4 +399,4 @@ def test_refuses_to_write_over_a_file(tmp_path):
 
 def test_refuses_in_advance_what_cannot_fit(tmp_path):
     with pytest.raises(GlobeError, match=r"needs \d+ PB and .* are free"):
-        files.require_room(tmp_path / "new", 2**62)
+        writing.require_room(tmp_path / "new", 2**62)
