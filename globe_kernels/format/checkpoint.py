@@ -278,10 +278,8 @@ class GlobeCheckpoint:
             raise GlobeError(f"{path} is missing; {CONFIG_NAME} lists it, so restore the file or fit again.")
         try:
             handle = safe_open(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise GlobeError(
-                f"{path} is damaged or truncated ({path.stat().st_size} bytes: {error}); copy it again or fit again."
-            ) from error
+        except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
+            raise GlobeError(f"{path} is damaged or truncated ({error}); copy it again or fit again.") from error
         if (handle.metadata() or {}).get("fingerprint") != self.fingerprint:
             raise GlobeError(
                 f"{path} was not written together with the {CONFIG_NAME} beside it; restore both from one fit, or "

@@ -74,12 +74,17 @@ def verification(files: list[str], recorded: dict[str, str]) -> Verification:
 
 def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
     try:
-        if not file.is_file():  # a pipe would wait for a writer
+        if file.exists() and not file.is_file():  # a pipe would wait for a writer
             raise OSError("it is no file")
         with safe_open(file, framework="pt") as handle:
             return {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
-    except (OSError, SafetensorError) as error:
-        raise GlobeError(f"{file} is truncated or damaged ({error}); export the checkpoint again.") from error
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
+        if file.exists():
+            raise GlobeError(f"{file} is truncated or damaged ({error}); export the checkpoint again.") from error
+        raise GlobeError(
+            f"{file} is gone: another export took its place while this export was loaded, or somebody removed the "
+            "file; load the directory again."
+        ) from error
 
 
 def require_all_weights(model: Any) -> None:
