@@ -1,6 +1,5 @@
 """Measure the effect of compression on a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from globe_fit.data.model import load_tokenizer, predictor
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import inner_file, read_json, replacing_file
+from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import EVALUATION_NAME
 from globe_kernels.format.typed import Above, checked
 
@@ -94,7 +94,7 @@ def record_evaluation(checkpoint: GlobeCheckpoint, evaluation: dict) -> None:
     """Keep the figures of `globe eval` beside the checkpoint, for its report and its model card."""
     with replacing_file(checkpoint.path / EVALUATION_NAME) as path:
         kept = {"fingerprint": checkpoint.fingerprint, **evaluation}
-        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
@@ -104,7 +104,7 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
         return None
     try:
         kept = read_json(inner_file(checkpoint.path, EVALUATION_NAME), "run globe eval again", finite=True)
-        checked(_Evaluation, kept, str(path), "run globe eval again")
+        kept = checked(_Evaluation, kept, str(path), "run globe eval again")
     except GlobeError:  # an export and a report are worth more than these figures
         return None
     return kept if kept.get("fingerprint") == checkpoint.fingerprint else None
