@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -369,8 +369,7 @@ def _download(directory: Path) -> Any:
         status, headers, body = served.answer(path)
         for kind in ("revision", "tree"):
             if f"/{kind}/" in path and status == 200:
-                with suppress(OSError):
-                    body = (directory / f"{kind}.json").read_bytes()
+                body = (directory / f"{kind}.json").read_bytes()
         if request.method == "HEAD":
             headers, body = headers | {"Content-Length": str(len(body))}, b""
         return library.Response(status, headers=headers, content=body)
@@ -454,6 +453,7 @@ KINDS: dict[str, Kind] = {
         _download,
         ("tree.json", "tree.json", "revision.json", "model/config.json", "model/*.safetensors", "model/*.index.json"),
         writes=True,
+        is_given=True,  # a Hub has neither links nor pipes
         keeps_config=False,
     ),
     "settings": Kind(_save_settings, _read_settings, ("fit.toml",), is_given=True),

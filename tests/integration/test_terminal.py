@@ -61,15 +61,20 @@ def checkpoint(fit_tiny, tmp_path, request) -> Path:
     return path
 
 
-def test_inspect_and_report(globe, checkpoint):
-    for arguments in (("inspect", checkpoint, "--layers"), ("inspect", checkpoint, "--json"), ("report", checkpoint)):
+def test_inspect(globe, checkpoint):
+    for arguments in (("inspect", checkpoint, "--layers"), ("inspect", checkpoint, "--json")):
         code, out, err = globe(*arguments)
         assert (code, err) == (0, "")
         assert_tame(out)
-    page = (checkpoint / "report.html").read_text()
-    assert not [code for code in CODES[:4] if code in page] and "<script>{{" not in page and len(page) < 10**6
-    assert "INJECTED" not in page or "<script>{{ 1 }}" in unescape(page)
     assert_tame(repr(stored_fit(GlobeCheckpoint(checkpoint))))
+
+
+@pytest.mark.parametrize("checkpoint", [ODD], indirect=True)
+def test_a_report(globe, checkpoint):
+    assert globe("report", checkpoint)[0] == 0
+    page = (checkpoint / "report.html").read_text()
+    assert not [code for code in CODES[:4] if code in page] and "<script>{{" not in page
+    assert "<script>{{ 1 }}" in unescape(page)
 
 
 def test_the_errors_of_layers_that_no_model_has(globe, checkpoint):
