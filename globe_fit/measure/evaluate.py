@@ -43,7 +43,7 @@ def evaluate(
 
     The models take turns batch by batch, so that throughput is measured side by side: the median over the batches, of
     which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ,
-    GlobeError when a model gives NaN.
+    GlobeError when a model fails or gives NaN.
     """
     models = {name: predictor(model) for name, model in models.items()}
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
@@ -62,7 +62,7 @@ def evaluate(
         for name, model in models.items():
             device = next(model.parameters()).device
             began = time.perf_counter()
-            logits = model(batch.to(device)).logits
+            logits = _run(model, batch.to(device), name)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             total = totals[name]
@@ -77,7 +77,7 @@ def evaluate(
             on_batch(number + 1, len(batches))
     for name, total in totals.items():
         if not all(map(math.isfinite, total.values())):
-            raise GlobeError(f"The {name} model gives NaN or infinite logits on this text; restore its files.")
+            raise GlobeError(f"{called(name)} gives NaN or infinite logits on this text; restore its files.")
     return {
         name: Quality(
             perplexity=math.exp(min(total["nll"] / count, 700.0)),
@@ -88,6 +88,23 @@ def evaluate(
         )
         for name, total in totals.items()
     }
+
+
+def _run(model: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
+    try:
+        return model(tokens).logits
+    except GlobeError:
+        raise
+    except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
+        raise GlobeError(
+            f"{called(name)} fails on this text ({type(error).__name__}: {error}); restore its files, or give it a "
+            "device with more memory."
+        ) from error
+
+
+def called(name: str) -> str:
+    """Return how a sentence calls a model, of several by its name."""
+    return "The model" if name == "model" else f"The {name} model"
 
 
 def record_evaluation(checkpoint: GlobeCheckpoint, evaluation: dict) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from globe_fit.data.model import load_tokenizer, predictor
+from globe_fit.measure.evaluate import called
 from globe_kernels.errors import GlobeError, RequestError
 
 _RESAMPLES = 1000  # of the examples, for the standard error of a perplexity, which they give to 2 %
@@ -149,7 +150,7 @@ def _refusing_nan(model: nn.Module, name: str) -> Iterator[None]:
 
     def check(_: nn.Module, given: Any, outputs: Any) -> None:
         if outputs.logits.amax().isnan():
-            raise GlobeError(f"The {name} model gives NaN as logits; restore its files.")
+            raise GlobeError(f"{called(name)} gives NaN as logits; restore its files.")
 
     hook = model.register_forward_hook(check)
     try:

@@ -451,7 +451,8 @@ KINDS: dict[str, Kind] = {
     "download": Kind(
         _save_repository,
         _download,
-        ("tree.json", "tree.json", "revision.json", "model/config.json", "model/*.safetensors", "model/*.index.json"),
+        # not the answer with the commit: huggingface_hub makes a path of any commit that a Hub names
+        ("tree.json", "tree.json", "model/config.json", "model/*.safetensors", "model/*.index.json"),
         writes=True,
         is_given=True,  # a Hub has neither links nor pipes
         keeps_config=False,

@@ -125,10 +125,17 @@ def test_nan_outside_of_the_experts_has_no_figures(globe, with_tokenizer, fit_ti
     checkpoint = Path(shutil.copytree(fit_tiny()[0], tmp_path / "globe"))
     change_tensor(with_tokenizer, key, lambda t: t.index_fill(0, torch.tensor([1]), float("nan")))
     of_text = ("--text", with_tokenizer / "text.txt", "--json")
-    sentence = "model gives NaN or infinite logits on this text; restore its files."
+    sentence = "gives NaN or infinite logits on this text; restore its files."
     assert_refused(globe("eval", with_tokenizer, *of_text), 1, f"The model {sentence}")
-    assert_refused(globe("eval", checkpoint, "--base", with_tokenizer, *of_text), 1, f"The dense {sentence}")
+    assert_refused(globe("eval", checkpoint, "--base", with_tokenizer, *of_text), 1, f"The dense model {sentence}")
     assert not (checkpoint / "evaluation.json").exists()
+
+
+def test_a_configuration_with_which_the_model_fails(globe, with_tokenizer):
+    config = json.loads((with_tokenizer / "config.json").read_text())
+    (with_tokenizer / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 99}))
+    result = globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt")
+    assert_refused(result, 1, "The model fails on this text (RuntimeError: selected index k out of range);")
 
 
 def test_a_metric_of_a_solver_that_is_infinite_is_null(globe, model_dir, tmp_path, monkeypatch):
