@@ -100,7 +100,6 @@ def test_a_directory_with_an_odd_name(globe, save_tiny, tmp_path):
         (("fit", model_dir, "-o", out, *QUICK, "--dry-run"), 0),
         (("fit", model_dir, "-o", out, *QUICK), 0),
         (("inspect", out), 0),
-        (("report", out), 0),
         (("export", out, "--base", model_dir, "-o", tmp_path / "hf"), 0),
         (("eval", model_dir, "--text", tmp_path / ODD), 2),
         (("inspect", model_dir), 2),
