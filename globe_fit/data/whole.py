@@ -29,11 +29,10 @@ def require_whole(where: Path, model: Any, tensors: StoredTensors, uneven: Itera
     expected = model.state_dict()
     found = _made(where, model, tensors)
     surplus = [key for key in found if key not in expected]
-    ties = model.all_tied_weights_keys.items()
-    for target, source in ties:
-        if target in found:
-            found.setdefault(source, found[target])
-    found |= {target: found[source] for target, source in ties if source in found}
+    ties = list(model.all_tied_weights_keys.items())
+    for held, other in (*ties, *((source, target) for target, source in ties)):  # either may be on disk
+        if held in found:
+            found.setdefault(other, found[held])
     needed = [*(name for name, _ in model.named_parameters()), *_stored_buffers(model, found)]
     if missing := list(_without(needed, found.keys(), model._keys_to_ignore_on_load_missing)):
         raise GlobeError(

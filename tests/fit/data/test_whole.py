@@ -113,7 +113,10 @@ def test_tied_weights(on_disk):
     assert model.all_tied_weights_keys and "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors.pop(embedding)
     require_whole(WHERE, model, tensors)
-    del tensors["lm_head.weight"]
+    tensors[embedding] = tensors["lm_head.weight"][:-1]
+    with pytest.raises(GlobeError, match="is of shape"):
+        require_whole(WHERE, model, tensors)
+    del tensors["lm_head.weight"], tensors[embedding]
     with pytest.raises(GlobeError, match="lacks .* tensors of the model are missing"):
         require_whole(WHERE, model, tensors)
 
