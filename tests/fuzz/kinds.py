@@ -360,6 +360,8 @@ def _download(directory: Path) -> Any:
     """Download a model of a Hub that answers with the files of `directory`, without a socket."""
     served = FakeHub()
     served.models[_HUB_ID] = directory / "model"
+    commit = json.loads((directory / "revision.json").read_bytes())["sha"]
+    served.commit = lambda name: commit  # whatever the files hold
     kept = {name: getattr(hub_constants, name) for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE")}
     client: Any = type(default_client_factory())
     library = sys.modules[client.__module__.partition(".")[0]]
@@ -435,7 +437,8 @@ KINDS: dict[str, Kind] = {
     "finished fit": Kind(_save_checkpoint, _resume, (*_CHECKPOINT_FILES, *_REPORT_FILES), writes=True),
     "quantization_config": Kind(_save_export, _read_quantization_config, ("config.json",)),
     "export": Kind(_save_export, _load_export, ("config.json", "globe-model.safetensors"), keeps_config=False),
-    "from_pretrained": Kind(_save_export, _from_pretrained, ("globe-model.safetensors",)),
+    # transformers follows any link
+    "from_pretrained": Kind(_save_export, _from_pretrained, ("globe-model.safetensors",), is_given=True),
     "patch": Kind(_save_checkpoint, _patch, _CHECKPOINT_FILES),
     "eval": Kind(_save_base, lambda path: evaluate({"dense": load_model(path)}, _TOKENS), _BASE_FILES),
     "eval, config": Kind(
