@@ -261,7 +261,7 @@ class _Run:
             "relative_error": error,
             "support_median": supports.median().item(),
             "seconds": self._seconds,
-            **self._solver.extras,
+            **{name: value if math.isfinite(value) else None for name, value in self._solver.extras.items()},
         }
         if step % _LOG_EVERY == 0 or last:
             expensive = step % (_LOG_EVERY * max(1, self._config.steps // (_EXPENSIVE_TIMES * _LOG_EVERY))) == 0 or last

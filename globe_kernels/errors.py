@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LONGEST = 2000  # characters of a sentence
+LONGEST = 2000  # characters of a sentence
 
 
 class GlobeError(ValueError):
@@ -31,11 +31,13 @@ class GlobeWarning(UserWarning):
 
 def one_line(text: str) -> str:
     """Return `text` for a terminal: names out of a file may hold line breaks, escape codes, or a megabyte."""
-    words = " ".join(text.split())
-    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
-    if len(printable) <= _LONGEST:
-        return printable
-    return f"{printable[: _LONGEST * 3 // 4]} ... {printable[-_LONGEST // 5 :]}"
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[: LONGEST * 3 // 4]} ... {line[-LONGEST // 5 :]}"
+
+
+def printable(text: str) -> str:
+    """Spell out the characters that could move the cursor of a terminal, colour it or turn a line, but line breaks."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else repr(letter)[1:-1] for letter in text)
 
 
 def warn(sentence: str, stacklevel: int = 2) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 
+from globe_kernels.errors import printable
 from globe_kernels.units import in_one_unit
 
 WIDTH = 80  # of a pipe, and of a terminal whose width nobody knows
@@ -43,7 +44,7 @@ class Table:
             for line in self.title.split("\n")
             for part in wrap(line, width, break_long_words=False, break_on_hyphens=False)
         )
-        return "\n".join([*title, "\n\n".join(blocks)])
+        return printable("\n".join([*title, "\n\n".join(blocks)]))
 
     def _block(self, columns: list[int], widths: list[int]) -> Iterable[str]:
         shown = [widths[column] for column in columns]

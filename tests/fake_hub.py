@@ -18,7 +18,7 @@ class FakeHub:
         self.branches: dict[str, set[str]] = {}  # beside main
         self.refused: dict[str, tuple[int, str]] = {}  # id -> status and the code of the Hub for it
         self.served: list[str] = []
-        self.sizes: dict[str, int] = {}  # name of a file -> the size that the Hub claims
+        self.sizes: dict[str, int | None] = {}  # name of a file -> the size that the Hub claims; None: no size
 
     def commit(self, name: str) -> str:
         listing = "".join(f"{path}{self.etag(path)}" for path in self.files(name).values())
@@ -69,7 +69,8 @@ def _handler(hub: FakeHub) -> type[BaseHTTPRequestHandler]:
             for key, value in headers.items():
                 self.send_header(key, value)
             size = hub.sizes.get(name, len(body)) if not with_body and "/resolve/" in self.path else len(body)
-            self.send_header("Content-Length", str(size))
+            if size is not None:
+                self.send_header("Content-Length", str(size))
             self.end_headers()
             if with_body:
                 self.wfile.write(body)

@@ -1,6 +1,5 @@
 """The work of each `globe` command; `globe_fit.cli.app` declares the commands and imports this file when one runs."""
 
-import json
 import shlex
 import sys
 import warnings
@@ -44,7 +43,7 @@ from globe_fit.plan.serving import plan_all
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, tolerating, warn
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, one_line, printable, tolerating, warn
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.directories import (
     holds_checkpoint,
@@ -57,6 +56,7 @@ from globe_kernels.format.directories import (
 )
 from globe_kernels.format.files import repository_of
 from globe_kernels.format.hub import at_revision, local_directory
+from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import DTYPE_NAMES
 from globe_kernels.format.writing import only_writer, replacing_file
 from globe_kernels.model.patching import patch
@@ -73,7 +73,7 @@ def _show(figures: dict, as_json: bool, print_tables: Callable[[dict], None], *,
     """
     try:
         if as_json:
-            print(json.dumps(figures, indent=2))
+            print(to_json(figures, indent=2))
         else:
             print_tables(figures)
         sys.stdout.flush()
@@ -333,7 +333,9 @@ def _report(globe_dir: str, out: Path | None, base: str | None, revision: str | 
         raise RequestError(f"{globe_dir} comes from the Hub, whose cache takes no page; give a file with -o.")
     figures = write_report(found, out, base=None if base is None else _local(base, revision), png=png)
     page = Path(figures["html"])
-    _show(figures, as_json, lambda written: print("\n".join([written["html"], *written["png"]])), on_disk=page)
+    _show(
+        figures, as_json, lambda written: print(printable("\n".join([written["html"], *written["png"]]))), on_disk=page
+    )
 
 
 def _demo(out: Path | None, as_json: bool) -> None:
@@ -367,7 +369,7 @@ def _saying_warnings() -> Iterator[None]:
 
     def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
         if not issubclass(category, GlobeWarning):
-            usual(message, category, *rest)
+            usual(one_line(str(message)), category, *rest)
         elif leads() and str(message) not in said:
             said.add(str(message))
             say(str(message))

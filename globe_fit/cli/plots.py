@@ -80,7 +80,7 @@ def save_png(figure: "Figure", title: str, path: str) -> None:
     """Save a figure with a title to a PNG file."""
     import matplotlib
 
-    figure.suptitle(title, fontsize=11, color=INK)
+    figure.suptitle(title, fontsize=11, color=INK, parse_math=False)  # a name may hold dollars
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=150, format="png")
 

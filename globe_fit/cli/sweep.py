@@ -5,7 +5,6 @@ unfinished point from its snapshots, so the same sweep after an interruption end
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import holds_fit, holds_model, is_empty
+from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.format.writing import replacing_file, require_room
 from globe_kernels.model.patching import patch
@@ -242,7 +242,7 @@ def write_rows(rows: list[dict], out: Path) -> Path | None:
     """
     kept = f"the checkpoints in {out} are complete"
     with tolerating(f"Writing {ROWS_NAME}", kept), replacing_file(out / ROWS_NAME) as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        path.write_text("".join(to_json(row) + "\n" for row in rows), encoding="utf-8")
     with tolerating(f"Drawing {PLOT_NAME}", kept):
         try:
             figure = plots.sweep(list({row["point"]: row for row in rows}.values()))

@@ -13,12 +13,14 @@ from globe_fit.data.outline import Outline, model_class, read_transformers_confi
 from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
+from globe_fit.data.whole import require_whole
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_export, holds_model, not_a_model, weights_entry
 from globe_kernels.format.files import inner_file
 from globe_kernels.format.hub import index_of, local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import routed_experts
+from globe_kernels.model.loaded import require_all_weights
 
 WINDOW = 256
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -44,13 +46,21 @@ def load_model(
     config = read_transformers_config(path)
     whole = model_class(config)
     _require_own_files(path)
+    exported = holds_export(path)  # globe_kernels checks its tensors
+    quantization = {} if exported else quantization_of(read_config(path))
+    pickled = weights_entry(path) is None and not quantization  # files that transformers alone reads
+    tensors = None if exported or pickled else StoredTensors(TensorFiles(path), quantization)
+    if tensors is not None:
+        require_whole(path, Outline.read(path).model, tensors)
     try:
-        if quantization := {} if holds_export(path) else quantization_of(read_config(path)):
-            return _dequantized(whole, config, path, quantization, dtype).to(device).eval()
+        if tensors is not None and quantization:
+            return _dequantized(whole, config, tensors, dtype).to(device).eval()
         if offload_folder is not None:
             options = {"device_map": _layers_on_disk(Outline.read(path), device), "offload_folder": offload_folder}
             return whole.from_pretrained(path, dtype=dtype, **options).eval()
         model: Any = whole.from_pretrained(path, dtype=dtype)
+        if pickled:
+            require_all_weights(model)
     except GlobeError:
         raise
     except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
@@ -93,9 +103,8 @@ def _require_own_files(path: Path) -> None:
             inner_file(path, name)
 
 
-def _dequantized(whole: Any, config: Any, path: Path, quantization: dict, dtype: torch.dtype | str) -> Any:
+def _dequantized(whole: Any, config: Any, tensors: StoredTensors, dtype: torch.dtype | str) -> Any:
     """Load a model of class `whole` from the values of its tensors, which are read one by one as transformers asks."""
-    tensors = StoredTensors(TensorFiles(path), quantization)
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config

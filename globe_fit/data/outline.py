@@ -14,7 +14,7 @@ import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, PreTrainedModel
 
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, RequestError, one_line
 from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.format.files import inner_file, inner_values, read_json
 from globe_kernels.format.hub import model_name
@@ -162,8 +162,8 @@ class Outline:
     def name(self) -> str:
         """The name of the model, for people."""
         if self.where.is_dir() or self.where.name == MODEL_CONFIG_NAME:
-            return model_name(self.where if self.where.is_dir() else self.where.parent)
-        return self.where.stem
+            return one_line(model_name(self.where if self.where.is_dir() else self.where.parent))
+        return one_line(self.where.stem)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -19,6 +19,7 @@ from globe_fit.data.dtypes import DTYPES
 from globe_fit.data.outline import Outline, shape_of_most
 from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
+from globe_fit.data.whole import require_whole
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_export, holds_model, no_weights, not_a_model, weights_entry
 from globe_kernels.format.files import inner_file, read_json
@@ -131,7 +132,8 @@ class ExpertSource:
                 self.expert_keys[key] = parsed
         self.layers = self._group({layer: experts.sizes[0] for layer, experts in self.outline.experts.items()})
         shapes = self._shapes()
-        inner, width = shape_of_most({layer.layer: (layer.num_experts, *shapes[layer.layer]) for layer in self.layers})
+        sizes = {layer.layer: (layer.num_experts, *shapes[layer.layer]) for layer in self.layers}
+        inner, width = shape_of_most(sizes)
         left_dense = {layer: shape for layer, shape in shapes.items() if shape != (inner, width)}
         self.layers = [layer for layer in self.layers if layer.layer not in left_dense]
         self.expert_keys = {key: e for key, e in self.expert_keys.items() if e.layer not in left_dense}
@@ -142,6 +144,8 @@ class ExpertSource:
             num_experts={layer.layer: layer.num_experts for layer in self.layers},
             left_dense=left_dense,
         )
+        uneven = [e.name.rpartition(".")[0] for layer, e in self.outline.experts.items() if e.sizes != sizes[layer]]
+        require_whole(self.model_dir, self.outline.model, self.files, uneven)
 
     def _group(self, configured: dict[int, int]) -> list[ExpertLayer]:
         """Group the keys by layer; `configured` is {layer id: E} of the model that config.json describes."""

@@ -1,6 +1,5 @@
 """Measure the effect of compression on a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from globe_fit.data.model import load_tokenizer, predictor
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import inner_file, read_json
+from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import EVALUATION_NAME
 from globe_kernels.format.typed import Above, checked
 from globe_kernels.format.writing import replacing_file
@@ -44,7 +44,7 @@ def evaluate(
 
     The models take turns batch by batch, so that throughput is measured side by side: the median over the batches, of
     which the first warms up and does not count where there are others. Raises RequestError when vocabularies differ,
-    GlobeError when a model gives NaN.
+    GlobeError when a model fails or gives NaN.
     """
     models = {name: predictor(model) for name, model in models.items()}
     vocabularies = {name: model.get_input_embeddings().num_embeddings for name, model in models.items()}
@@ -63,7 +63,7 @@ def evaluate(
         for name, model in models.items():
             device = next(model.parameters()).device
             began = time.perf_counter()
-            logits = model(batch.to(device)).logits
+            logits = _run(model, batch.to(device), name)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             total = totals[name]
@@ -78,7 +78,7 @@ def evaluate(
             on_batch(number + 1, len(batches))
     for name, total in totals.items():
         if not all(map(math.isfinite, total.values())):
-            raise GlobeError(f"The {name} model gives NaN or infinite logits on this text; restore its files.")
+            raise GlobeError(f"{called(name)} gives NaN or infinite logits on this text; restore its files.")
     return {
         name: Quality(
             perplexity=math.exp(min(total["nll"] / count, 700.0)),
@@ -91,11 +91,28 @@ def evaluate(
     }
 
 
+def _run(model: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
+    try:
+        return model(tokens).logits
+    except GlobeError:
+        raise
+    except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
+        raise GlobeError(
+            f"{called(name)} fails on this text ({type(error).__name__}: {error}); restore its files, or give it a "
+            "device with more memory."
+        ) from error
+
+
+def called(name: str) -> str:
+    """Return how a sentence calls a model, of several by its name."""
+    return "The model" if name == "model" else f"The {name} model"
+
+
 def record_evaluation(checkpoint: GlobeCheckpoint, evaluation: dict) -> None:
     """Keep the figures of `globe eval` beside the checkpoint, for its report and its model card."""
     with replacing_file(checkpoint.path / EVALUATION_NAME) as path:
         kept = {"fingerprint": checkpoint.fingerprint, **evaluation}
-        path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
@@ -105,7 +122,7 @@ def read_evaluation(checkpoint: GlobeCheckpoint) -> dict | None:
         return None
     try:
         kept = read_json(inner_file(checkpoint.path, EVALUATION_NAME), "run globe eval again", finite=True)
-        checked(_Evaluation, kept, str(path), "run globe eval again")
+        kept = checked(_Evaluation, kept, str(path), "run globe eval again")
     except GlobeError:  # an export and a report are worth more than these figures
         return None
     return kept if kept.get("fingerprint") == checkpoint.fingerprint else None

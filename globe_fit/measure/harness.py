@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from globe_fit.data.model import load_tokenizer, predictor
+from globe_fit.measure.evaluate import called
 from globe_kernels.errors import GlobeError, RequestError
 
 _RESAMPLES = 1000  # of the examples, for the standard error of a perplexity, which they give to 2 %
@@ -99,7 +100,7 @@ def run_tasks(
 
     `limit` is the number of examples of a task, from its first on; None takes all. A score that is not a finite number
     is None. Nothing is printed, except for the progress bars of lm-eval on stderr with `bars`. Raises RequestError when
-    the tokenizer has neither a token for the beginning of a text nor for its end.
+    the tokenizer has neither a token for the beginning of a text nor for its end, GlobeError when a model gives NaN.
     """
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -121,7 +122,7 @@ def run_tasks(
         for name, harness in wrapped.items():
             if on_run is not None:
                 on_run(task, name)
-            with _silence(bars):
+            with _silence(bars), _refusing_nan(predictor(models[name]), name):
                 outcome = run(
                     harness,
                     tasks=parts,
@@ -141,6 +142,21 @@ def _scores(values: Mapping[str, Any], samples: Mapping[str, int] | None) -> Sco
     known = {name: isinstance(value, Real) and math.isfinite(value) for name, value in metrics.items()}
     scores: Scores = {name: float(value) if known[name] else None for name, value in metrics.items()}
     return scores if samples is None else scores | {"samples": samples["effective"]}
+
+
+@contextmanager
+def _refusing_nan(model: nn.Module, name: str) -> Iterator[None]:
+    """Raise GlobeError at a call of `model` that gives NaN: NaN is no score, but the choice among NaN has one."""
+
+    def check(_: nn.Module, given: Any, outputs: Any) -> None:
+        if outputs.logits.amax().isnan():
+            raise GlobeError(f"{called(name)} gives NaN as logits; restore its files.")
+
+    hook = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any, TextIO
 
 from globe_fit.run.progress import Progress
+from globe_kernels.errors import printable
 from globe_kernels.table import WIDTH
 
 _SECONDS = 10  # between two lines of progress in a pipe
@@ -21,6 +22,7 @@ def write(text: str, stream: TextIO | None = None) -> None:
 
     A line of stderr that is no terminal stays whole, for a log.
     """
+    text = printable(text)
     where = sys.stdout if stream is None else _Lasting(stream)
     if where.isatty() or stream is None:
         width = shutil.get_terminal_size().columns if where.isatty() else WIDTH

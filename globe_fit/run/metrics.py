@@ -49,7 +49,7 @@ METRICS = {
     ),
     "calibrated_error": MetricRow("", "lower", "relative error in the metric of the calibration text"),
     "relative_error_by_layer": MetricRow(
-        "", "lower", "relative error per layer, of the stored factors on the raw weights", dict[str, float | None]
+        "", "lower", "relative error per layer, of the stored factors on the raw weights", dict[int, float | None]
     ),
     "mse": MetricRow("weight^2", "lower", "squared Frobenius error over the number of weights, in raw weights"),
     "svd_equal_bytes": MetricRow("", "lower", "relative error of the truncated SVD of every expert, in the same bytes"),
@@ -91,7 +91,7 @@ METRICS = {
     ),
     "dead_atoms": MetricRow("atoms", "lower", "atoms that no expert uses"),
     "largest_palette": MetricRow("atoms", "lower", "atoms that one layer uses, largest over the layers"),
-    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses", dict[str, int]),
+    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses", dict[int, int]),
     # stability
     "atom_norm_min": MetricRow("weight/scale", "", "smallest Frobenius norm of an atom"),
     "atom_norm_median": MetricRow("weight/scale", "", "median Frobenius norm of an atom"),

@@ -39,6 +39,7 @@ from globe_kernels.errors import GlobeError, tolerating, warn
 from globe_kernels.format.directories import had_writer, holds_model, not_a_checkpoint
 from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.hub import local_directory
+from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import (
     BANK_NAME,
     CHECKPOINT_GUARD,
@@ -387,12 +388,12 @@ class CheckpointWriter:
         assert not self._missing, f"not written: {sorted(self._missing)}"
         self.files = set(self._shards.finish().values())
         config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": self._shards.sha256}
-        (self._staging / CONFIG_NAME).write_text(_json(config), encoding="utf-8")
+        (self._staging / CONFIG_NAME).write_text(_lines(config), encoding="utf-8")
         if not holds_model(self._target):  # of a checkpoint beside its model: that config.json stays
-            self._write_beside(MODEL_CONFIG_NAME, _json({"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}))
-        stream = "".join(json.dumps(record, allow_nan=False) + "\n" for record in metrics)
+            self._write_beside(MODEL_CONFIG_NAME, _lines({"model_type": CHECKPOINT_GUARD, GUARD_KEY: CHECKPOINT_GUARD}))
+        stream = "".join(to_json(record) + "\n" for record in metrics)
         self._write_beside(METRICS_NAME, stream)
-        self._write_beside(REPORT_NAME, _json({_FIT: self._fingerprint, _METRICS: _sha256(stream), **report}))
+        self._write_beside(REPORT_NAME, _lines({_FIT: self._fingerprint, _METRICS: _sha256(stream), **report}))
 
     def _write_beside(self, name: str, text: str) -> None:
         """Write a file without which the checkpoint is whole; a failure leaves the checkpoint without it."""
@@ -424,8 +425,8 @@ def writing_checkpoint(
             (target / name).unlink(missing_ok=True)
 
 
-def _json(value: dict) -> str:
-    return json.dumps(value, indent=2, allow_nan=False) + "\n"
+def _lines(value: dict) -> str:
+    return to_json(value, indent=2) + "\n"
 
 
 def _sha256(text: str) -> str:

@@ -148,9 +148,10 @@ class _Download:
             if required and not all((found / name).is_file() for name in names):
                 raise self._out_of_reach() from None
             return
-        needed = sum(each.file_size or 0 for each in planned if each.will_download)
-        if not needed:
+        missing = [each for each in planned if each.will_download]
+        if not missing:
             return
+        needed = sum(each.file_size or 0 for each in missing)  # a Hub may not say a size
         free = shutil.disk_usage(next(path for path in (cache, *cache.parents) if path.exists())).free
         if free < needed:
             raise GlobeError(

@@ -14,7 +14,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from globe_kernels.errors import GlobeError
+from globe_kernels.errors import LONGEST, GlobeError, one_line
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class _Unfit(Exception):
 def checked(kind: Any, value: Any, where: str, remedy: str) -> Any:
     """Return `value`, parsed from JSON, as a `kind`.
 
-    Numbers that are keys become int, lists that are tuples become tuples, and objects that are dataclasses become
-    instances. A TypedDict keeps keys that it does not know. Raises GlobeError, which begins with `where` and ends in
-    `remedy`, for the first value that does not fit.
+    Numbers that are keys become int, lists that are tuples become tuples, objects that are dataclasses become
+    instances, and text becomes one line that a terminal can show. A TypedDict keeps keys that it does not know. Raises
+    GlobeError, which begins with `where` and ends in `remedy`, for the first value that does not fit.
     """
     try:
         return _convert(kind, value, "")
@@ -97,7 +97,11 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
             raise _Unfit(place, value, f"a list of {len(arguments)}")
         pairs = enumerate(zip(arguments, items, strict=True))
         return tuple(_convert(inner, item, _inside(place, number)) for number, (inner, item) in pairs)
-    return items
+    return one_line(items) if isinstance(items, str) and not _is_plain_text(items) else items
+
+
+def _is_plain_text(text: str) -> bool:
+    return text.isprintable() and len(text) <= LONGEST
 
 
 def _plain(kind: type, value: Any, place: str) -> Any:

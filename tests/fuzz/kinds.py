@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -10,8 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import huggingface_hub.constants as hub_constants
 import matplotlib.font_manager
 import torch
+from huggingface_hub.utils import set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -19,11 +23,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe
 from globe_fit.cli.report.facts import collect
 from globe_fit.cli.report.page import write_report
-from globe_fit.cli.tables import print_inspection, print_plan
+from globe_fit.cli.sweep import ROWS_NAME, Sweep, plan_points
+from globe_fit.cli.tables import print_inspection, print_plan, print_sweep
 from globe_fit.compression import compress
 from globe_fit.data import source as source_file
 from globe_fit.data.model import load_model, load_tokenizer, token_windows
 from globe_fit.data.outline import Outline
+from globe_fit.export import export_dense
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_evaluation, record_evaluation
 from globe_fit.measure.inspection import inspect_checkpoint
@@ -31,12 +37,15 @@ from globe_fit.model_card import model_card
 from globe_fit.plan.serving import plan_all
 from globe_fit.result import stored_fit
 from globe_fit.run.loggers import MetricStream
+from globe_fit.run.progress import SILENT
 from globe_fit.run.snapshots import Snapshots
-from globe_kernels import GlobeCheckpoint, patch, unpatch
+from globe_kernels import GlobeCheckpoint, GlobeError, patch, unpatch
+from globe_kernels.format.hub import local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.quantizer import GlobeQuantizationConfig
 from globe_kernels.strategies.cost import machine_named
 from globe_kernels.testing import tiny_model
+from tests.fake_hub import FakeHub
 from tests.fit.data.quantizers import CASES, stored_names
 
 _FIT = FitConfig(ratio=1.2, support=2, device="cpu", varpro=VarProConfig(steps=3, warmup_steps=1))
@@ -175,6 +184,36 @@ def _save_settings(directory: Path) -> None:
     )
 
 
+def _points() -> list:
+    return plan_points(_source(), _FIT, {"support": [1, 2]})
+
+
+def _save_sweep(directory: Path) -> None:
+    runs = Sweep(_source(), _points(), directory, restart=False, minutes=1)
+    rows = runs.run(SILENT)
+    (directory / ROWS_NAME).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+_HUB_ID = "Org/name"
+
+
+def _save_repository(directory: Path) -> None:
+    """Write the files of a model on the Hub, and the answers of the Hub about them."""
+    (directory / "model").mkdir()
+    _save_base(directory / "model")
+    served = FakeHub()
+    served.models[_HUB_ID] = directory / "model"
+    (directory / "cache").mkdir()
+    for kind, path in _asked(served).items():
+        (directory / f"{kind}.json").write_bytes(served.answer(path)[2])
+
+
+def _asked(served: FakeHub) -> dict[str, str]:
+    commit = served.commit(_HUB_ID)
+    about = f"/api/models/{_HUB_ID}"
+    return {"revision": f"{about}/revision/main", "tree": f"{about}/tree/{commit}"}
+
+
 # --- readers: each returns the numbers that must be finite ---
 
 
@@ -271,6 +310,82 @@ def _patch(directory: Path) -> Any:
         unpatch(model)
 
 
+def _export(checkpoint: Path, base: ExpertSource, out: Path) -> Any:
+    """Export in both ways; the weights are those of the checkpoint and of the base."""
+    sizes = {}
+    for write in (export_globe, export_dense):
+        write(GlobeCheckpoint(checkpoint), base, out / write.__name__)
+        sizes[write.__name__] = sum(path.stat().st_size for path in (out / write.__name__).iterdir())
+    return sizes
+
+
+def _save_base_of_checkpoint(directory: Path) -> None:
+    _checkpoint()
+    _save_base(directory)
+
+
+def _export_base(directory: Path) -> Any:
+    return _export(_checkpoint(), ExpertSource(directory), directory / "out")
+
+
+def _export_checkpoint(directory: Path) -> Any:
+    return _export(directory, _source(), directory / "out")
+
+
+def _sweep(directory: Path) -> Any:
+    runs = Sweep(_source(), _points(), directory, restart=False, minutes=1)
+    estimated, rows = runs.estimate(), runs.run(SILENT)
+    print_sweep("2 points", rows, directory / ROWS_NAME, None)
+    return estimated, rows
+
+
+def _from_pretrained(directory: Path) -> Any:
+    with _documented_refusals():
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    return evaluate({"globe": model}, _TOKENS)
+
+
+@contextmanager
+def _documented_refusals() -> Iterator[None]:
+    """Turn the error by which transformers refuses a tensor that GloBE does not add into a GlobeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise GlobeError("A tensor has another shape.") from error
+
+
+def _download(directory: Path) -> Any:
+    """Download a model of a Hub that answers with the files of `directory`, without a socket."""
+    served = FakeHub()
+    served.models[_HUB_ID] = directory / "model"
+    commit = json.loads((directory / "revision.json").read_bytes())["sha"]
+    served.commit = lambda name: commit  # whatever the files hold
+    kept = {name: getattr(hub_constants, name) for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE")}
+    client: Any = type(default_client_factory())
+    library = sys.modules[client.__module__.partition(".")[0]]
+
+    def answer(request: Any) -> Any:
+        path = request.url.raw_path.decode()
+        status, headers, body = served.answer(path)
+        for kind in ("revision", "tree"):
+            if f"/{kind}/" in path and status == 200:
+                body = (directory / f"{kind}.json").read_bytes()
+        if request.method == "HEAD":
+            headers, body = headers | {"Content-Length": str(len(body))}, b""
+        return library.Response(status, headers=headers, content=body)
+
+    hub_constants.HF_HUB_CACHE, hub_constants.HF_HUB_OFFLINE = str(directory / "cache"), False
+    set_client_factory(lambda: client(transport=library.MockTransport(answer)))
+    try:
+        return _read_base(local_directory(_HUB_ID))
+    finally:
+        set_client_factory(default_client_factory)
+        for name, value in kept.items():
+            setattr(hub_constants, name, value)
+
+
 def _read_settings(directory: Path) -> Any:
     return FitConfig.from_options(directory / "fit.toml", {})
 
@@ -286,6 +401,7 @@ _BASE_FILES = ("*.index.json", "*.safetensors", "*.safetensors")
 _PLANNED = ("qwen3_moe", "gpt_oss", "deepseek_v3", "mixtral", "qwen3_vl_moe", "granitemoehybrid", "gemma4", "glm4_moe")
 _CHECKPOINT_FILES = ("globe_config.json", "globe.safetensors")
 _REPORT_FILES = ("fit_report.json", "fit_report.json", "metrics.jsonl", "evaluation.json")
+_SWEPT_FILES = (*_CHECKPOINT_FILES, "fit_report.json", "metrics.jsonl")
 _SNAPSHOT_FILES = (".snapshot/*.safetensors", ".snapshot/*.safetensors", ".snapshot/metrics.jsonl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
@@ -321,7 +437,29 @@ KINDS: dict[str, Kind] = {
     "finished fit": Kind(_save_checkpoint, _resume, (*_CHECKPOINT_FILES, *_REPORT_FILES), writes=True),
     "quantization_config": Kind(_save_export, _read_quantization_config, ("config.json",)),
     "export": Kind(_save_export, _load_export, ("config.json", "globe-model.safetensors"), keeps_config=False),
+    # transformers follows any link
+    "from_pretrained": Kind(_save_export, _from_pretrained, ("globe-model.safetensors",), is_given=True),
     "patch": Kind(_save_checkpoint, _patch, _CHECKPOINT_FILES),
+    "eval": Kind(_save_base, lambda path: evaluate({"dense": load_model(path)}, _TOKENS), _BASE_FILES),
+    "eval, config": Kind(
+        _save_base, lambda path: evaluate({"dense": load_model(path)}, _TOKENS), ("config.json",), keeps_config=False
+    ),
+    "export of a base": Kind(
+        _save_base_of_checkpoint, _export_base, ("config.json", *_BASE_FILES), writes=True, keeps_config=False
+    ),
+    "export of a checkpoint": Kind(
+        _save_checkpoint, _export_checkpoint, (*_CHECKPOINT_FILES, "fit_report.json", "evaluation.json"), writes=True
+    ),
+    "sweep": Kind(_save_sweep, _sweep, ("sweep.jsonl", *(f"r*/{name}" for name in _SWEPT_FILES)), writes=True),
+    "download": Kind(
+        _save_repository,
+        _download,
+        # not the answer with the commit: huggingface_hub makes a path of any commit that a Hub names
+        ("tree.json", "tree.json", "model/config.json", "model/*.safetensors", "model/*.index.json"),
+        writes=True,
+        is_given=True,  # a Hub has neither links nor pipes
+        keeps_config=False,
+    ),
     "settings": Kind(_save_settings, _read_settings, ("fit.toml",), is_given=True),
     "tokenizer": Kind(_save_tokenizer, _read_tokenizer, _TOKENIZER_FILES),
     "text": Kind(_save_tokenizer, _read_tokenizer, ("text.txt",), is_given=True),

@@ -13,8 +13,10 @@ from tests.fuzz.kinds import KINDS, Kind
 from tests.fuzz.mutations import CANARY, FIFO, OUTSIDE, plant
 from tests.fuzz.watch import watched
 
-# The kinds that draw figures or fit take a tenth of a second a case and more.
-SLOW = {"page": 1, "page of an unfinished fit": 2, "resume": 5}
+# The kinds that draw figures, fit, load or write a model take a tenth of a second a case and more.
+SLOW = {"page": 1, "page of an unfinished fit": 2, "resume": 5} | dict.fromkeys(
+    ("from_pretrained", "eval", "eval, config", "export of a base", "export of a checkpoint", "sweep", "download"), 8
+)
 CASES = 25
 
 

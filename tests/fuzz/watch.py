@@ -60,7 +60,7 @@ class _Audit:
             if isinstance(flags, int) and flags & _WRITES and not self._may_write(name):
                 self.seen.append(f"writes {name}")
         elif event in _CHANGES:
-            name = arguments[0]
+            name = arguments[event == "os.symlink"]  # a link may name any file
             if isinstance(name, int):
                 return
             folder = "."

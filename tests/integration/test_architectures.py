@@ -319,6 +319,8 @@ def test_a_head_for_prediction_is_copied_and_not_compressed(trial, tmp_path):
     save_file(extra, tmp_path / "base" / "model-extra.safetensors", {"format": "pt"})
     index["weight_map"] |= dict.fromkeys(extra, "model-extra.safetensors")
     index_path.write_text(json.dumps(index))
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     with_head = ExpertSource(tmp_path / "base")
     assert [layer.layer for layer in with_head.layers] == [layer.layer for layer in source.layers] == [1, 2, 3]
     assert not extra.keys() & with_head.expert_keys.keys()

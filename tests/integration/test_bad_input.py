@@ -120,6 +120,38 @@ def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sent
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.gate.weight", "model.layers.1.self_attn.o_proj.weight"])
+def test_nan_outside_of_the_experts_has_no_figures(globe, with_tokenizer, fit_tiny, tmp_path, key):
+    checkpoint = Path(shutil.copytree(fit_tiny()[0], tmp_path / "globe"))
+    change_tensor(with_tokenizer, key, lambda t: t.index_fill(0, torch.tensor([1]), float("nan")))
+    of_text = ("--text", with_tokenizer / "text.txt", "--json")
+    sentence = "gives NaN or infinite logits on this text; restore its files."
+    assert_refused(globe("eval", with_tokenizer, *of_text), 1, f"The model {sentence}")
+    assert_refused(globe("eval", checkpoint, "--base", with_tokenizer, *of_text), 1, f"The dense model {sentence}")
+    assert not (checkpoint / "evaluation.json").exists()
+
+
+def test_a_configuration_with_which_the_model_fails(globe, with_tokenizer):
+    config = json.loads((with_tokenizer / "config.json").read_text())
+    (with_tokenizer / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 99}))
+    result = globe("eval", with_tokenizer, "--text", with_tokenizer / "text.txt")
+    assert_refused(result, 1, "The model fails on this text (RuntimeError: selected index k out of range);")
+
+
+def test_a_metric_of_a_solver_that_is_infinite_is_null(globe, model_dir, tmp_path, monkeypatch):
+    def infinite(self):
+        return 0, float("inf")
+
+    monkeypatch.setattr("globe_fit.solvers.dictionary.OptimalDirections.step", infinite)
+    (tmp_path / "fit.toml").write_text('[alternating]\ndictionary = "mod"\n')
+    out = tmp_path / "out"
+    options = ("--solver", "alternating", "--config", tmp_path / "fit.toml", "--json")
+    code, stdout, _ = globe("fit", model_dir, "-o", out, *QUICK, *options)
+    assert code == 0 and "Infinity" not in stdout
+    records = (out / "metrics.jsonl").read_text()
+    assert '"dictionary_condition": null' in records and "Infinity" not in records
+
+
 @pytest.mark.parametrize("step", ["os.fsync", "globe_kernels.format.writing.save_file"])
 def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch, step):
     before = contents(out)

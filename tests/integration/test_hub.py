@@ -171,6 +171,12 @@ def test_a_disk_without_room_is_known_before_the_download(hub, repository):
     assert shard not in hub.served
 
 
+def test_a_hub_that_says_no_sizes(hub, repository):
+    hub.models["Org/name"] = repository
+    hub.sizes |= {path.name: None for path in repository.glob("*.safetensors")}
+    assert ExpertSource("Org/name").layers
+
+
 def test_a_repository_of_pickles(hub, repository, globe):
     for path in repository.glob("*.safetensors*"):
         path.unlink()

@@ -251,6 +251,7 @@ def test_a_path_that_is_not_a_directory(tmp_path):
 
 def test_layers_past_the_last_are_left_alone(model_dir):
     """DeepSeek-V3 stores a prediction head as one more layer, with experts."""
+    change_config(model_dir, num_nextn_predict_layers=1)
     shard = model_dir / "extra.safetensors"
     save_file({"model.layers.3.mlp.experts.0.gate_proj.weight": torch.zeros(48, 64)}, shard, {"format": "pt"})
     index_path = model_dir / "model.safetensors.index.json"

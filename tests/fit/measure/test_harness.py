@@ -99,6 +99,16 @@ def test_a_score_that_does_not_exist_is_null(lm_eval, models):
     json.dumps(scores, allow_nan=False)
 
 
+def test_a_model_that_gives_nan_has_no_score(lm_eval, models):
+    tasks = load_tasks(["last_word_choice"], TASKS)
+    broken = shared_copy(models["dense"])
+    with torch.no_grad():
+        broken.model.norm.weight = torch.nn.Parameter(torch.full_like(broken.model.norm.weight, float("nan")))
+    with pytest.raises(GlobeError, match="^The broken model gives NaN as logits; restore its files.$"):
+        run_tasks({"broken": broken}, SHIPPED, tasks, limit=2)
+    assert not broken._forward_hooks
+
+
 def test_without_lm_eval(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(RequestError, match="^lm-eval is not installed; run `pip install lm-eval accelerate`, or"):
