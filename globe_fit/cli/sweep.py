@@ -22,9 +22,8 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
-from globe_fit.run.loggers import read_stream
+from globe_fit.result import stored_fit
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
@@ -33,7 +32,7 @@ from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import holds_fit, holds_model, is_empty, require_place
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.format.json_text import to_json
-from globe_kernels.format.names import FAMILIES, METRICS_NAME
+from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import patch
 from globe_kernels.units import parse_bytes
 
@@ -200,8 +199,8 @@ class Sweep:
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)
-        report = read_report(checkpoint)
-        records = read_stream(self._out / point.name / METRICS_NAME)
+        fitted = stored_fit(checkpoint)
+        families, records = fitted.report["families"], fitted.history
         seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
         return {
@@ -209,9 +208,9 @@ class Sweep:
             **point.key,
             **self._bytes(checkpoint.bytes_on_disk),
             "sizes": footprint_of(checkpoint),
-            **{name: {family: report["families"][family][name] for family in FAMILIES} for name in metrics},
+            **{name: {family: families[family].get(name) for family in FAMILIES} for name in metrics},
             "seconds": sum(seconds.values()),
-            "completed": report["status"]["completed"],
+            "completed": fitted.status.completed,
         }
 
 
