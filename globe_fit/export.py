@@ -252,6 +252,8 @@ def _write_model(
                 shutil.copyfile(path, staging / name)
             shards = ShardWriter(staging, out, stem, {"format": "pt"})
             for done, (key, tensor) in enumerate(tensors, start=1):
+                if tensor.is_floating_point() and tensor.isnan().any():
+                    raise GlobeError(f"{key} of {base.model_dir} holds NaN; download the file again.")
                 shards.add(key, _cast(key, tensor, dtype))
                 if on_tensor is not None:
                     on_tensor(done, count)

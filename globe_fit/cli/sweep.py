@@ -22,9 +22,8 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
 from globe_fit.plan.fitting import estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
-from globe_fit.run.loggers import records_of
+from globe_fit.result import stored_fit
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import Snapshots, discard_snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
@@ -199,8 +198,8 @@ class Sweep:
 
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name, verify=False)  # figures, no weights
-        report = read_report(checkpoint)
-        records = records_of(checkpoint.metrics)
+        fitted = stored_fit(checkpoint)
+        families, records = fitted.report["families"], fitted.history
         seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
         return {
@@ -208,9 +207,9 @@ class Sweep:
             **point.key,
             **self._bytes(checkpoint.bytes_on_disk),
             "sizes": footprint_of(checkpoint),
-            **{name: {family: report["families"][family][name] for family in FAMILIES} for name in metrics},
+            **{name: {family: families[family].get(name) for family in FAMILIES} for name in metrics},
             "seconds": sum(seconds.values()),
-            "completed": report["status"]["completed"],
+            "completed": fitted.status.completed,
         }
 
 

@@ -32,9 +32,14 @@ def check_exported_files(files: list[str], model: Any) -> None:
     renaming = Renaming(model)
     found: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[tuple[int, ...]]] = {}
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
     for file in files:
-        for key, shape in _shapes_in(Path(file)).items():
+        for key, (shape, dtype) in _headers_in(Path(file)).items():
             live = renaming.live(key)
+            if live.key in floats and not dtype.startswith(("F", "BF")):
+                raise GlobeError(
+                    f"{key} is stored as {dtype} in {file} and holds fractions; export the checkpoint again."
+                )
             if len(shape) == 2 and live.converter is not None:
                 pieces.setdefault(live.key, []).append(shape)
             else:
@@ -72,12 +77,14 @@ def verification(files: list[str], recorded: dict[str, str]) -> Verification:
     return Verification(Path(files[0]).parent, recorded, "export the checkpoint again")
 
 
-def _shapes_in(file: Path) -> dict[str, tuple[int, ...]]:
+def _headers_in(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Return {key: (shape, name of the dtype in safetensors)} of a file."""
     try:
         if file.exists() and not file.is_file():  # a pipe would wait for a writer
             raise OSError("it is no file")
         with safe_open(file, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in list(handle.keys())}
+            slices = {key: handle.get_slice(key) for key in list(handle.keys())}
+            return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
         if file.exists():
             raise GlobeError(f"{file} is truncated or damaged ({error}); export the checkpoint again.") from error

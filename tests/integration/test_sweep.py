@@ -232,3 +232,13 @@ def test_without_matplotlib_there_is_no_plot(globe, model_dir, tmp_path, monkeyp
     code, stdout, _ = globe("sweep", model_dir, "-o", out, "--ratio", "0.8", "--support", "4", *QUICK)
     assert code == 0 and "no plot without matplotlib" in stdout
     assert len(written(out)) == 1 and not (out / PLOT_NAME).exists()
+
+
+def test_a_point_whose_report_lacks_its_errors(globe, model_dir, tmp_path):
+    out = tmp_path / "out"
+    sweep = ("sweep", model_dir, "-o", out, "--rank", "16", "--atoms", "8", "--support", "2", *QUICK)
+    assert globe(*sweep)[0] == 0
+    path = out / "r16-m8-s2" / "fit_report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in report.items() if name != "families"}))
+    assert_refused(globe(*sweep), 1, f"{path} has no families; restore the file or fit again.")
