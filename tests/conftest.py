@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, save_fit  # noqa: E402
 from globe_kernels import GlobeCheckpoint  # noqa: E402
 from globe_kernels.testing import tiny_model  # noqa: E402
+from tests.warm import WarmPython  # noqa: E402
 
 # Of every layout: per expert and fused, with shared experts and dense layers, transposed, interleaved, with biases.
 MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
@@ -29,6 +30,14 @@ def pytest_configure() -> None:
     # or what a later test makes on the meta device is allocated
     with torch.device("cpu"):
         torch.empty(0)
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Runs Python programs in forks of a process in which torch, transformers and the packages are imported."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

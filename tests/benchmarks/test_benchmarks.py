@@ -41,13 +41,14 @@ def test_the_dense_twin_computes_the_same_layer(providers, monkeypatch, tokens):
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """In a new interpreter."""
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, timeout=300
     )
 
 
-def test_ffn_on_a_cpu():
-    done = run("ffn.py", "--cpu", "--json", "--tokens", "4", "--repeats", "1")
+def test_ffn_on_a_cpu(warm_python):
+    done = warm_python.run(BENCHMARKS / "ffn.py", "--cpu", "--json", "--tokens", "4", "--repeats", "1")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["provider"] for row in rows} == {
@@ -64,8 +65,8 @@ def test_ffn_on_a_cpu():
         assert {"commit", "torch", "triton", "date", "copy_gb_per_s", "matmul_tflop_per_s"} <= row.keys()
 
 
-def test_compose_on_a_cpu():
-    done = run("compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
+def test_compose_on_a_cpu(warm_python):
+    done = warm_python.run(BENCHMARKS / "compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["provider"] for row in rows] == ["compose_layer", "compose_basis", "torch_matmul"]
@@ -73,8 +74,8 @@ def test_compose_on_a_cpu():
         assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0 and 0 <= row["relative_error"] < 1e-6
 
 
-def test_solves_on_a_cpu():
-    done = run("spd.py", "--cpu", "--json", "--repeats", "1", "--systems", "3")
+def test_solves_on_a_cpu(warm_python):
+    done = warm_python.run(BENCHMARKS / "spd.py", "--cpu", "--json", "--repeats", "1", "--systems", "3")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["provider"] for row in rows} == {"globe", "torch_cholesky", "torch_solve"} and len(rows) == 24
@@ -144,9 +145,9 @@ def test_without_a_gpu_the_way_out_is_named(script):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_whole_models_on_a_cpu():
+def test_whole_models_on_a_cpu(warm_python):
     sizes = ("--tokens", "8", "--batch", "2", "--cache-share", "50")
-    done = run("model.py", "--device", "cpu", "--json", "--repeats", "1", *sizes)
+    done = warm_python.run(BENCHMARKS / "model.py", "--device", "cpu", "--json", "--repeats", "1", *sizes)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     names = ["dense", "composed", "bank_first", "cached_50%", "scratch", "auto"]

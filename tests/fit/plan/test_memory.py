@@ -1,9 +1,6 @@
 """A fit holds at most two blocks of dense weights, together less than a layer, whatever the size of the model."""
 
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
 import weakref
 from dataclasses import replace
@@ -25,6 +22,7 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.testing import tiny_model
 from tests.conftest import TINY_FIT
+from tests.warm import WarmPython
 
 ALTERNATING = AlternatingConfig(steps=2, cg_steps=3)
 MOD = AlternatingConfig(steps=2, dictionary="mod", targets="svd", coding=CodingConfig(initial="given"))
@@ -62,7 +60,15 @@ def test_one_block_in_use_and_one_being_read(save_tiny, monkeypatch, blocks_per_
     assert most == 1  # the block in use, while the next is read
 
 
-def grown_by(imports: str, warm_up: str, measured: str) -> int:
+@pytest.fixture(scope="module")
+def own_process():
+    """Runs programs in processes where freed blocks go back at once, so that resident means alive."""
+    python = WarmPython(MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    yield python
+    python.close()
+
+
+def grown_by(python: WarmPython, imports: str, warm_up: str, measured: str) -> int:
     """Anonymous memory of a process at its highest while it does what is `measured`, less what it had before."""
     script = f"""
         import threading, time
@@ -89,23 +95,18 @@ def grown_by(imports: str, warm_up: str, measured: str) -> int:
         watcher.join()
         print(highest - before)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-        # freed blocks go back at once, so that resident means alive
-        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
-    )
+    done = python.run("-c", textwrap.dedent(script))
+    assert done.returncode == 0, done.stderr
     return int(done.stdout.split()[-1])
 
 
-def measure_growth(model_dir: Path, rank: int, atoms: int, solver: str = "varpro", calibrated: bool = False) -> int:
+def measure_growth(
+    python: WarmPython, model_dir: Path, rank: int, atoms: int, solver: str = "varpro", calibrated: bool = False
+) -> int:
     imports = "from tests.fit.plan.test_memory import fit_once"
     warm_up = f"fit_once({str(model_dir / 'warm-up')!r}, rank=16, atoms=3)"
     sizes = f"rank={rank}, atoms={atoms}, solver={solver!r}, steps=2, calibrated={calibrated}"
-    return grown_by(imports, warm_up, f"fit_once({str(model_dir / 'model')!r}, {sizes})")
+    return grown_by(python, imports, warm_up, f"fit_once({str(model_dir / 'model')!r}, {sizes})")
 
 
 def fit_once(
@@ -133,7 +134,7 @@ def predicted(model_dir: Path, rank: int, atoms: int, calibrated: bool = False) 
     return estimate(resolve_sizes(source.base, config), calibrated=calibrated).peak_bytes
 
 
-def test_resident_memory_stays_below_one_layer(tmp_path):
+def test_resident_memory_stays_below_one_layer(own_process, tmp_path):
     """A 3-layer model in 5 MB shards."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 512}
     tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
@@ -141,14 +142,14 @@ def test_resident_memory_stays_below_one_layer(tmp_path):
     assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 10
     layer = 32 * 512 * 512 * 4  # of one family, fp32
     factors = 2 * (6 * 16 * 512 * 4 * 5 + 96 * 512 * 16 * 2)  # bank, its gradient, Adam state, best; adapters
-    grown = measure_growth(tmp_path, rank=16, atoms=6)
+    grown = measure_growth(own_process, tmp_path, rank=16, atoms=6)
     print(f"grown by {grown} bytes; one layer of one family is {layer}, factors {factors}")
     assert factors < grown < layer + factors
     assert grown == pytest.approx(predicted(tmp_path, rank=16, atoms=6), rel=0.15)
 
 
 @pytest.mark.parametrize("solver", ["varpro", "alternating"])
-def test_resident_memory_is_six_banks(tmp_path, solver):
+def test_resident_memory_is_six_banks(own_process, tmp_path, solver):
     """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, the best state; with
     the alternating solver four of conjugate gradients instead, a preconditioner and a projected block."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 2}
@@ -156,7 +157,7 @@ def test_resident_memory_is_six_banks(tmp_path, solver):
     tiny_model("qwen3_moe", num_experts=32, **sizes).save_pretrained(tmp_path / "model")
     bank = 60 * 256 * 512 * 4
     stored = bank // 2 + 64 * 256 * 256 * 2  # the factors of the other family, bf16
-    grown = measure_growth(tmp_path, 256, 60, solver)
+    grown = measure_growth(own_process, tmp_path, 256, 60, solver)
     print(f"grown by {grown} bytes, {grown / bank:.2f} banks; factors in bf16 {stored}")
     blocks = 6 * objective._MIN_BLOCK_BYTES  # the weights and their temporaries
     own = {"varpro": 0, "alternating": 60 * 256 * 256 * 4 + 2 * objective._MIN_BLOCK_BYTES}[solver]
@@ -165,19 +166,19 @@ def test_resident_memory_is_six_banks(tmp_path, solver):
         assert grown == pytest.approx(predicted(tmp_path, rank=256, atoms=60), rel=0.15)
 
 
-def test_a_calibrated_fit_holds_the_metric(tmp_path):
+def test_a_calibrated_fit_holds_the_metric(own_process, tmp_path):
     sizes = {"hidden_size": 1024, "moe_intermediate_size": 128}
     tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
     tiny_model("qwen3_moe", num_experts=16, **sizes).save_pretrained(tmp_path / "model")
     metric = 2 * 3 * 1024**2 * 4  # C and L
-    free, calibrated = (measure_growth(tmp_path, 32, 12, calibrated=one) for one in (False, True))
+    free, calibrated = (measure_growth(own_process, tmp_path, 32, 12, calibrated=one) for one in (False, True))
     print(f"grown by {calibrated} bytes, without a metric by {free}; it has {metric}")
     assert metric < calibrated - free < 2 * metric
     assert calibrated == pytest.approx(predicted(tmp_path, 32, 12, calibrated=True), rel=0.15)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_an_offloaded_run_stays_below_the_size_of_the_model(tmp_path, fused):
+def test_an_offloaded_run_stays_below_the_size_of_the_model(own_process, tmp_path, fused):
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 6, "vocab_size": 2048}
     for name, experts in (("warm-up", 4), ("model", 32)):
         model = tiny_model("qwen3_moe", num_experts=experts, **sizes)
@@ -191,6 +192,7 @@ def test_an_offloaded_run_stays_below_the_size_of_the_model(tmp_path, fused):
     plan = plan_run(ExpertSource(tmp_path / "model"), "cpu", limit)
     assert plan.offload and plan.windows > 1
     grown = grown_by(
+        own_process,
         "from globe_fit import ExpertSource; from globe_fit.calibration.metric import calibrate",
         f"calibrate(ExpertSource({str(tmp_path / 'warm-up')!r}), {str(text)!r}, memory_limit=60e6)",
         f"calibrate(ExpertSource({str(tmp_path / 'model')!r}), {str(text)!r}, memory_limit={limit})",
