@@ -22,7 +22,11 @@ MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "dee
 TINY_FIT = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=6, warmup_steps=2))
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if (
+        getattr(config.option, "dist", None) == "load"
+    ):  # as `-n` alone says: every worker would make what a group shares
+        config.option.dist = "loadgroup"
     disable_progress_bar()  # fixtures save models while a test captures what a command prints
     # one thread per process: with pytest-xdist the processes are the parallelism
     torch.set_num_threads(1)
@@ -30,6 +34,11 @@ def pytest_configure() -> None:
     # or what a later test makes on the meta device is allocated
     with torch.device("cpu"):
         torch.empty(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests begin first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(scope="session")

@@ -121,9 +121,22 @@ def test_what_cannot_be_is_said(noise):
             replace(MobeConfig(), **changes)
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_fits(save_tiny, warm_python, tmp_path):
     command = [ROOT / "benchmarks" / "fit.py", "--device", "cpu"]
-    options = ["--ratio", str(TINY_FIT.ratio), "--support", "4", "--steps", "6", "--mobe-steps", "5", "--json"]
+    options = [
+        "--ratio",
+        str(TINY_FIT.ratio),
+        "--support",
+        "4",
+        "--steps",
+        "6",
+        "--rounds",
+        "4",
+        "--mobe-steps",
+        "5",
+        "--json",
+    ]
     options += ["--curves", str(tmp_path / "curves.png")]
     done = warm_python.run(*command, save_tiny("qwen3_moe"), *options)
     assert done.returncode == 0, done.stderr
