@@ -26,6 +26,7 @@ class WarmPython:
             [sys.executable, "-m", "tests.warm"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,  # so that the streams of a fork know that they cannot seek
             text=True,
             env=os.environ | own | environment,
         )
@@ -47,9 +48,10 @@ class WarmPython:
                 "streams": [*map(str, streams)],
             }
             print(json.dumps(job), file=self._server.stdin, flush=True)
-            returncode = int(self._server.stdout.readline())
+            ended = self._server.stdout.readline()
+            assert ended, self._server.communicate()[1]
             stdout, stderr = (path.read_text(encoding="utf-8", errors="backslashreplace") for path in streams[1:])
-        return subprocess.CompletedProcess([sys.executable, *program], returncode, stdout, stderr)
+        return subprocess.CompletedProcess([sys.executable, *program], int(ended), stdout, stderr)
 
     def close(self) -> None:
         """End the process that forks."""

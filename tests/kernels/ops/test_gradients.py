@@ -199,6 +199,7 @@ def kernel_case(layer: Layer, routed: tuple) -> tuple:
         for dtype in KERNEL_DTYPES
         if DEVICE == "cuda" or "small" in name or dtype.itemsize > 2
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("routing", list(ROUTINGS))
 def test_parity_of_the_kernels(routing, tiles, dtype):
