@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
+from globe_fit.measure.evaluate import read_token_by_token
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.names import CONFIG_NAME
 from tests.integration.conftest import assert_refused
@@ -68,11 +69,12 @@ def test_every_combination_is_a_fit_and_a_row(globe, with_tokenizer, tmp_path):
     assert first["bytes"]["globe_on_disk"] < second["bytes"]["globe_on_disk"]
 
 
-def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
+def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path, monkeypatch):
     options = ("--rank", "16,48", "--atoms", "8", "--support", "2", *QUICK, "--s-cache", "60kB,2MB")
-    short = tmp_path / "short.txt"  # the caches run it token by token
-    short.write_text((with_tokenizer / "text.txt").read_text()[:300])
-    text = ("--text", short)
+    monkeypatch.setattr(
+        "globe_fit.cli.sweep.read_token_by_token", lambda model, window: read_token_by_token(model, window[..., :64])
+    )
+    text = ("--text", with_tokenizer / "text.txt")
     code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path / "out", *options, *text, "--json")
     rows = json.loads(stdout)["points"]
     assert code == 0 and rows == written(tmp_path / "out")
