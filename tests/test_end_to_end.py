@@ -10,9 +10,6 @@ from globe_fit.__main__ import main
 from globe_fit.cli.demo import DEMO_CONFIG, shipped_model
 from globe_fit.data.source import ExpertSource
 
-pytestmark = pytest.mark.xdist_group("demo")  # one worker runs the demo, for all tests
-
-
 # A quarter of the steps of the demo: with these the figures already hold, with all they are better.
 CONFIG = replace(DEMO_CONFIG, varpro=replace(DEMO_CONFIG.varpro, steps=75))
 

@@ -22,7 +22,6 @@ from globe_kernels.testing import assert_close
 from tests.integration.test_patching import TOKENS, logits
 
 pytestmark = [
-    pytest.mark.xdist_group("parallel"),  # one worker runs the processes, for all tests
     pytest.mark.filterwarnings("ignore:A layer of this checkpoint uses"),
     pytest.mark.skipif("ep_size" not in DistributedConfig.__dataclass_fields__, reason="transformers before 5.20"),
 ]

@@ -95,9 +95,6 @@ def run_by_torchrun(directory: Path, model: Path, kill_at: int) -> tuple[int, li
     return done.returncode, said, done.stderr
 
 
-WHOLE = pytest.mark.xdist_group("two ranks")  # one worker runs them, for both tests
-
-
 @pytest.fixture(scope="module")
 def two_ranks(save_tiny, warm_python, tmp_path_factory) -> Path:
     """The checkpoint of an uninterrupted fit over two ranks."""
@@ -106,7 +103,6 @@ def two_ranks(save_tiny, warm_python, tmp_path_factory) -> Path:
     return directory / "out" / "globe.safetensors"
 
 
-@WHOLE
 def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
     source = ExpertSource(save_tiny("qwen3_moe"))
     save_fit(fit(source, CONFIG), source, tmp_path)
@@ -121,7 +117,6 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
 
 
-@WHOLE
 def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, warm_python, tmp_path):
     model = save_tiny("qwen3_moe")
     code, said, errors = run_by_torchrun(tmp_path, model, kill_at=5)
