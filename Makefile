@@ -20,7 +20,7 @@ types: $(INSTALLED)
 
 # one process per core, one thread per process
 test: $(INSTALLED)
-	$(BIN)/pytest -n auto --dist loadgroup -q
+	$(BIN)/pytest -n auto -q
 
 # the site in build/site; a link to a page or a heading that does not exist fails
 docs: export NO_MKDOCS_2_WARNING = 1

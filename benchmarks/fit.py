@@ -155,6 +155,8 @@ def run(source: ExpertSource, args: argparse.Namespace) -> tuple[dict[str, Metho
             method, _ = globe(source, config, clock, calibration)
             add(name, replace(method, seconds=method.seconds + took))
     for name, config in (("alternating", _ALTERNATING), ("literal", FitConfig.from_options(_LITERAL, {}))):
+        if args.rounds is not None:
+            config = replace(config, alternating=replace(config.alternating, steps=args.rounds))
         add(name, globe(source, replace(config, **common), clock)[0])
     families = {family: FamilyWeights.measure(source, family, device) for family in FAMILIES}
     add("svd", svd(source, families, result.report["families"]["gate"]["svd_equal_bytes_rank"], clock))
@@ -225,6 +227,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="of every method but SVD; the ratio decides by default")
     parser.add_argument("--support", type=int, default=FitConfig.support)
     parser.add_argument("--steps", type=int, default=VarProConfig.steps, help="of GloBE")
+    parser.add_argument("--rounds", type=int, help="of the alternating recipes; as many as they name by default")
     parser.add_argument("--mobe-steps", type=int, default=MobeConfig.steps)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--text", type=Path, help="measure perplexity, KL and top-1 agreement on it")

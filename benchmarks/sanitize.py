@@ -23,14 +23,14 @@ SHAPE = LayerShape(hidden=176, intermediate=80, experts=9, choices=3)
 RANK = 48
 
 
-def run(device: str, dtype: torch.dtype) -> None:
+def run(device: str, dtype: torch.dtype, tokens: tuple[int, ...] = (1, 30, 200, 1500)) -> None:
     """Raises AssertionError when a result is wrong."""
     torch.manual_seed(0)
     layer = random_layer(SHAPE, RANK, dtype, device)
     biases = [torch.randn(9, size, device=device).to(dtype) for size in (80, 80, 176)]
     with_biases = layer.weights._replace(from_rank=FromRank(*layer.weights.from_rank[:3], *biases))
-    for tokens in (1, 30, 200, 1500):
-        inputs = random_inputs(SHAPE, tokens, dtype, device)
+    for count in tokens:
+        inputs = random_inputs(SHAPE, count, dtype, device)
         inputs.index[0, 0] = SHAPE.experts  # a sentinel
         expected = reference(layer, without_sentinels(inputs))
         for build in (globe, globe_atomic, globe_bank_first, dense_twin):
@@ -61,8 +61,8 @@ def run(device: str, dtype: torch.dtype) -> None:
     composed = layer.weights._replace(basis=torch.cat([half, half], 1))
     for slots in (1, 4, 9):
         cache = BasisCache({0: 9}, slots, RANK, 176, dtype, device)
-        for tokens in (1, 30, 1):
-            inputs = random_inputs(SHAPE, tokens, dtype, device)
+        for count in (1, 30, 1):
+            inputs = random_inputs(SHAPE, count, dtype, device)
             case = (inputs.hidden, inputs.index, inputs.weights)
             out = moe_ffn_cached(*case, cached, cache, 0, "tanh", "silu")
             assert_close(out, moe_ffn(*case, composed, "silu"), rms=2e-2, peak=5e-2)

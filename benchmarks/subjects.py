@@ -237,6 +237,7 @@ def _held_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    # counted page by page: /proc/self/status may be off by what each core has not added up yet
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     # a busy machine writes pages to its swap, which the process still holds
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "VmSwap")))
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("Anonymous:", "Swap:")))

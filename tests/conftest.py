@@ -15,9 +15,17 @@ from transformers.utils.logging import disable_progress_bar  # noqa: E402
 from globe_fit import ExpertSource, FitConfig, VarProConfig, export_globe, fit, save_fit  # noqa: E402
 from globe_kernels import GlobeCheckpoint  # noqa: E402
 from globe_kernels.testing import tiny_model  # noqa: E402
+from tests.warm import WarmPython  # noqa: E402
 
 # Of every layout: per expert and fused, with shared experts and dense layers, transposed, interleaved, with biases.
 MODEL_TYPES = ("qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "deepseek_v2", "deepseek_v3", "glm4_moe", "gpt_oss")
+# Files whose tests share something that takes seconds to make.
+TOGETHER = (
+    "tests/fit/run/test_distributed.py",
+    "tests/integration/test_parallel.py",
+    "tests/integration/test_report_in_browser.py",
+    "tests/test_end_to_end.py",
+)
 TINY_FIT = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=6, warmup_steps=2))
 
 
@@ -29,6 +37,32 @@ def pytest_configure() -> None:
     # or what a later test makes on the meta device is allocated
     with torch.device("cpu"):
         torch.empty(0)
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Give a worker the whole of a file in TOGETHER, and of any other file a test at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FilesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path in TOGETHER else nodeid
+
+    return FilesTogether(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests begin first, so that no worker is left with one when the others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def warm_python():
+    """Runs Python programs in forks of a process in which torch, transformers and the packages are imported."""
+    python = WarmPython()
+    yield python
+    python.close()
 
 
 @pytest.fixture(scope="session")

@@ -35,13 +35,6 @@ def blocks(language: str, documents: list[Path]) -> list[str]:
     return [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
-def run(*arguments: object, cwd: Path, stdin: str = "") -> None:
-    """Run Python with `arguments`; a failure shows its output."""
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_documented_files_exist(document):
     """A file in backticks is named from the root; a table of the files of one folder names them from that folder."""
@@ -75,13 +68,16 @@ def test_every_title_of_the_log_has_a_date_and_a_verdict():
         assert re.match(r"20\d\d-\d\d-\d\d: .+: .*(confirmed|rejected|mixed)", title), title
 
 
-def test_the_pages_of_the_models_are_current():
-    run("docs/generate_models.py", "--check", cwd=ROOT)
+def test_the_pages_of_the_models_are_current(warm_python):
+    done = warm_python.run("docs/generate_models.py", "--check", cwd=ROOT)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_the_site_is_built_without_a_warning_and_shows_every_public_name(tmp_path):
     """A link to a page or a heading that does not exist is a warning; the pages load nothing from another host."""
-    run("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path, cwd=ROOT)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     shown = re.findall(r'<h3 id="(globe_\w+)[.\w]*[.](\w+)"', (tmp_path / "api.html").read_text(encoding="utf-8"))
     for package in (globe_kernels, globe_fit):
         assert sorted(name for owner, name in shown if owner == package.__name__) == sorted(package.__all__)
@@ -117,7 +113,8 @@ for page in pages:
 """
 
 
-def test_the_code_of_the_guides_runs(tmp_path):
+@pytest.mark.slow
+def test_the_code_of_the_guides_runs(warm_python, tmp_path):
     """The shell block of README.md makes the files that the Python blocks use; all run in one empty directory."""
     model, text = EXAMPLES / "tiny_moe", EXAMPLES / "tiny_moe" / "heldout.txt"
     (tmp_path / "MODEL_DIR").symlink_to(model)
@@ -134,8 +131,8 @@ def test_the_code_of_the_guides_runs(tmp_path):
     ]  # the model would write for a minute
     pages = ["\n".join(blocks("python", [page])) for page in GUIDES if blocks("python", [page])]
     assert len(pages) >= 4
-    # one process for all: an import takes as long as most of these commands
-    run("-c", RUN_ALL, cwd=tmp_path, stdin=json.dumps([words, pages]))
+    done = warm_python.run("-c", RUN_ALL, cwd=tmp_path, stdin=json.dumps([words, pages]))
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 
 
 def test_the_test_command_of_the_readme_is_the_command_of_ci():

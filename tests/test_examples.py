@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +40,8 @@ def test_every_recipe_is_in_the_index_and_has_a_command_for_a_model_of_the_user(
     assert any("MODEL_DIR" in words for words in commands(recipe, -1))
 
 
-def test_the_commands_for_the_shipped_model_run(tmp_path):
+@pytest.mark.slow
+def test_the_commands_for_the_shipped_model_run(warm_python, tmp_path):
     (tmp_path / "examples").symlink_to(EXAMPLES)
     text = (EXAMPLES / "tiny_moe" / "heldout.txt").read_text(encoding="utf-8")
     (tmp_path / "TEXT").write_text(text[:8000], encoding="utf-8")
@@ -52,15 +51,7 @@ def test_the_commands_for_the_shipped_model_run(tmp_path):
     # the last of two values wins; the model would write a text for a minute
     shortened = [[*words, "--steps", "3"] if words in fits else words for words in given]
     shortened = [["TEXT" if word == "self" else word for word in words] for words in shortened]
-    # one process for all: an import takes as long as most of these commands
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_ALL],
-        cwd=tmp_path,
-        input=json.dumps(shortened),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = warm_python.run("-c", RUN_ALL, cwd=tmp_path, stdin=json.dumps(shortened))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     written = {path.parent.name for path in (tmp_path / "out").glob("**/globe_config.json")}
     assert {"compress", "calibrated", "fast", "patched"} <= written and len(written) == 8

@@ -4,15 +4,13 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from globe_kernels.testing import assert_close
+from tests.benchmarks.conftest import BENCHMARKS
 from tests.kernels.cases import DEVICE, needs_kernels, same_tiles
-
-BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
 
 @pytest.fixture
@@ -41,31 +39,29 @@ def test_the_dense_twin_computes_the_same_layer(providers, monkeypatch, tokens):
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    """In a new interpreter."""
     return subprocess.run(
         [sys.executable, str(BENCHMARKS / script), *arguments], capture_output=True, text=True, timeout=300
     )
 
 
-def test_ffn_on_a_cpu():
-    done = run("ffn.py", "--cpu", "--json", "--tokens", "4", "--repeats", "1")
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert {row["provider"] for row in rows} == {
+def test_ffn_on_a_cpu(ffn_rows):
+    assert {row["provider"] for row in ffn_rows} == {
         "globe",
         "globe_bank_first",
         "hf_eager",
         "hf_grouped_mm",
         "hf_batched_mm",
     }
-    for row in rows:
+    for row in ffn_rows:
         assert row["op"] == "moe_ffn" and row["shape"]["tokens"] == 4 and row["device"] == "cpu"
         assert 0 < row["p20_us"] <= row["median_us"] <= row["p80_us"]
         assert 0 < row["relative_error"] < 1e-5 and row["gb_per_s"] > 0 and row["tflop_per_s"] > 0
         assert {"commit", "torch", "triton", "date", "copy_gb_per_s", "matmul_tflop_per_s"} <= row.keys()
 
 
-def test_compose_on_a_cpu():
-    done = run("compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
+def test_compose_on_a_cpu(warm_python):
+    done = warm_python.run(BENCHMARKS / "compose.py", "--cpu", "--json", "--repeats", "1", "--atoms", "16")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert [row["provider"] for row in rows] == ["compose_layer", "compose_basis", "torch_matmul"]
@@ -73,8 +69,8 @@ def test_compose_on_a_cpu():
         assert row["shape"]["atoms"] <= 16 and row["gb_per_s"] > 0 and 0 <= row["relative_error"] < 1e-6
 
 
-def test_solves_on_a_cpu():
-    done = run("spd.py", "--cpu", "--json", "--repeats", "1", "--systems", "3")
+def test_solves_on_a_cpu(warm_python):
+    done = warm_python.run(BENCHMARKS / "spd.py", "--cpu", "--json", "--repeats", "1", "--systems", "3")
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["provider"] for row in rows} == {"globe", "torch_cholesky", "torch_solve"} and len(rows) == 24
@@ -143,10 +139,11 @@ def test_without_a_gpu_the_way_out_is_named(script):
     assert done.returncode == 2 and "torch sees no CUDA device; use --cpu" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_whole_models_on_a_cpu():
+def test_whole_models_on_a_cpu(warm_python):
     sizes = ("--tokens", "8", "--batch", "2", "--cache-share", "50")
-    done = run("model.py", "--device", "cpu", "--json", "--repeats", "1", *sizes)
+    done = warm_python.run(BENCHMARKS / "model.py", "--device", "cpu", "--json", "--repeats", "1", *sizes)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     names = ["dense", "composed", "bank_first", "cached_50%", "scratch", "auto"]
@@ -258,10 +255,11 @@ def test_a_larger_cache_hits_more(subject, monkeypatch, tmp_path):
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.skipif(DEVICE == "cuda", reason="compute-sanitizer runs it there")
 def test_what_the_sanitizer_watches_is_right(providers, monkeypatch):
     import sanitize
 
     monkeypatch.setattr(providers, "choose", lambda *_: same_tiles(64, 64, 64, group_m=2))
-    sanitize.run("cpu", torch.float32)
+    sanitize.run("cpu", torch.float32, tokens=(1, 30, 200))

@@ -1,8 +1,6 @@
 """The baseline is MoBE at its best: it starts as described, keeps its best state, and is as large as GloBE."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,13 +121,24 @@ def test_what_cannot_be_is_said(noise):
             replace(MobeConfig(), **changes)
 
 
-def test_the_benchmark_of_fits(save_tiny, tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "fit.py"), "--device", "cpu"]
-    options = ["--ratio", str(TINY_FIT.ratio), "--support", "4", "--steps", "6", "--mobe-steps", "5", "--json"]
+@pytest.mark.slow
+def test_the_benchmark_of_fits(save_tiny, warm_python, tmp_path):
+    command = [ROOT / "benchmarks" / "fit.py", "--device", "cpu"]
+    options = [
+        "--ratio",
+        str(TINY_FIT.ratio),
+        "--support",
+        "4",
+        "--steps",
+        "6",
+        "--rounds",
+        "4",
+        "--mobe-steps",
+        "5",
+        "--json",
+    ]
     options += ["--curves", str(tmp_path / "curves.png")]
-    done = subprocess.run(
-        [*command, str(save_tiny("qwen3_moe")), *options], capture_output=True, text=True, timeout=300
-    )
+    done = warm_python.run(*command, save_tiny("qwen3_moe"), *options)
     assert done.returncode == 0, done.stderr
     rows = {row["provider"]: row for row in json.loads(done.stdout)}
     ours = ["globe", "globe_tanh", "globe_tanh_quick", "globe_palette", "alternating", "literal"]
@@ -145,5 +154,5 @@ def test_the_benchmark_of_fits(save_tiny, tmp_path):
             assert reached is not None or not name.startswith("mobe")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    wrong = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    wrong = warm_python.run(*command, tmp_path)
     assert wrong.returncode == 2 and "holds no config.json" in wrong.stderr

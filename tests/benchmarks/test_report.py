@@ -1,7 +1,6 @@
 """The report says what the ledger holds: the newest rows, the right figures, and nothing where nothing was measured."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,8 +112,8 @@ def cells(text: str) -> list[list[str]]:
     return [line for line in lines if line[0] != "---"]
 
 
-def test_the_readme_of_the_repository_agrees_with_its_ledger():
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), "--check"], capture_output=True, text=True)
+def test_the_readme_of_the_repository_agrees_with_its_ledger(warm_python):
+    done = warm_python.run(BENCHMARKS / "report.py", "--check")
     assert done.returncode == 0, done.stderr
 
 
@@ -175,15 +174,8 @@ def test_each_strategy_has_a_line(place):
     assert [bank_first[1], *bank_first[4:7]] == ["bank_first", "40.0", "1.88x", "2.00x"]
 
 
-def test_the_ratio_is_that_of_the_benchmark(place):
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "ffn.py"), "--cpu", "--json", "--tokens", "4", "--repeats", "1"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+def test_the_ratio_is_that_of_the_benchmark(place, ffn_rows):
+    rows = ffn_rows
     place.put(rows, "cpu/ffn.jsonl")
     assert not place.report()
     (globe,) = (each for each in rows if each["provider"] == "globe")

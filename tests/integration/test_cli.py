@@ -156,7 +156,7 @@ def test_evaluation_needs_a_text_a_base_and_a_tokenizer(
     assert_refused(globe("eval", with_tokenizer, "--text", tmp_path / "latin.txt"), 2, "is not UTF-8")
 
 
-def test_evaluation_on_tasks_of_lm_eval(globe, fit_tiny, with_tokenizer, tmp_path):
+def test_evaluation_on_tasks_of_lm_eval(globe, fit_tiny, with_tokenizer, tmp_path, warm_python):
     """In a process of its own, as a user runs it: lm-eval and its libraries are large guests."""
     pytest.importorskip("lm_eval")
     options = ("--lm-eval", "last_word", "--lm-eval-tasks", shipped_model().parent / "lm_eval" / "tasks")
@@ -167,8 +167,8 @@ def test_evaluation_on_tasks_of_lm_eval(globe, fit_tiny, with_tokenizer, tmp_pat
     tokenizer.save_pretrained(with_tokenizer)
     checkpoint = shutil.copytree(fit_tiny()[0], tmp_path / "globe")
     text = ("--text", with_tokenizer / "text.txt", "--lm-eval-limit", 2)
-    command = [sys.executable, "-m", "globe_fit", "eval", checkpoint, "--base", with_tokenizer, *options, *text]
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+    command = ("-m", "globe_fit", "eval", checkpoint, "--base", with_tokenizer, *options, *text)
+    done = warm_python.run(*command)
     assert done.returncode == 0 and "last_word, perplexity" in done.stdout and "text.txt" in done.stdout
     assert "lm-eval runs last_word on the model dense" in done.stderr
 

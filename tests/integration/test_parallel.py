@@ -1,4 +1,4 @@
-"""Two processes share the experts: tensor parallel, expert parallel, FSDP, pipelines. One spawn runs all of it."""
+"""Two processes share the experts: tensor parallel, expert parallel, FSDP, pipelines. Two processes run all of it."""
 
 import json
 import os
@@ -132,19 +132,28 @@ def process(rank: int, port: int, models: dict[str, str], dense: str, fit: str, 
         torch.save(found, Path(out) / "found.pt")
 
 
+BOTH = """
+import json, sys
+from torch.multiprocessing import start_processes
+from tests.integration.test_parallel import process
+start_processes(process, json.loads(sys.argv[1]), nprocs=2, start_method="fork")
+"""
+
+
 @pytest.fixture(scope="module")
 def exports(export_tiny) -> dict[str, str]:
     return {name: str(export_tiny(name)) for name in ("qwen3_moe", "gpt_oss")}
 
 
 @pytest.fixture(scope="module")
-def found(exports, save_tiny, fit_tiny, tmp_path_factory) -> dict:
+def found(exports, save_tiny, fit_tiny, warm_python, tmp_path_factory) -> dict:
     out = tmp_path_factory.mktemp("parallel")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = (port, exports, str(save_tiny("qwen3_moe")), str(fit_tiny()[0]), str(out))
-    torch.multiprocessing.spawn(process, arguments, nprocs=2)
+    done = warm_python.run("-c", BOTH, json.dumps(arguments))
+    assert done.returncode == 0, done.stderr
     return torch.load(out / "found.pt", weights_only=False) | {"out": out}
 
 

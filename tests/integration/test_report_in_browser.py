@@ -19,10 +19,7 @@ WIDTHS = (390, 820, 1400)
 SCHEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 LEAST_TEXT, LEAST_CONTRAST = 9, 4.5  # pixels; WCAG AA
 
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is installed"),
-    pytest.mark.xdist_group("browser"),  # one browser for all
-]
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="neither chromium nor google-chrome is installed")
 
 # Returns a sentence per fault of the page as it is shown.
 FAULTS = """([leastText, leastContrast]) => {

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,9 +185,8 @@ def test_a_python_caller_gets_warnings(model_dir, tmp_path, monkeypatch):
 
 STREAMS = """
 import os, sys
-sys.path[:0] = sys.argv[1:2]
 from globe_fit.__main__ import main
-case, sys.argv = sys.argv[2], ["globe", *sys.argv[3:]]
+case, sys.argv = sys.argv[1], ["globe", *sys.argv[2:]]
 if case == "both without a reader":
     reader, writer = os.pipe()
     os.close(reader)
@@ -198,14 +196,11 @@ elif case == "a full disk":
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
 elif case == "both are closed":
     sys.stdout = sys.stderr = None
+elif case == "ASCII":
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="ascii", errors="strict")
 main()
 """
-
-
-def run_with(case: str, *arguments, **environment) -> subprocess.CompletedProcess:
-    root = str(Path(__file__).resolve().parents[2])
-    command = [sys.executable, "-c", STREAMS, root, case, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, env={**os.environ, **environment}, timeout=120)
 
 
 @pytest.mark.parametrize(
@@ -216,12 +211,12 @@ def run_with(case: str, *arguments, **environment) -> subprocess.CompletedProces
         "both are closed",
     ],
 )
-def test_a_console_that_goes_away(model_dir, tmp_path, case):
-    done = run_with(case, "fit", model_dir, "-o", tmp_path / "out", *QUICK)
-    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+def test_a_console_that_goes_away(model_dir, warm_python, tmp_path, case):
+    done = warm_python.run("-c", STREAMS, case, "fit", model_dir, "-o", tmp_path / "out", *QUICK)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert GlobeCheckpoint(tmp_path / "out", verify=True) and not (tmp_path / "out" / ".snapshot").exists()
     if case == "a full disk":
-        assert b"The figures cannot be printed ([Errno 28]" in done.stderr
+        assert "The figures cannot be printed ([Errno 28]" in done.stderr
 
 
 class Full(io.StringIO):
@@ -238,11 +233,11 @@ def test_figures_that_are_the_work_itself_are_missed(globe, model_dir, tmp_path,
     assert code == 0 and f"the work of the command is complete in {tmp_path / 'out'}." in stderr
 
 
-def test_a_terminal_that_is_not_utf8(model_dir, tmp_path):
+def test_a_terminal_that_is_not_utf8(model_dir, warm_python, tmp_path):
     path = tmp_path / "Modell-für-μ-日本"
     model_dir.rename(path)
-    done = run_with("", "fit", path, "-o", tmp_path / "aus-é", *QUICK, PYTHONIOENCODING="ascii:strict")
-    assert done.returncode == 0 and b"aus-\\xe9" in done.stdout
+    done = warm_python.run("-c", STREAMS, "ASCII", "fit", path, "-o", tmp_path / "aus-é", *QUICK)
+    assert done.returncode == 0 and "aus-\\xe9" in done.stdout
 
 
 class Gone:

@@ -23,7 +23,7 @@ from globe_kernels.strategies import STRATEGIES, bank_first, composed, palette_c
 from globe_kernels.strategies.budget import palettes_of, resident
 from globe_kernels.strategies.cached import pool_bytes
 from globe_kernels.testing import relative_errors, tiny_model
-from tests.conftest import MODEL_TYPES
+from tests.conftest import MODEL_TYPES, TINY_FIT
 from tests.kernels.cases import needs_kernels, same_tiles
 
 TOKENS = torch.randint(128, (1, 256), generator=torch.Generator().manual_seed(0))
@@ -67,12 +67,28 @@ def routed(model):
         hook.remove()
 
 
-def patched(path, model_type: str = "qwen3_moe", run: str = "composed", **more):
-    model = tiny_model(model_type)
+def patched(path, model_type: str = "qwen3_moe", run: str = "composed", model=None, **more):
+    model = tiny_model(model_type) if model is None else model
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A layer of this checkpoint uses")
         globe_kernels.patch(model, path, **options(run, path), **more)
     return model
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory):
+    """Makes a patched model of two layers, for tests whose time grows with the layers; fitted once per architecture."""
+    fitted = {}
+
+    def make(model_type: str = "qwen3_moe", run: str = "composed"):
+        if model_type not in fitted:
+            base, fitted[model_type] = (tmp_path_factory.mktemp(f"{model_type}-shallow") for _ in range(2))
+            tiny_model(model_type, num_hidden_layers=2).save_pretrained(base)
+            source = ExpertSource(base)
+            save_fit(fit(source, TINY_FIT), source, fitted[model_type])
+        return patched(fitted[model_type], model_type, run, tiny_model(model_type, num_hidden_layers=2))
+
+    return make
 
 
 @pytest.fixture(scope="module")
@@ -139,17 +155,16 @@ def test_bf16_logits_err_no_more_than_twice_as_much_as_dense_ones(model_type, ru
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the kernels run there")
 @pytest.mark.parametrize("run", ["composed", "bank_first", "scratch", "cached, a slot per active expert"])
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
-def test_the_kernels_run_a_whole_model(model_type, run, fit_tiny, monkeypatch):
+def test_the_kernels_run_a_whole_model(model_type, run, shallow, monkeypatch):
     """In the interpreter, fp32: the same logits as the reference path."""
-    path, _ = fit_tiny(model_type)
-    model, tokens = patched(path, model_type, run), TOKENS[:, :40]
+    model, tokens = shallow(model_type, run), TOKENS[:, :20]
     expected, op = logits(model, tokens), OPS[RUNS[run][0]]
     if run.startswith("cached"):
         model.globe_bank.device_banks[0].cache.clear()
     for module in (moe_ffn, moe_ffn_bank_first, moe_ffn_cached, compose_layer):
         monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     for module in (moe_ffn, moe_ffn_cached):
-        monkeypatch.setattr(module, "choose", lambda *_: same_tiles(16, 32, 32, group_m=2))
+        monkeypatch.setattr(module, "choose", lambda *_: same_tiles(16, 64, 64, group_m=2))
     calls = globe_kernels.call_counts().get(op, 0)
     assert (logits(model, tokens) - expected).abs().max() <= 1e-4
     assert globe_kernels.call_counts()[op] == calls + len(globe_modules(model))
@@ -233,9 +248,9 @@ def test_auto_takes_the_strategy_that_explain_names(fit_tiny):
         assert globe_kernels.call_counts()[f"{OPS[name]}_ref"] == before + 3
 
 
-@pytest.mark.parametrize("run", list(RUNS))
-def test_one_graph_for_any_number_of_tokens(run, fit_tiny):
-    model = patched(fit_tiny()[0], run=run)
+@pytest.mark.parametrize("run", ["composed", "bank_first", "scratch", "cached, a quarter"])  # a graph each
+def test_one_graph_for_any_number_of_tokens(run, shallow):
+    model = shallow(run=run)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     for count in (7, 30):
         expected = logits(model, TOKENS[:, :count])

@@ -1,15 +1,14 @@
 """`globe sweep`: which points there are, what is refused before the first fit, and how an interrupted one goes on."""
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
+from globe_fit.measure.evaluate import read_token_by_token
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.names import CONFIG_NAME
 from tests.integration.conftest import assert_refused
@@ -70,8 +69,11 @@ def test_every_combination_is_a_fit_and_a_row(globe, with_tokenizer, tmp_path):
     assert first["bytes"]["globe_on_disk"] < second["bytes"]["globe_on_disk"]
 
 
-def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path):
+def test_a_cache_is_a_key_of_its_own(globe, with_tokenizer, tmp_path, monkeypatch):
     options = ("--rank", "16,48", "--atoms", "8", "--support", "2", *QUICK, "--s-cache", "60kB,2MB")
+    monkeypatch.setattr(
+        "globe_fit.cli.sweep.read_token_by_token", lambda model, window: read_token_by_token(model, window[..., :64])
+    )
     text = ("--text", with_tokenizer / "text.txt")
     code, stdout, _ = globe("sweep", with_tokenizer, "-o", tmp_path / "out", *options, *text, "--json")
     rows = json.loads(stdout)["points"]
@@ -148,7 +150,7 @@ __main__.main()
 """
 
 
-def test_killed_it_goes_on_with_the_same_table(globe, model_dir, tmp_path):
+def test_killed_it_goes_on_with_the_same_table(globe, model_dir, warm_python, tmp_path):
     sizes = ("--rank", "16,48", "--atoms", "8", "--support", "4")
     code, stdout, _ = globe("sweep", model_dir, "-o", tmp_path / "whole", *sizes, *QUICK, "--json")
     assert code == 0
@@ -156,8 +158,7 @@ def test_killed_it_goes_on_with_the_same_table(globe, model_dir, tmp_path):
     command = ["sweep", model_dir, "-o", out, *sizes, *QUICK]
     # 8 steps a point; the first time in the second family of the first point, then in the first of the second
     for kill_at, begun in ((7, ["r16-m8-s4"]), (4, ["r16-m8-s4", "r48-m8-s4"])):
-        arguments = [sys.executable, "-c", KILLED, *map(str, command)]
-        done = subprocess.run(arguments, env=os.environ | {"KILL_AT": str(kill_at)}, timeout=120, capture_output=True)
+        done = warm_python.run("-c", KILLED, *command, KILL_AT=str(kill_at))
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert sorted(path.name for path in out.glob("[!.]*")) == begun
         assert (out / begun[-1] / ".snapshot").is_dir() and not (out / begun[-1] / CONFIG_NAME).exists()

@@ -68,6 +68,7 @@ def test_the_shipped_model_writes_what_it_finds_likely():
     assert written < 0.8 * uniform
 
 
+@pytest.mark.slow
 def test_a_fit_to_what_the_model_writes_is_closer_to_the_model(tmp_path, monkeypatch):
     source, config = ExpertSource(shipped_model()), FitConfig(varpro=VarProConfig(steps=30, warmup_steps=5))
     monkeypatch.setattr(calibration, "sample_windows", lambda *args, **kw: sample_windows(*args, **kw, count=24))

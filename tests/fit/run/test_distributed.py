@@ -20,6 +20,7 @@ from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close
+from tests.warm import WarmPython
 
 CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2, support_at=0.15))
 
@@ -46,15 +47,44 @@ main()
 """
 
 
-def run(directory: Path, model: Path, kill_at: int = 0) -> tuple[int, list[str], str]:
-    """(exit code of torchrun, the sentences of its ranks, everything on stderr) of a fit into `directory`/out."""
+# What torchrun does while no rank fails: two processes that know their rank and where the first of them listens.
+BOTH = """
+import os, socket, sys
+with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+given = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+given |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": 0}
+ranks = []
+for rank in (0, 1):
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        os.environ.update({name: str(value) for name, value in (given | {"RANK": rank, "LOCAL_RANK": rank}).items()})
+        exec(open("command.py").read())
+sys.exit(any([os.waitpid(rank, 0)[1] for rank in ranks]))
+"""
+
+
+def arguments(directory: Path, model: Path) -> list[str]:
+    """Of a fit into `directory`/out, which command.py runs."""
     directory.mkdir(exist_ok=True)
     (directory / "command.py").write_text(COMMAND)
     (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\nsupport_at = 0.15\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "command.py", "fit", str(model)]
-    command += ["-o", "out", "--ratio", "0.8", "--support", "4", "--config", "fit.toml", "--json"]
+    sizes = ["--ratio", "0.8", "--support", "4", "--config", "fit.toml"]
+    return ["fit", str(model), "-o", "out", *sizes, "--json", "--device", "cpu", "--snapshot-minutes", "0"]
+
+
+def run(python: WarmPython, directory: Path, model: Path) -> None:
+    """A fit over two ranks that ends well and says nothing."""
+    done = python.run("-c", BOTH, *arguments(directory, model), cwd=directory, KILL_AT="0")
+    assert done.returncode == 0 and "globe: " not in done.stderr, done.stderr
+
+
+def run_by_torchrun(directory: Path, model: Path, kill_at: int) -> tuple[int, list[str], str]:
+    """(exit code of torchrun, the sentences of its ranks, everything on stderr)"""
     done = subprocess.run(
-        [*command, "--device", "cpu", "--snapshot-minutes", "0"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "command.py"]
+        + arguments(directory, model),
         cwd=directory,
         env=os.environ | {"KILL_AT": str(kill_at), "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
@@ -66,11 +96,10 @@ def run(directory: Path, model: Path, kill_at: int = 0) -> tuple[int, list[str],
 
 
 @pytest.fixture(scope="module")
-def two_ranks(save_tiny, tmp_path_factory) -> Path:
+def two_ranks(save_tiny, warm_python, tmp_path_factory) -> Path:
     """The checkpoint of an uninterrupted fit over two ranks."""
     directory = tmp_path_factory.mktemp("two-ranks")
-    code, said, errors = run(directory, save_tiny("qwen3_moe"))
-    assert code == 0 and said == [], errors
+    run(warm_python, directory, save_tiny("qwen3_moe"))
     return directory / "out" / "globe.safetensors"
 
 
@@ -88,9 +117,9 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
 
 
-def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, tmp_path):
+def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, warm_python, tmp_path):
     model = save_tiny("qwen3_moe")
-    code, said, errors = run(tmp_path, model, kill_at=5)
+    code, said, errors = run_by_torchrun(tmp_path, model, kill_at=5)
     assert code != 0 and len(said) == 1, errors
     assert "Another rank of the fit stopped" in said[0] and "run the same command again" in said[0]
     assert "globe_fit/" not in errors  # no traceback of ours
@@ -112,8 +141,7 @@ def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, tmp
 
     with pytest.raises(RequestError, match=r"ranks was 2 and is 1\)"):
         open_snapshots(tmp_path / "out", source, replace(CONFIG, device="cpu"))
-    code, _, errors = run(tmp_path, model)
-    assert code == 0, errors
+    run(warm_python, tmp_path, model)
     assert (tmp_path / "out" / "globe.safetensors").read_bytes() == two_ranks.read_bytes()
     assert not saved.exists()
 
