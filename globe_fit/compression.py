@@ -19,6 +19,7 @@ from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, FitStages, Progress
 from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import differences, discard_snapshots
+from globe_fit.run.stopping import terminating
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
@@ -27,6 +28,7 @@ from globe_kernels.format.names import CONFIG_NAME, EVALUATION_NAME, METRICS_NAM
 from globe_kernels.format.typed import checked
 
 
+@terminating()
 def compress(
     model_dir: str | Path,
     out: str | Path,
@@ -67,8 +69,10 @@ def compress(
     Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
     little memory, a text that is missing or too short, a fit with other settings or other files in `out`. Raises
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
-    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, which says where the same call goes on; the snapshot is
-    complete then.
+    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, and after SIGTERM its subclass
+    globe_fit.run.stopping.Terminated, which say where the same call goes on; the snapshot is complete then. A handler
+    of SIGTERM that the caller has set is called once the snapshot is complete. In another thread than the main thread
+    the signals stay as they are.
     """
     if not isinstance(config, FitConfig):
         raise RequestError(
@@ -95,7 +99,7 @@ def compress(
             result = stored_fit(done)
             result.report["sizes"] = footprint_of(done)
             return result
-    snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
+    snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks, shown.say)
 
     with snapshots.explaining_interrupts(resume), ExitStack() as stack:
         if is_shown:

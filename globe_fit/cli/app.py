@@ -19,6 +19,7 @@ from globe_fit.config import (
     FitConfig,
     VarProConfig,
 )
+from globe_fit.run.stopping import Interrupted
 from globe_kernels.format.names import DTYPE_NAMES, PHIS, SCOPES
 from globe_kernels.version import __version__
 
@@ -32,7 +33,10 @@ app = typer.Typer(
 
 def _run(command: str, options: dict[str, Any]) -> None:
     """Import the work of the commands, which takes seconds, and do the work of one of them."""
-    import_module("globe_fit.cli.commands").run(command, options)
+    try:
+        import_module("globe_fit.cli.commands").run(command, options)
+    except KeyboardInterrupt as stopped:
+        raise Interrupted(stopped) from stopped
 
 
 def _print_version(wanted: bool) -> None:

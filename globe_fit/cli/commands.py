@@ -336,12 +336,6 @@ def _demo(out: Path | None, as_json: bool) -> None:
     _show(figures, as_json, print_demo)
 
 
-class Interrupted(GlobeError):
-    """Ctrl-C: the sentence says where the same command goes on."""
-
-    exit_code = 130
-
-
 _COMMANDS = {
     "plan": _plan,
     "fit": _fit,
@@ -382,9 +376,6 @@ def run(command: str, options: dict[str, Any]) -> None:
         raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
     if sys.stderr.isatty():
         enable_progress_bars()  # of downloads, which the line above took away too
-    try:
-        with _saying_warnings():
-            _COMMANDS[command](**options)
-    except KeyboardInterrupt as stopped:
-        raise Interrupted(f"{str(stopped) or 'interrupted'}.") from stopped
+    with _saying_warnings():
+        _COMMANDS[command](**options)
     leave()

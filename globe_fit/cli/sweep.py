@@ -194,7 +194,7 @@ class Sweep:
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error
         except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt(
+            raise type(stopped)(
                 f"interrupted in point {name}; the same command keeps the finished points and goes on from there"
             ) from stopped
 
