@@ -88,17 +88,19 @@ def compress(
         shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
     if note := adapter_note(source.model_dir):
         warn(note)
-    if not resume:
-        discard_snapshots(out)
-        ranks.every(0)  # before a rank writes there
     calibrated_on = None if calibrate is None else identity(calibrate)
     if resume and not holds_unfinished_fit(Path(out)):
         done = finished_fit(out, source, plan.sizes, config, calibrated_on)
         if done is not None:
+            discard_snapshots(out)  # a kill has left a part of them
             shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
             result = stored_fit(done)
             result.report["sizes"] = footprint_of(done)
             return result
+    plan.require_room(out)
+    if not resume:
+        discard_snapshots(out)
+        ranks.every(0)  # before a rank writes there
     snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks, shown.say)
 
     with snapshots.explaining_interrupts(resume), ExitStack() as stack:

@@ -145,6 +145,7 @@ def _fit(
     found = _local(model_dir, revision)
     if dry_run:
         planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
+        planned.require_room(out)
         figures = planned.figures()  # by all ranks together
         if leads():
             _say_left_dense(planned.source.base)
@@ -206,8 +207,8 @@ def _sweep(
     title = f"{len(points)} points on {source.base.name}"
     if dry_run:
         rows = runs.estimate()
-        figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
-        _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
+        figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows), "disk_bytes": runs.disk_bytes}
+        _show(figures, as_json, lambda found: print_sweep_estimate(title, rows, found["disk_bytes"]))
         return
     with show_progress(as_json) as shown:
         rows = runs.run(shown)

@@ -21,12 +21,12 @@ from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
-from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.plan.fitting import TEXT_BYTES, disk_bytes, estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.run.loggers import read_stream
 from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.reports import read_report
-from globe_fit.run.snapshots import Snapshots, discard_snapshots
+from globe_fit.run.snapshots import Snapshots, discard_snapshots, snapshot_bytes
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
@@ -132,7 +132,11 @@ class Sweep:
         if not restart:
             for point in missing:
                 self._snapshots(point)
-        require_room(out, sum(point.sizes.tensor_bytes for point in missing))
+        # of every point in turn: the checkpoints before it, and its own peak
+        before = itertools.accumulate((point.sizes.tensor_bytes + TEXT_BYTES for point in missing), initial=0)
+        peaks = (done + disk_bytes(point.sizes, point.config) for done, point in zip(before, missing, strict=False))
+        self.disk_bytes = max(peaks, default=0)
+        require_room(out, self.disk_bytes - sum(snapshot_bytes(out / point.name) for point in missing))
 
     def _is_finished(self, point: Point) -> bool:
         return finished_fit(self._out / point.name, self._source, point.sizes, point.config) is not None

@@ -220,6 +220,11 @@ def stream_path(out: str | Path) -> Path:
     return Path(out) / SNAPSHOT_DIRECTORY / METRICS_NAME
 
 
+def snapshot_bytes(out: str | Path) -> int:
+    """Return the bytes of all snapshots in `out`."""
+    return sum(path.stat().st_size for path in (Path(out) / SNAPSHOT_DIRECTORY).glob("*.safetensors"))
+
+
 def discard_snapshots(out: str | Path) -> None:
     """Remove all snapshots in `out`, of a fit that is finished or begins again."""
     shutil.rmtree(Path(out) / SNAPSHOT_DIRECTORY, ignore_errors=True)
