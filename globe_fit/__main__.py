@@ -4,7 +4,7 @@ import os
 import sys
 from contextlib import suppress
 
-from globe_fit.run.stopping import Interrupted, Terminated, terminating
+from globe_fit.run.stopping import Interrupted, interrupt_behind, terminating
 
 _USAGE = 2
 _INTERRUPTED = 130
@@ -13,19 +13,20 @@ _INTERRUPTED = 130
 def main() -> None:
     """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 Ctrl-C, 143 SIGTERM."""
     _keep_streams_usable()
-    with terminating() as terminated:
-        code = _work(terminated)
+    with terminating():
+        code = _work()
     sys.exit(code)
 
 
-def _work(terminated: list[float]) -> int:
+def _work() -> int:
     """Run the command, say why it ends, and return the exit code."""
     # the imports may take seconds, and Ctrl-C during them must not print a traceback either
     try:
         code, message = _run()
-        if code == _INTERRUPTED and not message:  # typer was reading the options, and forgets the signal
-            raise Terminated if terminated else KeyboardInterrupt
-    except KeyboardInterrupt as stopped:
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = interrupt_behind(error)
+        if stopped is None:
+            raise
         interrupted = Interrupted(stopped)
         code, message = interrupted.exit_code, str(interrupted)
     if message and "torch" in sys.modules:
@@ -77,6 +78,8 @@ def _run() -> tuple[int, str]:
         if describe is None:
             raise
         return _USAGE, f"{describe().rstrip('.')}; {_next_step(error)}."
+    if code == _INTERRUPTED:  # typer was reading the options, and does not say which signal came
+        raise KeyboardInterrupt
     return code, ""
 
 

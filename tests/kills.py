@@ -26,7 +26,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,9 +40,10 @@ import torch  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-import globe_fit.cli.commands  # noqa: E402, F401  the imports of a command, which a forked process has already
+from globe_fit import FitConfig, VarProConfig, compress  # noqa: E402
 from globe_fit.__main__ import main as globe  # noqa: E402
 from globe_fit.calibration import metric  # noqa: E402
+from globe_fit.cli.report.page import write_report  # noqa: E402
 from globe_kernels import GlobeCheckpoint  # noqa: E402
 from globe_kernels.format.names import FAMILIES  # noqa: E402
 from globe_kernels.testing import tiny_model  # noqa: E402
@@ -53,6 +55,7 @@ _TIMES = {"seconds", "step_seconds", "experts_per_second", "read_gb_per_second",
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _WINDOWS = 2  # that a model writes
+_END = "globe.end"  # an operation too: the file that was written last may be half written
 _TEMPORARY = (".partial", ".staging", "offload-")
 
 
@@ -64,6 +67,7 @@ def start(*arguments: object, output: Path, before: Callable[[], object] = lambd
 
     `cold`: in a new Python, which imports everything.
     """
+    output.write_text("")
     if child := os.fork():
         return child
     code = 99
@@ -81,6 +85,7 @@ def start(*arguments: object, output: Path, before: Callable[[], object] = lambd
         globe()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 98
+        sys.audit(_END)
     except BaseException:
         import traceback
 
@@ -123,7 +128,9 @@ class Operations:
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple) -> None:
-        if event == "open":
+        if event == _END:
+            self._happen(event, self._folder)
+        elif event == "open":
             path, _, flags = arguments
             if isinstance(path, (str, bytes, os.PathLike)) and isinstance(flags, int) and flags & _WRITES:
                 name = os.path.abspath(os.fsdecode(path))
@@ -174,6 +181,17 @@ def _save_model(path: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
     (path.parent / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+
+
+@cache
+def _warm_up() -> None:
+    """Import here, once, all that a forked process would import."""
+    import_module("globe_fit.cli.commands")
+    with tempfile.TemporaryDirectory() as home:
+        _save_model(Path(home) / "model")
+        settings = FitConfig(ratio=1.2, support=2, device="cpu", varpro=VarProConfig(steps=1))
+        compress(Path(home) / "model", Path(home) / "out", settings, calibrate=Path(home) / "text.txt")
+        write_report(Path(home) / "out", png=True)
 
 
 def _fitted(out: Path) -> Any:
@@ -311,6 +329,7 @@ class Victim:
 
     def __init__(self, name: str, home: Path):
         self.case, self.home, self.out = COMMANDS[name], home, home / "out"
+        _warm_up()
         _save_model(home / "model")
         for fit in self.case.fits:
             _old(home, self.out, "fit", home / "model", "-o", home / fit, *_QUICK, "--seed", len(fit))

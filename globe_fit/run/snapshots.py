@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks, was_terminated
 from globe_fit.run.progress import SILENT
-from globe_fit.run.stopping import Terminated, in_main_thread
+from globe_fit.run.stopping import in_main_thread, interrupt, interrupt_behind
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.files import inner_file, replacing_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
@@ -153,7 +153,7 @@ class Snapshots:
     def stop_if_asked(self) -> None:
         """Raise the exception of `stop`, or KeyboardInterrupt on all ranks; call it when a snapshot is complete."""
         if asked := self._largest(self._asked):
-            raise self._failure or (Terminated if asked == signal.SIGTERM else KeyboardInterrupt)
+            raise self._failure or interrupt(asked)
 
     @property
     def _asked(self) -> int:
@@ -168,7 +168,10 @@ class Snapshots:
         """Let a KeyboardInterrupt from inside say where the fit goes on; `resume`: whether this fit was to go on."""
         try:
             yield
-        except KeyboardInterrupt as stopped:
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = interrupt_behind(error)
+            if stopped is None:
+                raise
             again = "the same command" + ("" if resume else " without --restart")
             if self._parts():
                 reached = self.reached()
@@ -179,7 +182,7 @@ class Snapshots:
                 why = "interrupted before the first snapshot; the same command begins from the start"
             else:
                 why = "interrupted; nothing was written"
-            raise type(stopped)(why) from stopped
+            raise type(stopped)(why) from error
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
