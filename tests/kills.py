@@ -8,12 +8,13 @@ below OUT, or after half of the bytes of a file. After every kill:
   measured times.
 
 `--signal TERM` sends SIGTERM in place of SIGKILL: the command ends with exit code 143, a sentence and no temporary
-file. `--random 100` stops one command that often at random moments, and lets it go on each time; with `--cold` in a new
-Python, whose imports it stops too.
+file. With `--signal FULL` the operation fails, as on a full disk. `--random 100` stops one command that often at random
+moments, and lets it go on each time; with `--cold` in a new Python, whose imports it stops too.
 """
 
 import argparse
 import builtins
+import errno
 import hashlib
 import json
 import os
@@ -55,6 +56,8 @@ _TIMES = {"seconds", "step_seconds", "experts_per_second", "read_gb_per_second",
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink", "os.chmod"}
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _WINDOWS = 2  # that a model writes
+_TAKES_ROOM = {"open", "save", "fsync", "os.mkdir", "os.rename"}
+FULL = 0  # in place of a signal: the operation fails
 _END = "globe.end"  # an operation too: the file that was written last may be half written
 _TEMPORARY = (".partial", ".staging", "offload-")
 
@@ -101,7 +104,7 @@ def end(child: int) -> int:
 
 
 class Operations:
-    """Counts the operations that change something below `folder`; at number `at` the process gets a signal.
+    """Counts the operations that change something below `folder`; at number `at` the process gets a signal, or FULL.
 
     `half`: after half of the bytes of the file that was written last, if nothing has happened to it since.
     """
@@ -157,6 +160,8 @@ class Operations:
                 self._is_killing = True
                 os.truncate(self._written, size // 2)
             self._count += 1
+            if self._number == FULL:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), self._number)
         self._count, self._written = self._count + 1, ""
 
@@ -387,8 +392,8 @@ class Victim:
             return None if code == -by else f"not killed: exit code {code}, {self.said}"
         *_, last = ["", *self.said.splitlines()]
         left = [name for name in contents(self.out) if any(mark in name for mark in _TEMPORARY)]
-        is_right = code == 128 + by and last.startswith("globe: interrupted") and "Traceback" not in self.said
-        if is_right and "Exception ignored" not in self.said and not left:
+        is_right = code in (0, 1) if by == FULL else code == 128 + by and last.startswith("globe: interrupted")
+        if is_right and not any(word in self.said for word in ("Traceback", "Exception ignored")) and not left:
             return None
         return f"exit code {code}, left {left}, said {self.said}"
 
@@ -461,12 +466,12 @@ def main() -> int:
     """Print the findings and a line per command; return 1 when there is a finding."""
     parser = argparse.ArgumentParser(prog="python -m tests.kills", description=__doc__)
     parser.add_argument("--command", action="append", choices=COMMANDS, help="a command (all)")
-    parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "INT", "FULL"), default="KILL")
     parser.add_argument("--random", type=int, help="so many stops at random moments, each followed by going on")
     parser.add_argument("--cold", action="store_true", help="random stops of a new Python")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    by = signal.Signals[f"SIG{given.signal}"]
+    by = FULL if given.signal == "FULL" else signal.Signals[f"SIG{given.signal}"]
     found = 0
     for name in given.command or COMMANDS:
         began = time.monotonic()
@@ -474,11 +479,13 @@ def main() -> int:
             if given.random:
                 whole, seconds, finding = stop_at_random(victim, given.random, given.seed, by, given.cold)
                 findings, latest = [finding], f"the end {median(seconds):.2f} s later, at most {max(seconds):.2f} s"
-                count = f"{given.random} times {by.name} at random moments, {latest}, {whole + 1} whole runs"
+                count = f"{given.random} times {given.signal} at random moments, {latest}, {whole + 1} whole runs"
             else:
                 points = [point for point in victim.points() if by == signal.SIGKILL or not point[1]]
+                if by == FULL:  # the other operations need no room
+                    points = [point for point in points if victim.operations[point[0]][0].split()[0] in _TAKES_ROOM]
                 findings = [victim.stop_at(*point, by) for point in points]
-                count = f"{len(points)} times {by.name} at {len(victim.operations)} operations"
+                count = f"{len(points)} times {given.signal} at {len(victim.operations)} operations"
         findings = [finding for finding in findings if finding is not None]
         for finding in findings:
             print(f"  {finding}")
