@@ -10,7 +10,7 @@ from typing import Any
 from globe_fit.run.reports import read_record
 from globe_fit.run.snapshots import Snapshots, stream_path
 from globe_kernels.errors import RequestError, tolerating
-from globe_kernels.format.files import inner_file, replacing_file
+from globe_kernels.format.files import inner_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME
 
 
@@ -46,16 +46,15 @@ class MetricStream:
                 listener(each)
 
     def _write(self, records: list[dict]) -> None:
-        lines = "".join(json.dumps(each) + "\n" for each in records)
-        if self._file is None:
+        is_new, partial = self._file is None, self._path.with_name(f"{METRICS_NAME}.partial")
+        if is_new:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            # at once, so that a kill costs no kept record; a pipe would wait for a reader, a link lead elsewhere
-            with replacing_file(self._path) as path:
-                path.write_text(lines, encoding="utf-8")
-            self._file = self._path.open("a", encoding="utf-8")
-        else:
-            self._file.write(lines)
-            self._file.flush()
+            partial.unlink(missing_ok=True)  # a pipe would wait for a reader, a link lead elsewhere
+            self._file = partial.open("w", encoding="utf-8")
+        self._file.writelines(json.dumps(each) + "\n" for each in records)
+        self._file.flush()
+        if is_new:
+            partial.replace(self._path)  # whole, so that a kill costs no kept record
 
     def __exit__(self, *_) -> None:
         if self._file is not None:
