@@ -79,6 +79,7 @@ def start(*arguments: object, output: Path, before: Callable[[], object] = lambd
         sys.stdout = sys.stderr = stream
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+        signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         sys.argv = ["globe", *map(str, arguments)]
