@@ -31,7 +31,7 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_fit, holds_model, is_empty, require_place
+from globe_kernels.format.directories import holds_fit, holds_model, holds_unfinished_fit, is_empty, require_place
 from globe_kernels.format.files import replacing_file, require_room
 from globe_kernels.format.names import FAMILIES, METRICS_NAME
 from globe_kernels.model.patching import patch
@@ -139,7 +139,9 @@ class Sweep:
         require_room(out, self.disk_bytes - sum(snapshot_bytes(out / point.name) for point in missing))
 
     def _is_finished(self, point: Point) -> bool:
-        return finished_fit(self._out / point.name, self._source, point.sizes, point.config) is not None
+        out = self._out / point.name
+        # a fit whose snapshots are there may have been killed before its last file
+        return not holds_unfinished_fit(out) and finished_fit(out, self._source, point.sizes, point.config) is not None
 
     def _snapshots(self, point: Point) -> Snapshots:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
