@@ -374,10 +374,16 @@ class Victim:
     def run(self, before: Callable[[], object] = lambda: None) -> int:
         return end(self.start(before))
 
-    def points(self) -> list[tuple[int, bool]]:
-        """List the kills: the number of the operation, and whether the file before it is half written."""
-        halves = [(number, True) for number, (_, has_half) in enumerate(self.operations) if has_half]
-        return sorted([(number, False) for number in range(len(self.operations))] + halves)
+    def points(self, by: int = signal.SIGKILL) -> list[tuple[int, bool]]:
+        """List the stops: the number of the operation, and whether the file before it is half written."""
+        if by == FULL:  # the other operations need no room
+            return [
+                (number, False) for number, (name, _) in enumerate(self.operations) if name.split()[0] in _TAKES_ROOM
+            ]
+        whole = [(number, False) for number in range(len(self.operations))]
+        if by != signal.SIGKILL:
+            return whole[:-1]  # without the end
+        return sorted(whole + [(number, True) for number, (_, has_half) in enumerate(self.operations) if has_half])
 
     def stop_at(self, number: int, half: bool, by: int = signal.SIGKILL) -> str | None:
         """Stop the command at an operation and run it again; return the finding, None where all is right."""
@@ -404,7 +410,10 @@ class Victim:
         if self.case.content is not None:
             try:
                 content = self.case.content(self.out)
-                if content not in (self._content_before, self._content_after):
+                sides = content, self._content_before, self._content_after
+                # of a sweep each point by itself
+                each = zip(*sides, strict=True) if isinstance(content, list) else [sides]
+                if any(found not in (before, after) for found, before, after in each):
                     findings.append("OUT is a mixture")
             except Exception as error:
                 findings.append(f"OUT does not load: {' '.join(str(error).split())[:120]}")
@@ -482,9 +491,7 @@ def main() -> int:
                 findings, latest = [finding], f"the end {median(seconds):.2f} s later, at most {max(seconds):.2f} s"
                 count = f"{given.random} times {given.signal} at random moments, {latest}, {whole + 1} whole runs"
             else:
-                points = [point for point in victim.points() if by == signal.SIGKILL or not point[1]]
-                if by == FULL:  # the other operations need no room
-                    points = [point for point in points if victim.operations[point[0]][0].split()[0] in _TAKES_ROOM]
+                points = victim.points(by)
                 findings = [victim.stop_at(*point, by) for point in points]
                 count = f"{len(points)} times {given.signal} at {len(victim.operations)} operations"
         findings = [finding for finding in findings if finding is not None]
