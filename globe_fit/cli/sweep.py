@@ -33,7 +33,7 @@ from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import holds_fit, holds_model, holds_unfinished_fit, is_empty, require_place
 from globe_kernels.format.files import replacing_file, require_room
-from globe_kernels.format.names import FAMILIES, METRICS_NAME
+from globe_kernels.format.names import FAMILIES, METRICS_NAME, REPORT_NAME
 from globe_kernels.model.patching import patch
 from globe_kernels.units import parse_bytes
 
@@ -165,9 +165,9 @@ class Sweep:
         for number, point in enumerate(self.points, start=1):
             if point.name in self.finished:
                 progress.tell(f"point {point.name} is finished")
+                discard_snapshots(self._out / point.name)  # a kill has left a part of them
             else:
                 self._fit(point, progress, f"{point.name} ({number} of {len(self.points)})")
-            discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]
 
     def measure(
@@ -207,6 +207,11 @@ class Sweep:
     def _row(self, point: Point) -> dict:
         checkpoint = GlobeCheckpoint(self._out / point.name)
         report = read_report(checkpoint)
+        if "families" not in report:
+            raise GlobeError(
+                f"Point {point.name} has no {REPORT_NAME}, which could not be written; mend the cause and run the same "
+                "command again: it writes the file."
+            )
         records = read_stream(self._out / point.name / METRICS_NAME)
         seconds = {record["family"]: record["seconds"] for record in records}  # of the last record of each family
         metrics = ("relative_error", "rank_bound", "svd_equal_bytes", "largest_palette")
@@ -238,7 +243,10 @@ def is_sweep(directory: Path) -> bool:
     """Whether `directory` holds a sweep: its rows, or before there are rows nothing but the fits of points."""
     return not holds_model(directory) and (
         (directory / ROWS_NAME).is_file()
-        or all(path.is_dir() and (holds_fit(path) or is_empty(path)) for path in directory.glob("[!.]*"))
+        or all(
+            path.name == PLOT_NAME or path.is_dir() and (holds_fit(path) or is_empty(path))
+            for path in directory.glob("[!.]*")
+        )
     )
 
 
