@@ -4,18 +4,31 @@ import os
 import sys
 from contextlib import suppress
 
+from globe_fit.run.stopping import Interrupted, interrupt_behind, terminating
+
 _USAGE = 2
 _INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 interrupted."""
+    """Run the command and exit: 0 done, 1 failed under way, 2 the request cannot be met, 130 Ctrl-C, 143 SIGTERM."""
     _keep_streams_usable()
+    with terminating():
+        code = _work()
+    sys.exit(code)
+
+
+def _work() -> int:
+    """Run the command, say why it ends, and return the exit code."""
     # the imports may take seconds, and Ctrl-C during them must not print a traceback either
     try:
         code, message = _run()
-    except KeyboardInterrupt:
-        code, message = _INTERRUPTED, "interrupted."
+    except (Exception, KeyboardInterrupt) as error:
+        stopped = interrupt_behind(error)
+        if stopped is None:
+            raise
+        interrupted = Interrupted(stopped)
+        code, message = interrupted.exit_code, str(interrupted)
     if message and "torch" in sys.modules:
         from globe_fit.run import distributed
 
@@ -25,7 +38,7 @@ def main() -> None:
 
         display.say(message)
     _let_streams_go()
-    sys.exit(code)
+    return code
 
 
 def _let_streams_go() -> None:
@@ -65,8 +78,9 @@ def _run() -> tuple[int, str]:
         if describe is None:
             raise
         return _USAGE, f"{describe().rstrip('.')}; {_next_step(error)}."
-    # typer turns Ctrl-C into exit code 130
-    return code, "interrupted." if code == _INTERRUPTED else ""
+    if code == _INTERRUPTED:  # typer was reading the options, and does not say which signal came
+        raise KeyboardInterrupt
+    return code, ""
 
 
 def _next_step(error: Exception) -> str:

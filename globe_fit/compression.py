@@ -19,6 +19,7 @@ from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, FitStages, Progress
 from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import differences, discard_snapshots
+from globe_fit.run.stopping import terminating
 from globe_fit.sizes import left_dense_note
 from globe_kernels.errors import RequestError, tolerating, warn
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
@@ -28,6 +29,7 @@ from globe_kernels.format.typed import checked
 from globe_kernels.format.writing import only_writer
 
 
+@terminating()
 def compress(
     model_dir: str | Path,
     out: str | Path,
@@ -68,8 +70,10 @@ def compress(
     Raises RequestError when the request cannot be met: a directory without a known MoE model, sizes out of range, too
     little memory, a text that is missing or too short, a fit with other settings or other files in `out`. Raises
     GlobeError when the work fails: damaged files, NaN or infinity in an expert, a full disk, a fit that diverges before
-    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, which says where the same call goes on; the snapshot is
-    complete then.
+    its support is fixed. Raises KeyboardInterrupt after Ctrl-C, and after SIGTERM its subclass
+    globe_fit.run.stopping.Terminated, which say where the same call goes on; the snapshot is complete then. A handler
+    of SIGTERM that the caller has set is called once the snapshot is complete. In another thread than the main thread
+    the signals stay as they are.
     """
     if not isinstance(config, FitConfig):
         raise RequestError(
@@ -85,19 +89,21 @@ def compress(
         shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
     if note := adapter_note(source.model_dir):
         warn(note)
+    calibrated_on = None if calibrate is None else identity(calibrate)
     with only_writer(Path(out)) if ranks.leads else nullcontext():
-        if not resume:
-            discard_snapshots(out)
-            ranks.every(0)  # before a rank writes there
-        calibrated_on = None if calibrate is None else identity(calibrate)
         if resume and not holds_unfinished_fit(Path(out)):
             done = finished_fit(out, source, plan.sizes, config, calibrated_on)
             if done is not None:
+                discard_snapshots(out)  # a kill has left a part of them
                 shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
                 result = stored_fit(done)
                 result.report["sizes"] = footprint_of(done)
                 return result
-        snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks)
+        plan.require_room(out)
+        if not resume:
+            discard_snapshots(out)
+            ranks.every(0)  # before a rank writes there
+        snapshots = open_snapshots(out, source, config, snapshot_minutes, calibrated_on, ranks, shown.say)
 
         with snapshots.explaining_interrupts(resume), ExitStack() as stack:
             if is_shown:

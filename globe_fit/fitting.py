@@ -23,6 +23,7 @@ from globe_fit.plan.fitting import estimate, require_supported
 from globe_fit.result import FamilyFactors, FitResult, FitStatus
 from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.metrics import check_names
+from globe_fit.run.progress import SILENT
 from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState, Solver
@@ -78,13 +79,10 @@ def fit(
     require_supported(source.base, config, calibration is not None, ranks)
     sizes = resolve_sizes(source.base, config)
     sizes = replace(sizes, provenance=_provenance(source, config, calibration))
-    with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
-        metrics = {} if calibration is None else calibration.metrics(config.device)
-        # both families before the first step: a NaN in the second is found now, not after the fit of the first
-        weights = [
-            FamilyWeights.measure(source, family, config.device, metrics.get(family), ranks) for family in FAMILIES
-        ]
-        fits = {each.family: _fit_family(each, sizes, config, start, on_step, snapshots) for each in weights}
+    metrics = {} if calibration is None else calibration.metrics(config.device)
+    # both families before the first step: a NaN in the second is found now, not after the fit of the first
+    weights = [FamilyWeights.measure(source, family, config.device, metrics.get(family), ranks) for family in FAMILIES]
+    fits = {each.family: _fit_family(each, sizes, config, start, on_step, snapshots) for each in weights}
     history = [record for done in fits.values() for record in done.history]
     diverged = [family for family, done in fits.items() if not done.completed]
     if diverged:
@@ -111,14 +109,16 @@ def open_snapshots(
     minutes: float = SNAPSHOT_MINUTES,
     calibrated_on: str | None = None,
     ranks: Ranks = ALONE,
+    say: Callable[[str], None] = SILENT.say,
 ) -> Snapshots:
     """Open the snapshots in `out` of `fit(source, config)` over `ranks`; `calibrated_on` identifies the text, if any.
 
-    Raises RequestError when `out` holds the snapshots of a fit with other settings.
+    `say` gets a sentence as soon as Ctrl-C or SIGTERM asks for the end of the fit. Raises RequestError when `out` holds
+    the snapshots of a fit with other settings.
     """
     identity = {**asdict(replace(config, device=resolve_device(config.device))), "model": asdict(source.base)}
     identity |= {"calibration": calibrated_on, "weights": source.weights_sha256}
-    return Snapshots(out, identity, minutes, ranks)
+    return Snapshots(out, identity, minutes, ranks, say)
 
 
 @dataclass(frozen=True)
@@ -176,15 +176,16 @@ def _fit_family(
     if saved is not None:
         run.restore(*saved)
     del state, saved, solver
-    completed = run.to_the_end(on_step, snapshots)
-    best, history = run.best, run.history
-    assert best is not None
-    del run
-    factors, report = finish(weights, best, sizes)
-    done = _FamilyFit(factors, report, history, completed)
-    if snapshots is not None:
-        done.save(snapshots, family, config.steps + 1)  # after the snapshot of any step
-        snapshots.stop_if_asked()
+    with snapshots.catching_interrupts() if snapshots is not None else nullcontext():
+        completed = run.to_the_end(on_step, snapshots)
+        best, history = run.best, run.history
+        assert best is not None
+        del run
+        factors, report = finish(weights, best, sizes)
+        done = _FamilyFit(factors, report, history, completed)
+        if snapshots is not None:
+            done.save(snapshots, family, config.steps + 1)  # after the snapshot of any step
+            snapshots.stop_if_asked()
     return done
 
 

@@ -19,6 +19,7 @@ from globe_fit.config import (
     FitConfig,
     VarProConfig,
 )
+from globe_fit.run.stopping import Interrupted, interrupt_behind
 from globe_kernels.format.names import DTYPE_NAMES, PHIS, SCOPES
 from globe_kernels.version import __version__
 
@@ -32,7 +33,12 @@ app = typer.Typer(
 
 def _run(command: str, options: dict[str, Any]) -> None:
     """Import the work of the commands, which takes seconds, and do the work of one of them."""
-    import_module("globe_fit.cli.commands").run(command, options)
+    try:
+        import_module("globe_fit.cli.commands").run(command, options)
+    except (Exception, KeyboardInterrupt) as error:
+        if stopped := interrupt_behind(error):
+            raise Interrupted(stopped) from error
+        raise
 
 
 def _print_version(wanted: bool) -> None:

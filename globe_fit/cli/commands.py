@@ -147,6 +147,7 @@ def _fit(
     found = _local(model_dir, revision)
     if dry_run:
         planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
+        planned.require_room(out)
         figures = planned.figures()  # by all ranks together
         if leads():
             _say_left_dense(planned.source.base)
@@ -210,8 +211,8 @@ def _sweep(
         title = f"{len(points)} points on {source.base.name}"
         if dry_run:
             rows = runs.estimate()
-            figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows)}
-            _show(figures, as_json, lambda _: print_sweep_estimate(title, rows))
+            figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows), "disk_bytes": runs.disk_bytes}
+            _show(figures, as_json, lambda found: print_sweep_estimate(title, rows, found["disk_bytes"]))
             return
         with show_progress(as_json) as shown:
             rows = runs.run(shown)
@@ -344,12 +345,6 @@ def _demo(out: Path | None, as_json: bool) -> None:
     _show(figures, as_json, print_demo)
 
 
-class Interrupted(GlobeError):
-    """Ctrl-C: the sentence says where the same command goes on."""
-
-    exit_code = 130
-
-
 _COMMANDS = {
     "plan": _plan,
     "fit": _fit,
@@ -390,9 +385,6 @@ def run(command: str, options: dict[str, Any]) -> None:
         raise RequestError("Under torchrun only globe fit runs; run the other commands without torchrun.")
     if sys.stderr.isatty():
         enable_progress_bars()  # of downloads, which the line above took away too
-    try:
-        with _saying_warnings():
-            _COMMANDS[command](**options)
-    except KeyboardInterrupt as stopped:
-        raise Interrupted(f"{str(stopped) or 'interrupted'}.") from stopped
+    with _saying_warnings():
+        _COMMANDS[command](**options)
     leave()

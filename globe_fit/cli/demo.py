@@ -46,7 +46,7 @@ def run_demo(out: Path | None, progress: Progress) -> dict:
         try:
             return _run(Path(directory), progress)
         except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt("interrupted; a demo without -o keeps nothing") from stopped
+            raise type(stopped)("interrupted; a demo without -o keeps nothing") from stopped
 
 
 def _run(out: Path, progress: Progress) -> dict:

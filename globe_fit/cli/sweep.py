@@ -20,16 +20,16 @@ from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
-from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.plan.fitting import TEXT_BYTES, disk_bytes, estimate_seconds
 from globe_fit.plan.footprint import footprint, footprint_of
 from globe_fit.result import stored_fit
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.snapshots import Snapshots, discard_snapshots
+from globe_fit.run.snapshots import Snapshots, discard_snapshots, snapshot_bytes
 from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_fit, holds_model, is_empty
+from globe_kernels.format.directories import holds_fit, holds_model, holds_unfinished_fit, is_empty
 from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.format.writing import replacing_file, require_room
@@ -130,10 +130,16 @@ class Sweep:
         if not restart:
             for point in missing:
                 self._snapshots(point)
-        require_room(out, sum(point.sizes.tensor_bytes for point in missing))
+        # of every point in turn: the checkpoints before it, and its own peak
+        before = itertools.accumulate((point.sizes.tensor_bytes + TEXT_BYTES for point in missing), initial=0)
+        peaks = (done + disk_bytes(point.sizes, point.config) for done, point in zip(before, missing, strict=False))
+        self.disk_bytes = max(peaks, default=0)
+        require_room(out, self.disk_bytes - sum(snapshot_bytes(out / point.name) for point in missing))
 
     def _is_finished(self, point: Point) -> bool:
-        return finished_fit(self._out / point.name, self._source, point.sizes, point.config) is not None
+        out = self._out / point.name
+        # a fit whose snapshots are there may have been killed before its last file
+        return not holds_unfinished_fit(out) and finished_fit(out, self._source, point.sizes, point.config) is not None
 
     def _snapshots(self, point: Point) -> Snapshots:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
@@ -157,9 +163,9 @@ class Sweep:
         for number, point in enumerate(self.points, start=1):
             if point.name in self.finished:
                 progress.tell(f"point {point.name} is finished")
+                discard_snapshots(self._out / point.name)  # a kill has left a part of them
             else:
                 self._fit(point, progress, f"{point.name} ({number} of {len(self.points)})")
-            discard_snapshots(self._out / point.name)
         return [self._row(point) for point in self.points]
 
     def measure(
@@ -192,7 +198,7 @@ class Sweep:
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error
         except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt(
+            raise type(stopped)(
                 f"interrupted in point {name}; the same command keeps the finished points and goes on from there"
             ) from stopped
 
@@ -230,7 +236,10 @@ def is_sweep(directory: Path) -> bool:
     """Whether `directory` holds a sweep: its rows, or before there are rows nothing but the fits of points."""
     return not holds_model(directory) and (
         (directory / ROWS_NAME).is_file()
-        or all(path.is_dir() and (holds_fit(path) or is_empty(path)) for path in directory.glob("[!.]*"))
+        or all(
+            path.name == PLOT_NAME or path.is_dir() and (holds_fit(path) or is_empty(path))
+            for path in directory.glob("[!.]*")
+        )
     )
 
 

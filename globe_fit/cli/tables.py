@@ -62,6 +62,7 @@ def print_estimate(figures: dict) -> None:
     rows = [[name, format_bytes(figures[key])] for name, key in parts.items() if figures[key]]
     rows.append(["peak", format_bytes(figures["peak_bytes"])])
     print_table(f"Memory of the fit{per_rank(figures['ranks'])}", ["", "bytes"], rows)
+    write(f"The directory of the fit takes {format_bytes(figures['disk_bytes'])} at its peak, with its snapshots.")
     if figures["run_bytes"]:
         write(f"Before the fit the model runs over the text in at most {format_bytes(figures['run_bytes'])}.")
 
@@ -175,7 +176,7 @@ def print_sweep(title: str, rows: list[dict], rows_file: Path, plot: Path | None
     write(f"\nRows in {rows_file}, " + (f"{without}." if plot is None else f"plot in {plot}."))
 
 
-def print_sweep_estimate(title: str, rows: list[dict]) -> None:
+def print_sweep_estimate(title: str, rows: list[dict], disk_bytes: int) -> None:
     """Print the figures of `globe sweep --dry-run`."""
     write(f"{title}.")
     header, table = _size_columns(rows)
@@ -184,7 +185,8 @@ def print_sweep_estimate(title: str, rows: list[dict]) -> None:
     _say_what_sizes_mean([row["sizes"] for row in rows])
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
     write(
-        f"\nAll points take {format_bytes(total)} on disk, and the fits about "
+        f"\nAll points take {format_bytes(total)} on disk. The fits that are left take at most "
+        f"{format_bytes(disk_bytes)} more meanwhile, with their snapshots, and about "
         f"{format_seconds(sum(row['seconds'] for row in rows))}."
     )
 

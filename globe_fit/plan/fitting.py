@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.calibration.offload import plan_run
+from globe_fit.calibration.offload import RunPlan, plan_run
 from globe_fit.config import SELF, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import Block, FamilyWeights, Statistics, block_experts
 from globe_fit.plan.footprint import footprint
 from globe_fit.run.distributed import ALONE, Ranks, join
+from globe_fit.run.snapshots import snapshot_bytes
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.registry import make_solver
@@ -35,6 +36,13 @@ _BANKS, _CODES, _BLOCKS, _BASES = 6, 6, 6, 3
 _BANKS_OF_KERNELS = 5  # the kernels add to the gradient in place
 # A calibrated fit holds C and L of every layer in fp32, and a block and its bases in the metric too.
 _MATRICES, _BLOCKS_IN_METRIC, _BASES_IN_METRIC = 2, 1, 2
+# Tensors of a snapshot: of the size of the bank, of the codes in fp32, of the codes as booleans. VarPro: the state, two
+# of Adam, the best state; allowed atoms. Alternating: the state, the best state; allowed atoms, support. Entmax adds
+# the scores and two of Adam.
+_SAVED = {"varpro": (4, 4, 1), "alternating": (2, 2, 2)}
+_SAVED_OF_ENTMAX = 3  # of the size of the codes
+_RECORD_BYTES, TEXT_BYTES = 400, 200_000  # of a step in the metric stream; of reports, histories and headers
+_TEXT_SHARE = 0.01  # of the tensors: the text of a report grows with the layers and the rows of an expert
 # The experts of a family stay on a GPU where they and the fit take less than this share of its memory. The rest is for
 # the context, the workspaces of libraries and the fragments that the allocator cannot join.
 _GPU_SHARE = 0.9
@@ -78,6 +86,11 @@ class FitPlan:
     ranks: Ranks
     memory_limit: int | None  # bytes
     needs: Estimate
+    disk_bytes: int  # in the directory of the fit, at its peak, beside an older fit
+
+    def require_room(self, out: str | Path) -> None:
+        """Require room for the fit in `out`, where snapshots of it may be. Raises GlobeError for a full disk."""
+        require_room(Path(out), self.disk_bytes - snapshot_bytes(out))
 
     def figures(self) -> dict:
         """Predict the sizes, bytes and seconds of the fit; all ranks call this together. JSON types only."""
@@ -86,6 +99,7 @@ class FitPlan:
             "atoms": self.sizes.num_atoms,
             "bytes": {"dense_experts": self.sizes.base.dense_bytes, "globe_on_disk": self.sizes.tensor_bytes},
             **asdict(self.needs),
+            "disk_bytes": self.disk_bytes,
             "sizes": footprint(self.sizes, self.source.facts, device=self.config.device),
             "peak_bytes": self.needs.peak_bytes,
             "seconds": estimate_seconds(self.source, self.sizes, self.config, self.ranks),
@@ -103,13 +117,12 @@ def plan_fit(
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
 
     Raises RequestError for sizes out of range, a combination that no fit supports, too little memory and an `out` with
-    other files, GlobeError for damaged files and too little room on the disk of `out`.
+    other files, GlobeError for damaged files.
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)
     require_supported(source.base, config, calibrate is not None, ranks)
     require_place(out, holds_fit, "fit")
-    require_room(Path(out), sizes.tensor_bytes)
     limit = None if memory_limit is None else parse_bytes(memory_limit)
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
     needs = estimate(
@@ -125,7 +138,8 @@ def plan_fit(
             f"The fit needs {format_bytes(needs.least_bytes)} at its peak{per_rank(ranks.world)} and the memory limit "
             f"is {format_bytes(limit)}; give a smaller ratio, fewer atoms or a smaller rank."
         )
-    return FitPlan(source, config, sizes, ranks, limit, needs)
+    disk = disk_bytes(sizes, config, ranks.world, run)
+    return FitPlan(source, config, sizes, ranks, limit, needs, disk)
 
 
 def per_rank(ranks: int) -> str:
@@ -186,6 +200,30 @@ def estimate(
     )
     kept = replace(needs, kept_bytes=stored_bytes * columns // base.hidden_size)
     return kept if on_gpu and kept.device_bytes <= _GPU_SHARE * _memory_of(device) else needs
+
+
+def disk_bytes(sizes: GlobeConfig, config: FitConfig, ranks: int = 1, run: RunPlan | None = None) -> int:
+    """Predict the bytes on disk at the peak of a fit, of all ranks together; `run` is of a calibrated fit.
+
+    F is the snapshot of a finished family, S of a step. A snapshot is written beside the snapshot before, the
+    checkpoint beside all snapshots:
+
+        max(F + 2 S, 2 F + S, 4 F) + sums of a calibration, 1 % more, + text
+    """
+    base = sizes.base
+    banks, codes, flags = _SAVED[config.solver]
+    if config.solver == "alternating" and config.alternating.coding.method == "entmax":
+        codes += _SAVED_OF_ENTMAX
+    bank = sizes.num_atoms * sizes.rank * base.hidden_size * 4
+    step = banks * bank + ranks * (4 * codes + flags) * base.total_experts * sizes.num_atoms
+    of_ranks = (ranks - 1) * base.total_experts * sizes.support * 8  # every rank keeps the codes of a finished family
+    family = sizes.tensor_bytes // len(FAMILIES) + of_ranks
+    sums = rewritten = 0
+    if run is not None:
+        rows = len(FAMILIES) * base.total_experts * base.intermediate_size
+        sums, rewritten = 4 * (len(base.num_experts) * base.hidden_size**2 + rows), run.rewritten_bytes
+    tensors = max(sums + max(family + 2 * step, 2 * family + step, 4 * family), rewritten)
+    return int(tensors * (1 + _TEXT_SHARE)) + len(FAMILIES) * config.steps * _RECORD_BYTES + TEXT_BYTES
 
 
 def _memory_of(device: str) -> int:

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +27,10 @@ from globe_kernels.errors import GlobeError, RequestError
 _TIMEOUT = timedelta(minutes=30)
 _TO_SPEAK = timedelta(seconds=5)
 _SPOKEN = "globe/spoken"
+_MOST_SECONDS = 20  # between two messages after SIGTERM; torchrun kills after 30
+
+_terminated = threading.Event()
+_messages = 0  # of this rank
 
 
 class RankLost(GlobeError):
@@ -151,9 +156,10 @@ def _first_to_speak() -> bool:
 
 
 def end_with_the_others() -> None:
-    """Let SIGTERM, which torchrun sends when another rank has died, end this process with a sentence.
+    """Let SIGTERM end a rank: torchrun sends it when another rank has died, and when a scheduler ends the job.
 
-    This works also while the process hangs in a message to the dead rank, which no handler in Python interrupts.
+    Where all ranks are alive, they take a common snapshot and stop. A rank that gets no message meanwhile ends with a
+    sentence, also while it hangs in a message to a dead rank, which no handler in Python interrupts.
     """
     if ranks_in_all() == 1:
         return
@@ -165,6 +171,13 @@ def end_with_the_others() -> None:
     def watch() -> None:
         while os.read(reader, 1) != bytes([signal.SIGTERM]):
             pass
+        _terminated.set()
+        if leads():
+            display.say("the fit stops when all ranks have taken a snapshot; the last snapshot stands until then.")
+        seen, quiet = _messages, 0
+        while quiet < _MOST_SECONDS:
+            time.sleep(1)
+            seen, quiet = _messages, quiet + 1 if seen == _messages else 0
         lost = RankLost("SIGTERM from torchrun")
         say(str(lost))
         os._exit(lost.exit_code)
@@ -172,7 +185,14 @@ def end_with_the_others() -> None:
     threading.Thread(target=watch, name="end with the others", daemon=True).start()
 
 
+def was_terminated() -> bool:
+    """Whether torchrun has sent SIGTERM to this rank."""
+    return _terminated.is_set()
+
+
 def _collective(function: Callable, *args: Any, **options: Any) -> None:
+    global _messages
+    _messages += 1
     try:
         function(*args, **options)
     except RuntimeError as error:

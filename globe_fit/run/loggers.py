@@ -46,12 +46,15 @@ class MetricStream:
                 listener(each)
 
     def _write(self, records: list[dict]) -> None:
-        if self._file is None:
+        is_new, partial = self._file is None, self._path.with_name(f"{METRICS_NAME}.partial")
+        if is_new:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)  # a pipe would wait for a reader, a link lead elsewhere
-            self._file = self._path.open("w", encoding="utf-8")
+            partial.unlink(missing_ok=True)  # a pipe would wait for a reader, a link lead elsewhere
+            self._file = partial.open("w", encoding="utf-8")
         self._file.writelines(json.dumps(each) + "\n" for each in records)
         self._file.flush()
+        if is_new:
+            partial.replace(self._path)  # whole, so that a kill costs no kept record
 
     def __exit__(self, *_) -> None:
         if self._file is not None:

@@ -8,19 +8,22 @@ import json
 import math
 import shutil
 import signal
-import threading
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from globe_fit.config import SNAPSHOT_MINUTES
-from globe_fit.run.distributed import ALONE, Ranks
+from globe_fit.run.distributed import ALONE, Ranks, was_terminated
+from globe_fit.run.progress import SILENT
+from globe_fit.run.stopping import in_main_thread, interrupt, interrupt_behind
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.files import inner_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
@@ -33,15 +36,23 @@ class Snapshots:
     """The snapshots of one fit in `out`, a directory that all `ranks` see.
 
     `identity` holds the settings and the model of the fit as JSON; the number of ranks is added. A fit continues only
-    from snapshots with an equal identity. Raises RequestError, with the settings that differ, when `out` holds the
-    snapshots of another fit.
+    from snapshots with an equal identity. `say` gets a sentence as soon as a signal asks for the end of the fit. Raises
+    RequestError, with the settings that differ, when `out` holds the snapshots of another fit.
     """
 
-    def __init__(self, out: str | Path, identity: dict, minutes: float = SNAPSHOT_MINUTES, ranks: Ranks = ALONE):
+    def __init__(
+        self,
+        out: str | Path,
+        identity: dict,
+        minutes: float = SNAPSHOT_MINUTES,
+        ranks: Ranks = ALONE,
+        say: Callable[[str], None] = SILENT.say,
+    ):
         self.directory = Path(out) / SNAPSHOT_DIRECTORY
         self._identity, self._seconds = identity | {"ranks": ranks.world}, 60 * minutes
         self._last = time.monotonic()
-        self._stop, self._ranks = False, ranks
+        self._ranks, self._say = ranks, say
+        self._signal = 0  # that asks for the end of the fit
         self._failure: Exception | None = None
         for path in self._parts():
             self._require_same(path)
@@ -134,26 +145,34 @@ class Snapshots:
 
     def due(self) -> bool:
         """Whether it is time for the next snapshot, on any rank."""
-        return self._any(self._stop or time.monotonic() - self._last >= self._seconds)
+        return self._largest(self._asked or time.monotonic() - self._last >= self._seconds) > 0
 
     def stop(self, failure: Exception) -> None:
         """Ask for a snapshot and then for the end of the fit, by the exception of a caller's function."""
-        self._stop, self._failure = True, failure
+        self._signal, self._failure = signal.SIGINT, failure
 
     def stop_if_asked(self) -> None:
         """Raise the exception of `stop`, or KeyboardInterrupt on all ranks; call it when a snapshot is complete."""
-        if self._any(self._stop):
-            raise self._failure or KeyboardInterrupt
+        if asked := self._largest(self._asked):
+            raise self._failure or interrupt(asked)
 
-    def _any(self, wish: bool) -> bool:
-        return any(value for (value,) in self._ranks.every(wish))
+    @property
+    def _asked(self) -> int:
+        """The signal that asks this rank for the end of the fit; 0 while there is none."""
+        return signal.SIGTERM if was_terminated() else self._signal
+
+    def _largest(self, value: float) -> float:
+        return max(value for (value,) in self._ranks.every(value))
 
     @contextmanager
     def explaining_interrupts(self, resume: bool = True) -> Iterator[None]:
         """Let a KeyboardInterrupt from inside say where the fit goes on; `resume`: whether this fit was to go on."""
         try:
             yield
-        except KeyboardInterrupt as stopped:
+        except (Exception, KeyboardInterrupt) as error:
+            stopped = interrupt_behind(error)
+            if stopped is None:
+                raise
             again = "the same command" + ("" if resume else " without --restart")
             if self._parts():
                 reached = self.reached()
@@ -164,30 +183,50 @@ class Snapshots:
                 why = "interrupted before the first snapshot; the same command begins from the start"
             else:
                 why = "interrupted; nothing was written"
-            raise KeyboardInterrupt(why) from stopped
+            raise type(stopped)(why) from error
 
     @contextmanager
     def catching_interrupts(self) -> Iterator[None]:
-        """Let the first Ctrl-C inside wait for the end of the step and its snapshot; the second does not wait."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        usual = signal.getsignal(signal.SIGINT)
+        """Let the first Ctrl-C or SIGTERM inside wait for the end of the step and its snapshot, and say so.
 
-        def ask_to_stop(*_) -> None:
-            self._stop = True
-            signal.signal(signal.SIGINT, usual)
+        Another Ctrl-C does not wait. When the snapshot is complete, the handler that the caller had set is called.
+        """
+        caught = [signal.SIGINT, signal.SIGTERM] if self._ranks.world == 1 else [signal.SIGINT]  # torchrun: distributed
+        handlers = {number: signal.getsignal(number) for number in caught if in_main_thread()}
+        # a signal that is ignored stays so; a handler of C cannot be put back
+        usual: dict[int, Any] = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
-        signal.signal(signal.SIGINT, ask_to_stop)
+        def ask_to_stop(number: int, frame: FrameType | None) -> None:
+            if not self._signal:
+                self._signal = number
+                before = "the last snapshot stands until then" if any(self._parts()) else "there is no snapshot before"
+                hint = "; another Ctrl-C does not wait" if number == signal.SIGINT else ""
+                self._say(f"the fit stops when its step and a snapshot are complete; {before}{hint}.")
+            elif number == signal.SIGINT:
+                usual[number](number, frame)
+
+        for number in usual:
+            signal.signal(number, ask_to_stop)
         try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
+            try:
+                yield
+            finally:
+                for number, handler in usual.items():
+                    signal.signal(number, handler)
+        except KeyboardInterrupt:
+            if callable(handler := usual.get(self._signal)):
+                handler(self._signal, None)
+            raise
 
 
 def stream_path(out: str | Path) -> Path:
     """Return the path of the metric stream of an unfinished fit in `out`."""
     return Path(out) / SNAPSHOT_DIRECTORY / METRICS_NAME
+
+
+def snapshot_bytes(out: str | Path) -> int:
+    """Return the bytes of all snapshots in `out`."""
+    return sum(path.stat().st_size for path in (Path(out) / SNAPSHOT_DIRECTORY).glob("*.safetensors"))
 
 
 def discard_snapshots(out: str | Path) -> None:

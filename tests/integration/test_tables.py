@@ -136,7 +136,7 @@ def test_a_sweep_of_long_names(printed):
     mixed = [rows[0], rows[1] | {"completed": False, "sizes": UNKNOWN}]
     text = printed(lambda: tables.print_sweep("2 points on a model", mixed, Path("out/sweep.jsonl"), None))
     assert "diverged" in text and "is not counted" in text
-    assert "34.3 hours" in printed(lambda: tables.print_sweep_estimate("2 points on a model", rows[:2]))
+    assert "34.3 hours" in printed(lambda: tables.print_sweep_estimate("2 points on a model", rows[:2], 10**9))
 
 
 def test_the_demo(printed):

@@ -50,7 +50,8 @@ def write_report(directory: Path, out: Path | None = None, *, base: Path | None 
     written = []
     for plot in (plot for group in (errors, *groups) for plot in group.plots if png):
         written.append(str(out.with_name(f"{out.stem}-{plot.name}.png")))
-        save_png(plot.figure, plot.title, written[-1])
+        with replacing_file(Path(written[-1])) as path:
+            save_png(plot.figure, plot.title, str(path))
     found = {family: metrics.get("relative_error") for family, metrics in facts.families.items()}
     return {
         "html": str(out),

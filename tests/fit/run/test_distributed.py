@@ -168,6 +168,7 @@ def under_torchrun(monkeypatch):
 
 
 def test_why_a_fit_ends_is_said_once(under_torchrun, monkeypatch, capsys):
+    monkeypatch.setattr("globe_fit.cli.commands.end_with_the_others", lambda: None)  # this process hears no torchrun
     monkeypatch.setattr("sys.argv", ["globe", "inspect", "somewhere"])
     code, message = _run()
     assert code == 2 and message.startswith("Under torchrun only globe fit runs")
