@@ -191,9 +191,9 @@ def require_room(target: Path, needed: int) -> None:
 class ShardWriter:
     """Write named tensors to `stem.safetensors`, or to `stem-00001-of-0000N.safetensors` above 4 GiB.
 
-    The files are written into `staging`, for the directory `target`: a name that `target` has already gets the first
-    digits of the file's sha256. At most one shard of tensors is in memory. Give one entry of metadata: safetensors
-    writes several entries in random order, and the bytes would not be reproducible.
+    The files are written into `staging`, for the directory `target`: where `target` has other content by a name, the
+    name gets the first digits of the file's sha256. At most one shard of tensors is in memory. Give one entry of
+    metadata: safetensors writes several entries in random order, and the bytes would not be reproducible.
     """
 
     def __init__(self, staging: Path, target: Path, stem: str, metadata: dict[str, str]):
@@ -237,9 +237,10 @@ class ShardWriter:
 
 
 def free_name(target: Path, stem: str, suffix: str, digest: str) -> str:
-    """Return a name for a file with this sha256 that no other file in `target` has: stem and suffix where free."""
-    name = f"{stem}{suffix}"
-    return f"{stem}-{digest[:8]}{suffix}" if (target / name).exists() else name
+    """Return a name for a file with this sha256 that no other content in `target` has: stem and suffix where free."""
+    usual = target / f"{stem}{suffix}"
+    is_free = not usual.exists() or (usual.is_file() and sha256(usual) == digest)
+    return usual.name if is_free else f"{stem}-{digest[:8]}{suffix}"
 
 
 def written_files(target: Path, stem: str) -> set[str]:
