@@ -1,7 +1,7 @@
 """The verb `compress`: from the directory of a model to a GloBE checkpoint on disk."""
 
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -130,6 +130,8 @@ def compress(
             stages.begin()
             result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
             if ranks.leads:  # on the disk before the loggers end
+                provenance = result.config.provenance | {"weights_sha256": source.weights_sha256}
+                result = replace(result, config=replace(result.config, provenance=provenance))
                 result.report.update(base=source.facts, command=command)
                 save_fit(result, source, out)
         if ranks.leads:
@@ -163,7 +165,6 @@ def finished_fit(
     provenance = checked(_Provenance, checkpoint.config.provenance, where, "restore the file or fit again")
     calibration = provenance.get("calibration") or {}
     found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
-    require_same_weights(checkpoint, source)
     wanted = asdict(config), sizes, calibrated_on
     if differences(_identity(*found), _identity(*wanted)):
         changes = differences(*({"ratio": each[0].get("ratio"), **_identity(*each)} for each in (found, wanted)))
@@ -171,6 +172,7 @@ def finished_fit(
             f"{out} holds a finished fit with other settings ({changes}); give another directory, or fit over it "
             "(--restart, in Python resume=False)."
         )
+    require_same_weights(checkpoint, source)
     return checkpoint
 
 

@@ -78,7 +78,7 @@ def fit(
     config = replace(config, device=resolve_device(config.device))
     require_supported(source.base, config, calibration is not None, ranks)
     sizes = resolve_sizes(source.base, config)
-    sizes = replace(sizes, provenance=_provenance(source, config, calibration))
+    sizes = replace(sizes, provenance=_provenance(config, calibration))
     metrics = {} if calibration is None else calibration.metrics(config.device)
     # both families before the first step: a NaN in the second is found now, not after the fit of the first
     weights = [FamilyWeights.measure(source, family, config.device, metrics.get(family), ranks) for family in FAMILIES]
@@ -189,7 +189,7 @@ def _fit_family(
     return done
 
 
-def _provenance(source: ExpertSource, config: FitConfig, calibration: Calibration | None) -> dict:
+def _provenance(config: FitConfig, calibration: Calibration | None) -> dict:
     versions = {
         "globe": __version__,
         "torch": torch.__version__,
@@ -199,8 +199,7 @@ def _provenance(source: ExpertSource, config: FitConfig, calibration: Calibratio
     # through JSON, so that a configuration equals itself after it was saved and loaded
     settings = json.loads(json.dumps(asdict(config)))
     facts = None if calibration is None else calibration.facts
-    known = {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
-    return {**known, "weights_sha256": source.weights_sha256}
+    return {"seed": config.seed, "fit": settings, "calibration": facts, "versions": versions}
 
 
 def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: int) -> BankState:

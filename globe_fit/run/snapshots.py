@@ -226,7 +226,7 @@ def stream_path(out: str | Path) -> Path:
 
 def snapshot_bytes(out: str | Path) -> int:
     """Return the bytes of all snapshots in `out`."""
-    return sum(path.stat().st_size for path in (Path(out) / SNAPSHOT_DIRECTORY).glob("*.safetensors"))
+    return sum(path.lstat().st_size for path in (Path(out) / SNAPSHOT_DIRECTORY).glob("*.safetensors"))
 
 
 def discard_snapshots(out: str | Path) -> None:

@@ -37,7 +37,7 @@ from safetensors import SafetensorError, safe_open
 
 from globe_kernels.errors import GlobeError, tolerating, warn
 from globe_kernels.format.directories import had_writer, holds_model, not_a_checkpoint
-from globe_kernels.format.files import inner_file, read_json
+from globe_kernels.format.files import inner_file, parse_object, read_json
 from globe_kernels.format.hub import local_directory
 from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import (
@@ -236,7 +236,7 @@ class GlobeCheckpoint:
                 break
             time.sleep(_PAUSE)
         if not self._is_whole():
-            self._report, self.metrics = {}, ""
+            self._report = self.metrics = ""
             warn(
                 f"{REPORT_NAME} or {METRICS_NAME} in {self.path} is of another fit than the tensors, so GloBE reads "
                 "the checkpoint without both; restore the files, or run the command that wrote them again."
@@ -259,19 +259,22 @@ class GlobeCheckpoint:
         self.bytes_on_disk = sum((self.path / name).stat().st_size for name in files)  # of the tensor files
         self._where = {key: (name, handle) for name, handle in handles.items() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
-        self._report: dict = {}
-        if (self.path / REPORT_NAME).is_file():
-            self._report = read_json(inner_file(self.path, REPORT_NAME), _REMEDY, finite=True)
-        self._ties = self._report.pop(_FIT, None), self._report.pop(_METRICS, None)
+        self._report = self._text(REPORT_NAME)
         #: The metric stream of the fit, one JSON object a line; empty when the checkpoint came without it.
-        self.metrics = ""
-        if (self.path / METRICS_NAME).is_file():
-            self.metrics = inner_file(self.path, METRICS_NAME).read_text(encoding="utf-8", errors="replace")
+        self.metrics = self._text(METRICS_NAME)
+
+    def _text(self, name: str) -> str:
+        """Read a file without which the checkpoint is whole; empty when there is none."""
+        path = inner_file(self.path, name)
+        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
     def _is_whole(self) -> bool:
         """Whether report and metric stream are of this fit, as far as the files tell."""
-        fit, metrics = self._ties
-        return fit in (None, self.fingerprint) and (not self.metrics or metrics in (None, _sha256(self.metrics)))
+        with suppress(GlobeError):  # the report is damaged, which counts where somebody asks for it
+            report = self._parsed_report()
+            fit, metrics = report.get(_FIT), report.get(_METRICS)
+            return fit in (None, self.fingerprint) and (not self.metrics or metrics in (None, _sha256(self.metrics)))
+        return True
 
     def _open(self, name: str):
         path = inner_file(self.path, name)
@@ -327,7 +330,11 @@ class GlobeCheckpoint:
 
     def report(self) -> dict:
         """Return fit_report.json, the measurements of the fit; {} when the checkpoint came without it."""
-        return self._report
+        report = self._parsed_report()
+        return {key: value for key, value in report.items() if key not in (_FIT, _METRICS)}
+
+    def _parsed_report(self) -> dict:
+        return parse_object(self._report, self.path / REPORT_NAME, _REMEDY, finite=True) if self._report else {}
 
 
 _TORCH_DTYPES = {

@@ -55,13 +55,22 @@ def read_json(path: Path, remedy: str, *, finite: bool = False) -> dict:
     try:
         if not path.is_file():
             raise GlobeError(f"{path} is no file; {remedy}.")
-        data = parse_json(path.read_text(encoding="utf-8"), finite=finite)
-    except (OSError, ValueError) as error:
-        if isinstance(error, (GlobeError, PermissionError)):
-            raise
+        text = path.read_text(encoding="utf-8")
+    except PermissionError:
+        raise
+    except (OSError, UnicodeError) as error:
         raise GlobeError(f"{path} is not valid JSON ({error}); {remedy}.") from error
+    return parse_object(text, path, remedy, finite=finite)
+
+
+def parse_object(text: str, where: Path, remedy: str, *, finite: bool = False) -> dict:
+    """Parse the JSON object that the file `where` holds, as `read_json` does."""
+    try:
+        data = parse_json(text, finite=finite)
+    except ValueError as error:
+        raise GlobeError(f"{where} is not valid JSON ({error}); {remedy}.") from error
     if not isinstance(data, dict):
-        raise GlobeError(f"{path} holds a {type(data).__name__} and GloBE expects an object; {remedy}.")
+        raise GlobeError(f"{where} holds a {type(data).__name__} and GloBE expects an object; {remedy}.")
     return data
 
 

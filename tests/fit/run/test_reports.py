@@ -37,6 +37,7 @@ def test_the_report_of_a_fit(directory):
     assert report["later"] == {"version": 9} and report["families"]["up"]["relative_error"] > 0
     assert stored_fit(checkpoint).status.completed
     (directory / "fit_report.json").unlink()
+    checkpoint = GlobeCheckpoint(directory)
     assert read_report(checkpoint) == {}
     with pytest.raises(GlobeError, match=r"fit_report.json has no families; restore the file"):
         stored_fit(checkpoint)
