@@ -4,23 +4,26 @@ The records of the metric stream and the families of fit_report.json use only th
 """
 
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
+
+
+_Count = Annotated[int, range(2**60)]
 
 
 class Histogram(TypedDict):
     """Counts of values in bins, between edges."""
 
-    counts: list[int]
+    counts: list[_Count]
     edges: list[float]
 
 
 class SpotCheck(TypedDict):
     """A comparison of one expert as stored with the raw expert."""
 
-    layer: int
-    expert: int
+    layer: _Count
+    expert: _Count
     relative_error: float
-    number: list[int]
+    number: list[_Count]
     spectrum_dense: list[float]
     spectrum_stored: list[float]
     angles_degrees: list[float]
@@ -39,7 +42,7 @@ class MetricRow:
 _HISTOGRAM = "counts and edges of equal bins"
 
 METRICS = {
-    "step": MetricRow("", "", "passes over all experts so far", int),
+    "step": MetricRow("", "", "passes over all experts so far", _Count),
     "family": MetricRow("", "", "gate or up", str),
     # reconstruction
     "relative_error": MetricRow(
@@ -91,7 +94,7 @@ METRICS = {
     ),
     "dead_atoms": MetricRow("atoms", "lower", "atoms that no expert uses"),
     "largest_palette": MetricRow("atoms", "lower", "atoms that one layer uses, largest over the layers"),
-    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses", dict[int, int]),
+    "palette_sizes": MetricRow("atoms", "lower", "atoms that each layer uses", dict[int, _Count]),
     # stability
     "atom_norm_min": MetricRow("weight/scale", "", "smallest Frobenius norm of an atom"),
     "atom_norm_median": MetricRow("weight/scale", "", "median Frobenius norm of an atom"),

@@ -262,7 +262,7 @@ def _read_report(directory: Path) -> Any:
 def _write_page(directory: Path) -> Any:
     figures = write_report(directory, directory / "report.html")
     page = (directory / "report.html").read_text()
-    assert "<svg" in page and "</html>" in page
+    assert "</html>" in page
     return figures
 
 
