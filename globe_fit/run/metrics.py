@@ -6,7 +6,6 @@ The records of the metric stream and the families of fit_report.json use only th
 from dataclasses import dataclass
 from typing import Annotated, Any, TypedDict
 
-
 _Count = Annotated[int, range(2**60)]
 
 
