@@ -4,7 +4,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -206,7 +206,7 @@ def _sweep(
     _say_left_dense(source.base)
     windows = None if text is None else token_windows(source.model_dir, text)
     require_place(out, is_sweep, "sweep")
-    with nullcontext() if dry_run else only_writer(out):
+    with only_writer(out):
         runs = Sweep(source, points, out, restart=restart, minutes=snapshot_minutes)
         title = f"{len(points)} points on {source.base.name}"
         if dry_run:
@@ -280,6 +280,7 @@ def _eval(
     windows = None if text is None else token_windows(whole, text)
     tasks = load_tasks(names, lm_eval_tasks) if names else None
     target = resolve_device(device or "auto")
+    checkpoint = GlobeCheckpoint(found, verify=False) if is_checkpoint else None  # patch reads and verifies the weights
     models, labels, strategies = {}, {}, ()
     if base_dir is not None:
         models["dense"], labels["dense"] = load_model(base_dir, target), f"dense: {base}"
@@ -308,11 +309,11 @@ def _eval(
             on_run=lambda task, name: None if as_json else say(f"lm-eval runs {task} on the model {name}"),
         )
     _show(figures, as_json, lambda _: print_evaluation(figures, text))
-    if is_checkpoint and text is not None and repository_of(found) is None:  # the cache of the Hub is not ours
+    if checkpoint is not None and text is not None and repository_of(found) is None:  # the cache of the Hub is not ours
         machine = {"device": target, "threads": torch.get_num_threads(), "strategies": list(strategies)}
         kept = {"text": text.name, "tokens": figures["tokens"], "command": _command(), **machine}
         with tolerating("Keeping the evaluation", f"the report of {model} will not have these figures"):
-            record_evaluation(GlobeCheckpoint(found), kept | {name: figures[name] for name in models})
+            record_evaluation(checkpoint, kept | {name: figures[name] for name in models})
 
 
 def _kind(model: Path) -> str:

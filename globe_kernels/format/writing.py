@@ -39,7 +39,7 @@ def only_writer(directory: Path) -> Iterator[None]:
     require_writable(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        path = directory / LOCK_NAME
+        path = directory.resolve() / LOCK_NAME  # one lock for all names of the directory
         lock = FileLock(path, timeout=0, is_singleton=True)
         lock.acquire()
     except Timeout:
