@@ -11,6 +11,7 @@ import json
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from multiprocessing import get_context
@@ -83,7 +84,9 @@ def _write_checkpoint(folder: Path, number: int) -> str:
 
 
 def _read_checkpoint(folder: Path, number: int) -> str:
-    found = GlobeCheckpoint(folder / "shared")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a report of another fit
+        found = GlobeCheckpoint(folder / "shared")
     expected = GlobeCheckpoint(folder / f"fit{found.config.provenance['seed']}")
     same = found.config == expected.config and found.report() == expected.report()
     # the stored fit writes the records again: the same numbers, perhaps other spaces

@@ -232,7 +232,8 @@ class GlobeCheckpoint:
                 if self._switch() == before:
                     raise
                 continue
-            if self._switch() == before and (self._is_whole() or not had_writer(self.path)):
+            is_written = had_writer(self.path)  # before the switch is looked at: a writer may end in between
+            if self._switch() == before and (self._is_whole() or not is_written):
                 break
             time.sleep(_PAUSE)
         if not self._is_whole():
@@ -242,11 +243,12 @@ class GlobeCheckpoint:
                 "the checkpoint without both; restore the files, or run the command that wrote them again."
             )
 
-    def _switch(self) -> bytes:
-        """Read the file that a writer replaces last."""
-        with suppress(FileNotFoundError):
-            return inner_file(self.path, CONFIG_NAME).read_bytes()
-        return b""
+    def _switch(self) -> tuple[int, int] | None:
+        """Identify the file that a writer replaces last."""
+        with suppress(OSError):
+            status = (self.path / CONFIG_NAME).stat()
+            return status.st_ino, status.st_mtime_ns
+        return None
 
     def _open_all(self) -> None:
         data = read_json(inner_file(self.path, CONFIG_NAME), _REMEDY, finite=True)
