@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from globe_fit.data.beside import files_beside, state_dtype
+from globe_fit.data.beside import files_beside, files_of_a_model, state_dtype
 from globe_fit.data.disk_names import ExpertKey
 from globe_fit.data.quantized.config import without_quantization
 from globe_fit.data.source import ExpertSource, read_config
@@ -244,9 +244,17 @@ def _write_model(
     if note := adapter_note(base.model_dir):
         warn(note, stacklevel=3)
     copied = [(name, inner_file(base.model_dir, str(name))) for name in files_beside(base.model_dir)]
+    shared = [str(name) for name, _ in copied]
+    if out.is_dir() and (others := {*files_of_a_model(out)} - {*shared}):
+        raise RequestError(
+            f"{out} has {min(others)} and {base.model_dir} does not: the export there is of another model, which would "
+            "leave the file to this export; give a new directory, or remove the file."
+        )
     stem = _DENSE_STEM if quantization is None else _GLOBE_STEM
+    if stem == _DENSE_STEM:  # its weights have the names of the old weights, whatever the configuration says
+        shared.append(MODEL_CONFIG_NAME)
     with only_writer(out):
-        with staged_directory(out, switch=MODEL_CONFIG_NAME, shared=[str(name) for name, _ in copied]) as staging:
+        with staged_directory(out, switch=MODEL_CONFIG_NAME, shared=shared) as staging:
             for name, path in copied:
                 (staging / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, staging / name)

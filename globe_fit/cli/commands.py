@@ -323,7 +323,7 @@ def _kind(model: Path) -> str:
 
 
 def _inspect(globe_dir: str, verify: bool, layers: bool, as_json: bool) -> None:
-    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=False)  # figures, no weights
+    checkpoint = GlobeCheckpoint(_local(globe_dir), verify=verify)  # figures alone need no hashes
     if verify:
         checkpoint.verify()
     _show(inspect_checkpoint(checkpoint), as_json, lambda figures: print_inspection(figures, layers))

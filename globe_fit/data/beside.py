@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 
-from globe_kernels.format.names import BESIDE_WEIGHTS
+from globe_kernels.format.names import BESIDE_WEIGHTS, LICENCES
 
 _WEIGHTS = ("*.safetensors*", "*.bin*", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx*", "*.npz")
 
@@ -23,6 +23,13 @@ def files_beside(model_dir: Path) -> Iterator[Path]:
             is_weight = any(fnmatch(file.name.lower(), pattern) for pattern in _WEIGHTS)
             if file.is_file() and not is_hidden and not is_weight:
                 yield name
+
+
+def files_of_a_model(directory: Path) -> Iterator[str]:
+    """Yield the files in `directory` itself by which a model runs otherwise: its tokenizer, templates and code."""
+    for name in files_beside(directory):
+        if len(name.parts) == 1 and not any(fnmatch(name.name.lower(), pattern) for pattern in (*LICENCES, "assets")):
+            yield name.name
 
 
 def state_dtype(config: dict, name: str, *, change: bool) -> None:

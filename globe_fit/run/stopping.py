@@ -68,6 +68,8 @@ def terminating() -> Iterator[None]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+        if usual:
+            _received.clear()
 
 
 def in_main_thread() -> bool:

@@ -53,13 +53,13 @@ from globe_kernels.format.names import (
     SCOPES,
 )
 from globe_kernels.format.typed import Size, checked
-from globe_kernels.format.verification import Verification
+from globe_kernels.format.verification import Verification, verifies
 from globe_kernels.format.writing import ShardWriter, only_writer, staged_directory, written_files
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 2**60
 _STEM = "globe"
-_REMEDY = "restore the file or fit again"
+_REMEDY = "restore the file or fit again with --restart"
 # Keys of fit_report.json that tie it and the metric stream to the tensors.
 _FIT, _METRICS = "fingerprint", "metrics_sha256"
 _TRIES, _PAUSE = 40, 0.05  # openings while a writer replaces the files, and seconds between two of them
@@ -221,7 +221,7 @@ class GlobeCheckpoint:
         before the first of its tensors is used. Raises RequestError when `path` holds no GloBE checkpoint, GlobeError
         when it is damaged.
         """
-        self.path, self._verify = local_directory(path), verify
+        self.path, self._verify = local_directory(path), verify and verifies()
         if not (self.path / CONFIG_NAME).is_file():
             raise not_a_checkpoint(path)
         for _ in range(_TRIES):
@@ -257,7 +257,7 @@ class GlobeCheckpoint:
         listed = checked(_Listed, data, where, _REMEDY)
         files, self.fingerprint = listed.get("files", {}), listed.get("fingerprint")
         handles = {name: self._open(name) for name in files}
-        self._verification = Verification(self.path, files, "copy the file again or fit again", enabled=self._verify)
+        self._verification = Verification(self.path, files, "copy the file again, or fit again with --restart")
         self.bytes_on_disk = sum((self.path / name).stat().st_size for name in files)  # of the tensor files
         self._where = {key: (name, handle) for name, handle in handles.items() for key in handle.keys()}  # noqa: SIM118
         self._check_tensors()
@@ -285,7 +285,9 @@ class GlobeCheckpoint:
         try:
             handle = safe_open(path, framework="pt", device="cpu")
         except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: torch cannot map the file
-            raise GlobeError(f"{path} is damaged or truncated ({error}); copy it again or fit again.") from error
+            raise GlobeError(
+                f"{path} is damaged or truncated ({error}); copy it again, or fit again with --restart."
+            ) from error
         if (handle.metadata() or {}).get("fingerprint") != self.fingerprint:
             raise GlobeError(
                 f"{path} was not written together with the {CONFIG_NAME} beside it; restore both from one fit, or "
@@ -325,7 +327,8 @@ class GlobeCheckpoint:
 
     def _tensor(self, name: str) -> torch.Tensor:
         file, handle = self._where[name]
-        self._verification.require([file])
+        if self._verify:
+            self._verification.require([file])
         tensor = handle.get_tensor(name)
         require_finite(tensor, f"{name} in {self.path}")
         return tensor

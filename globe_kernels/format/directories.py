@@ -24,9 +24,11 @@ from globe_kernels.format.names import (
     INDEX_NAME,
     LOCK_NAME,
     MODEL_CONFIG_NAME,
+    PLACED_NAME,
     QUANT_METHOD,
     SINGLE_NAME,
     SNAPSHOT_DIRECTORY,
+    STAGING_NAME,
 )
 
 _SHOWN = 3  # names of files in an error
@@ -114,6 +116,15 @@ def adapter_note(path: Path) -> str | None:
 def had_writer(path: Path) -> bool:
     """Whether a writer of GloBE is at work in `path`, or was killed there."""
     return (path / LOCK_NAME).exists()
+
+
+def _is_left_by_a_kill(path: Path) -> bool:
+    """Whether all that `path` holds are files of a writer that was killed while the files took their places."""
+    placed = path / STAGING_NAME / PLACED_NAME
+    if not placed.is_file():
+        return False
+    names = placed.read_text(encoding="utf-8", errors="replace").splitlines()
+    return all(found.name in names for found in path.glob("[!.]*"))
 
 
 def holds_fit(path: Path) -> bool:
@@ -217,7 +228,7 @@ def require_place(out: str | Path, is_own: Callable[[Path], bool], kind: str) ->
     RequestError.
     """
     out = Path(out)
-    if not out.is_dir() or is_empty(out) or is_own(out) or had_writer(out):
+    if not out.is_dir() or is_empty(out) or is_own(out) or _is_left_by_a_kill(out):
         return
     names = _names(out)
     if holds_model(out):

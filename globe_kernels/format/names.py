@@ -15,12 +15,15 @@ SCOPES = ("global", "layer")
 # dtypes of an export, as a person names them
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 LOCK_NAME = ".globe.lock"  # in a directory that is written to
+STAGING_NAME = ".staging"  # of the files of a writer, before they take their places
+PLACED_NAME = ".placed"  # in there: the names that are taking their places
 SNAPSHOT_DIRECTORY = ".snapshot"  # of an unfinished fit, in the directory of its checkpoint
 # of transformers: the configuration of a model, its weights in one file, the index of several files, an adapter beside
 MODEL_CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+LICENCES = ("*license*", "*licence*", "notice*", "use_policy*")
 # The files and folders that a model needs to run, and its licence, in lower case: not its configuration, not weights of
 # any format, no files of a training. A folder that holds code belongs to them too.
 BESIDE_WEIGHTS = (
@@ -44,10 +47,7 @@ BESIDE_WEIGHTS = (
     "*processor_config.json",
     "assets",
     "*.py",
-    "*license*",
-    "*licence*",
-    "notice*",
-    "use_policy*",
+    *LICENCES,
 )
 CARD_NAME = "README.md"
 CARD_MARK = "Compressed with GloBE"  # in the model card of an export

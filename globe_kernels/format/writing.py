@@ -20,11 +20,10 @@ from safetensors.torch import save_file
 
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.files import sha256
-from globe_kernels.format.names import LOCK_NAME
+from globe_kernels.format.names import LOCK_NAME, PLACED_NAME, STAGING_NAME
 from globe_kernels.units import format_bytes
 
 MAX_SHARD_BYTES = 4 * 2**30
-_STAGING = ".staging"
 
 
 @contextmanager
@@ -66,10 +65,10 @@ def staged_directory(target: Path, *, switch: str, shared: Iterable[str] = ()) -
     Yields an empty staging directory on the same file system. On success its files, also in folders, are synced and
     renamed into `target`, the file named `switch` last. Files that the switch names have names that the old set does
     not have (`ShardWriter`). `shared` are files that both sets have by one name, such as a tokenizer: where such a file
-    differs, the old switch goes before the first rename, so that nobody reads a mixture. Other files of `target` stay.
+    differs, the old switch goes before the first rename, and a kill then leaves no set. Other files of `target` stay.
     """
     with only_writer(target):
-        staging = target / _STAGING
+        staging = target / STAGING_NAME
         try:
             _remove(staging)  # of a writer that was killed
             staging.mkdir()
@@ -82,6 +81,8 @@ def staged_directory(target: Path, *, switch: str, shared: Iterable[str] = ()) -
                 _sync(path)
             if any(_differ(staging / name, target / name) for name in shared):
                 (target / switch).unlink(missing_ok=True)
+            # if a kill ends the writer from here on, the next writer knows these files as its own
+            (staging / PLACED_NAME).write_text("\n".join({name.parts[0] for name in files}), encoding="utf-8")
             for name, path in sorted(files.items(), key=lambda item: (str(item[0]) == switch, item[0])):
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target / name)

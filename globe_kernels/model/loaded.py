@@ -10,7 +10,7 @@ from torch import nn
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import exported_bank_key, require_finite
 from globe_kernels.format.names import BANK_NAME, FAMILIES
-from globe_kernels.format.verification import Verification
+from globe_kernels.format.verification import Verification, verifies
 from globe_kernels.model.parallel import here
 from globe_kernels.model.renaming import Renaming
 from globe_kernels.model.targets import globe_modules
@@ -63,10 +63,10 @@ def check_exported_files(files: list[str], model: Any) -> None:
             )
 
 
-def verification(files: list[str], recorded: dict[str, str]) -> Verification:
-    """Return the comparison of the files of an export with their recorded sha256; nothing is recorded in older exports.
+def verification(files: list[str], recorded: dict[str, str]) -> Verification | None:
+    """Begin to compare the files of an export with their recorded sha256, which older exports do not have.
 
-    Raises GlobeError when other files are loaded than the export has.
+    Returns None where nothing is compared. Raises GlobeError when other files are loaded than the export has.
     """
     loaded = {Path(file).name for file in files}
     if recorded and (other := loaded ^ recorded.keys()):
@@ -74,7 +74,11 @@ def verification(files: list[str], recorded: dict[str, str]) -> Verification:
             f"config.json records the files {', '.join(sorted(recorded))} and the weights are in "
             f"{', '.join(sorted(loaded))}: {min(other)} is of another export; export the checkpoint again."
         )
-    return Verification(Path(files[0]).parent, recorded, "export the checkpoint again")
+    if not recorded or not verifies():
+        return None
+    found = Verification(Path(files[0]).parent, recorded, "export the checkpoint again")
+    found.begin()
+    return found
 
 
 def _headers_in(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -105,13 +105,13 @@ class _Experts(HfQuantizer):
         if checkpoint_files:
             check_exported_files(checkpoint_files, model)
             self._verification = verification(checkpoint_files, self.saved_config.files)
-            self._verification.begin()
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs):
         require_all_weights(model)
         if self._verification is not None:
             self._verification.require()
+            self._verification = None  # it cannot be copied with the model
         super()._process_model_after_weight_loading(model, **kwargs)
         bank = getattr(model, BANK_NAME)
         _bring(bank)

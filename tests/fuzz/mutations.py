@@ -82,7 +82,9 @@ def mutate_json(random: Random, data: Any, odd: list[Any]) -> Any:
             del owner[key]
         elif kind == 6 and isinstance(owner[key], (int, float)) and not isinstance(owner[key], bool):
             number = owner[key]
-            owner[key] = random.choice((number + 1, number - 1, -number, 2 * number, number // 3, str(number), [number]))
+            owner[key] = random.choice(
+                (number + 1, number - 1, -number, 2 * number, number // 3, str(number), [number])
+            )
         elif kind == 7 and isinstance(owner, dict):
             name = random.choice(odd)
             owner[name if isinstance(name, str) else str(key) + random.choice(("_", " ", "x"))] = owner.pop(key)

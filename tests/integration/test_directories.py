@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -269,3 +270,31 @@ def test_a_sweep_that_was_killed_early_goes_on(globe, model_dir, tmp_path):
     (out / "notes.txt").write_text("mine")
     assert globe("sweep", model_dir, "-o", out, *options)[0] == 0
     assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [".globe.lock", ".staging/globe.0.partial"])
+def test_what_a_killed_writer_left_opens_no_directory_of_others(globe, fit_tiny, model_dir, tmp_path, left):
+    mine = tmp_path / "mine"
+    (mine / left).parent.mkdir(parents=True)
+    (mine / left).touch()
+    (mine / "model-00001-of-00002.safetensors").write_text("mine")
+    for command in (("fit", model_dir, *QUICK), ("export", fit_tiny()[0], "--base", model_dir)):
+        assert_refused(globe(*command, "-o", mine), 2, f"{mine} holds other files")
+    assert (mine / "model-00001-of-00002.safetensors").read_text() == "mine"
+
+
+def test_an_export_over_an_export_of_another_model(globe, fit_tiny, model_dir, tmp_path):
+    (model_dir / "chat_template.jinja").write_text("of the first")
+    command = ("export", fit_tiny()[0], "--base", model_dir, "-o", tmp_path / "hf")
+    assert globe(*command)[0] == 0
+    (model_dir / "chat_template.jinja").unlink()
+    assert_refused(globe(*command), 2, f"{tmp_path / 'hf'} has chat_template.jinja and {model_dir} does not")
+
+
+def test_verify_of_inspect_refuses_a_flipped_bit(globe, fit_tiny, tmp_path):
+    out = Path(shutil.copytree(fit_tiny()[0], tmp_path / "globe"))
+    path = out / "globe.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1
+    path.write_bytes(data)
+    assert_refused(globe("inspect", out, "--verify"), 1, "globe.safetensors has sha256")

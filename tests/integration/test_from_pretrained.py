@@ -217,6 +217,12 @@ def flip(path: Path, seed: int) -> None:
     path.write_bytes(data)
 
 
+def test_a_loaded_export_can_be_copied(export_tiny):
+    model = load(export_tiny())
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(same), logits(model))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_flipped_bit_is_refused(exported, seed):
     flip(exported / "globe-model.safetensors", seed)

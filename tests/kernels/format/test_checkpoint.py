@@ -230,9 +230,32 @@ def test_a_flipped_bit_is_refused(saved, place, monkeypatch):
         checkpoint.code(1, "gate")
     with pytest.raises(GlobeError, match="sha256"):
         GlobeCheckpoint(saved).verify()
-    GlobeCheckpoint(saved, verify=False).verify()
+    GlobeCheckpoint(saved, verify=False).bank("gate")
+    with pytest.raises(GlobeError, match="sha256"):
+        GlobeCheckpoint(saved, verify=False).verify()
     monkeypatch.setenv("GLOBE_VERIFY", "0")
-    GlobeCheckpoint(saved).verify()
+    GlobeCheckpoint(saved).bank("gate")
+
+
+def test_threads_and_forks_share_the_hashes(saved):
+    for _ in range(20):
+        checkpoint = GlobeCheckpoint(saved)
+        with ThreadPoolExecutor(8) as pool:
+            for layer in pool.map(checkpoint.layer, [1] * 8, ["gate"] * 8, timeout=60):
+                assert torch.equal(layer.adapter, draw()["layers.1.gate_adapter"])
+    checkpoint = GlobeCheckpoint(saved)
+    children = []
+    for number in range(4):
+        if number == 2:
+            checkpoint._verification.begin()
+        if not (child := os.fork()):
+            try:
+                checkpoint.bank("up")
+                os._exit(0)
+            finally:
+                os._exit(1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
 
 @pytest.mark.parametrize(
