@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import torch
 import transformers
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from globe_kernels.errors import GlobeError, RequestError, one_line
 from globe_kernels.format.checkpoint import BaseModel
@@ -46,6 +46,8 @@ def read_transformers_config(where: Path) -> Any:
         raise _incomplete(where, error) from error
     except Exception as error:  # the classes of configurations check their values in many ways
         raise _incomplete(where, error) from error
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise GlobeError(f"{where} has a part for the language model that names no model; download it again.")
     dtype = getattr(config, "dtype", None)  # of a model of several parts, a dtype for each
     for stated in dtype.values() if isinstance(dtype, dict) else (dtype,):
         if str(stated).removeprefix("torch.") not in ("None", "bfloat16", "float16", "float32", "float64"):
@@ -63,9 +65,10 @@ def _require_sane(where: Path) -> None:
         part = level.pop()
         if isinstance(part, dict):
             for name, value in part.items():
-                if isinstance(value, int) and value > _MOST and _COUNT.search(name):
+                most = _MOST_MODULES if "layers" in name else _MOST
+                if isinstance(value, int) and value > most and _COUNT.search(name):
                     raise GlobeError(
-                        f"{path} says {name} is {value}, and no model has more than {_MOST}; download it again."
+                        f"{path} says {name} is {value}, and no model has more than {most}; download it again."
                     )
         level += inner_values(part)
 
