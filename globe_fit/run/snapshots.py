@@ -11,7 +11,7 @@ import signal
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -201,7 +201,8 @@ class Snapshots:
                 self._signal = number
                 before = "the last snapshot stands until then" if any(self._parts()) else "there is no snapshot before"
                 hint = "; another Ctrl-C does not wait" if number == signal.SIGINT else ""
-                self._say(f"the fit stops when its step and a snapshot are complete; {before}{hint}.")
+                with suppress(RuntimeError):  # the signal came inside a write to the same stream, which prints it later
+                    self._say(f"the fit stops when its step and a snapshot are complete; {before}{hint}.")
             elif number == signal.SIGINT:
                 usual[number](number, frame)
 

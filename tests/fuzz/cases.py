@@ -58,6 +58,7 @@ class Input:
             writable = self.directory if self.kind.writes else None
             outcome, finding = watched(lambda: self.kind.read(self.directory), self.directory, writable=writable)
         finally:
+            del os.environ["GLOBE_VERIFY"]
             if not keep:
                 self._put_back(name)
         return Outcome(self.name, seed, number, str(name), damage, outcome, finding)

@@ -196,6 +196,20 @@ __main__.main()
 """
 
 
+def test_a_signal_inside_a_write_to_the_console_is_heard(save_tiny, tmp_path):
+    source = ExpertSource(save_tiny("qwen3_moe"))
+
+    def say(sentence: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stderr>'>")
+
+    snapshots = open_snapshots(tmp_path, source, TINY_FIT, 60, say=say)
+    with snapshots.catching_interrupts():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert snapshots.due()
+        with pytest.raises(KeyboardInterrupt):
+            snapshots.stop_if_asked()
+
+
 def test_ctrl_c_leaves_a_state_to_go_on_from(save_tiny, tmp_path):
     """On the command line, where no snapshot was due: the first Ctrl-C takes one."""
     config = tmp_path / "fit.toml"
