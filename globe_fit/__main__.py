@@ -64,14 +64,14 @@ def _keep_streams_usable() -> None:
 
 def _run() -> tuple[int, str]:
     from globe_fit.cli.app import app
-    from globe_kernels.errors import GlobeError
+    from globe_kernels.errors import GlobeError, one_line
 
     try:
         code = app(standalone_mode=False, prog_name="globe") or 0
     except GlobeError as error:
         return error.exit_code, str(error)
     except PermissionError as error:
-        return _USAGE, f"{error.filename}: permission denied; give a path that you may use."
+        return _USAGE, one_line(f"{error.filename}: permission denied; give a path that you may use.")
     except Exception as error:
         # usage errors of typer, of whichever click it carries; any other error is a bug and keeps its traceback
         describe = getattr(error, "format_message", None)

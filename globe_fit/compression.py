@@ -91,14 +91,13 @@ def compress(
         warn(note)
     calibrated_on = None if calibrate is None else identity(calibrate)
     with only_writer(Path(out)) if ranks.leads else nullcontext():
-        if resume and not holds_unfinished_fit(Path(out)):
-            done = finished_fit(out, source, plan.sizes, config, calibrated_on)
-            if done is not None:
-                discard_snapshots(out)  # a kill has left a part of them
-                shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
-                result = stored_fit(done)
-                result.report["sizes"] = footprint_of(done)
-                return result
+        done = finished_fit(out, source, plan.sizes, config, calibrated_on) if resume else None
+        if done is not None:
+            discard_snapshots(out)  # a kill has left a part of them
+            shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
+            result = stored_fit(done)
+            result.report["sizes"] = footprint_of(done)
+            return result
         plan.require_room(out)
         if not resume:
             discard_snapshots(out)
@@ -149,9 +148,10 @@ def finished_fit(
 ) -> GlobeCheckpoint | None:
     """Open the checkpoint in `out` if it is the finished fit of this request; None when `out` holds no checkpoint.
 
+    A fit that is to begin again has snapshots beside the checkpoint that it replaces: it is not finished.
     Raises RequestError, with the settings that differ, when it is the fit of another request or lacks its report.
     """
-    if not holds_checkpoint(Path(out)):
+    if not holds_checkpoint(Path(out)) or holds_unfinished_fit(Path(out)):
         return None
     checkpoint = GlobeCheckpoint(out)
     recorded = {REPORT_NAME: "status" in read_report(checkpoint), METRICS_NAME: bool(checkpoint.metrics)}

@@ -1,6 +1,5 @@
 """Write a fit to files: the GloBE checkpoint, the self-contained Hugging Face directory, the dense model."""
 
-import hashlib
 import json
 import math
 import shutil
@@ -26,7 +25,7 @@ from globe_kernels.format.checkpoint import (
     writing_checkpoint,
 )
 from globe_kernels.format.directories import adapter_note, is_earlier_export, require_place
-from globe_kernels.format.files import inner_file
+from globe_kernels.format.files import inner_file, sha256
 from globe_kernels.format.layout import BIASES, GATE_UP
 from globe_kernels.format.names import (
     CARD_MARK,
@@ -41,11 +40,9 @@ from globe_kernels.format.names import (
 )
 from globe_kernels.format.writing import (
     ShardWriter,
-    free_name,
-    only_writer,
+    place_beside,
     require_room,
     staged_directory,
-    written_files,
 )
 
 # Not the name that transformers looks for: without globe_kernels no option of from_pretrained finds the weights.
@@ -253,43 +250,38 @@ def _write_model(
     stem = _DENSE_STEM if quantization is None else _GLOBE_STEM
     if stem == _DENSE_STEM:  # its weights have the names of the old weights, whatever the configuration says
         shared.append(MODEL_CONFIG_NAME)
-    with only_writer(out):
-        with staged_directory(out, switch=MODEL_CONFIG_NAME, shared=shared) as staging:
-            for name, path in copied:
-                (staging / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, staging / name)
-            shards = ShardWriter(staging, out, stem, {"format": "pt"})
-            for done, (key, tensor) in enumerate(tensors, start=1):
-                if tensor.is_floating_point() and tensor.isnan().any():
-                    raise GlobeError(f"{key} of {base.model_dir} holds NaN; download the file again.")
-                shards.add(key, _cast(key, tensor, dtype))
-                if on_tensor is not None:
-                    on_tensor(done, count)
-            entry, written = _index(shards, out, stem)
-            if quantization is not None:
-                weights = {"weights": entry, "files": shards.sha256}
-                config |= {"quantization_config": quantization | weights, GUARD_KEY: EXPORT_GUARD}
-            with tolerating("Writing the model card", "the export is complete without it"):
-                (staging / CARD_NAME).write_text(card, encoding="utf-8")
-            (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in {*written_files(out, _DENSE_STEM), *written_files(out, _GLOBE_STEM)} - written:
-            (out / name).unlink(missing_ok=True)
+    stems = (_DENSE_STEM, _GLOBE_STEM)
+    with staged_directory(out, switch=MODEL_CONFIG_NAME, stems=stems, shared=shared) as staging:
+        for name, path in copied:
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staging / name)
+        shards = ShardWriter(staging, out, stem, {"format": "pt"})
+        for done, (key, tensor) in enumerate(tensors, start=1):
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise GlobeError(f"{key} of {base.model_dir} holds NaN; download the file again.")
+            shards.add(key, _cast(key, tensor, dtype))
+            if on_tensor is not None:
+                on_tensor(done, count)
+        entry = _index(shards, out, stem)
+        if quantization is not None:
+            weights = {"weights": entry, "files": shards.sha256}
+            config |= {"quantization_config": quantization | weights, GUARD_KEY: EXPORT_GUARD}
+        with tolerating("Writing the model card", "the export is complete without it"):
+            (staging / CARD_NAME).write_text(card, encoding="utf-8")
+        (staging / MODEL_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _index(shards: ShardWriter, out: Path, stem: str) -> tuple[str, set[str]]:
+def _index(shards: ShardWriter, out: Path, stem: str) -> str:
     """Give the shards their names, and write their index where a reader needs it.
 
-    Returns the file in which a reader begins, and all files. A dense model has the names that every engine looks for:
-    its index takes the place of the old index in one rename, and one old file is read until it is removed.
+    Returns the file in which a reader begins. A dense model has the names that every engine looks for: its index takes
+    the place of the old index in one rename, and one old file is read until it is removed.
     """
     weight_map = shards.finish()
-    written = set(weight_map.values())
-    entry = min(written)
-    if len(written) == 1 and (stem == _GLOBE_STEM or entry == SINGLE_NAME):
-        return entry, written
-    index = json.dumps({"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}, indent=2) + "\n"
-    entry = INDEX_NAME
-    if stem == _GLOBE_STEM:
-        entry = free_name(out, stem, ".safetensors.index.json", hashlib.sha256(index.encode()).hexdigest())
-    (shards.staging / entry).write_text(index, encoding="utf-8")
-    return entry, written | {entry}
+    entry = min(weight_map.values())
+    if len(shards.sha256) == 1 and (stem == _GLOBE_STEM or entry == SINGLE_NAME):
+        return entry
+    index = {"metadata": {"total_size": shards.total_bytes}, "weight_map": weight_map}
+    path = shards.staging / INDEX_NAME
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return place_beside(path, out, stem, ".safetensors.index.json", sha256(path)) if stem == _GLOBE_STEM else path.name

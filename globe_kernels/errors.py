@@ -46,6 +46,17 @@ def warn(sentence: str, stacklevel: int = 2) -> None:
 
 
 @contextmanager
+def explaining(failure: str, remedy: str) -> Iterator[None]:
+    """Let an error of any library inside be a GlobeError: `failure`, the error, `remedy`."""
+    try:
+        yield
+    except GlobeError:
+        raise
+    except Exception as error:
+        raise GlobeError(f"{failure} ({type(error).__name__}: {error}); {remedy}.") from error
+
+
+@contextmanager
 def tolerating(step: str, instead: str) -> Iterator[None]:
     """Let a failure of `step` inside be a warning, which ends with the state of the work, `instead`."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from globe_fit.data.model import text_part
+from globe_fit.data.model import running, text_part
 from globe_fit.data.source import ExpertSource
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.discovery import DenseExperts, activation_of, routed_experts
@@ -39,7 +39,8 @@ def collect(
     with _accumulating(model, source, device) as totals:
         for number, batch in enumerate(batches):
             # no head, because nobody needs the logits; no keys and values, because no token follows
-            body(batch.to(device), use_cache=False)
+            with running("The model"):
+                body(batch.to(device), use_cache=False)
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
     tokens = sum(batch.numel() for batch in batches)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from globe_fit.data.model import predictor
+from globe_fit.data.model import predictor, running
 
 WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as docs/log.md has figures of; other numbers were not tried
 AT_ONCE = 64  # windows of a batch, whose keys and values stay in memory
@@ -36,11 +36,12 @@ def sample_windows(
         part[:, :1] = torch.randint(vocabulary, (len(part), 1), generator=generator)
         cache = None
         for position in range(1, length):
-            output = model(part[:, position - 1 : position].to(device), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            # on the CPU: the generator of a GPU draws other numbers on other cards
-            probabilities = output.logits[:, -1].float().softmax(-1).cpu()
-            part[:, position : position + 1] = torch.multinomial(probabilities, 1, generator=generator)
+            with running("The model"):
+                output = model(part[:, position - 1 : position].to(device), past_key_values=cache, use_cache=True)
+                cache = output.past_key_values
+                # on the CPU: the generator of a GPU draws other numbers on other cards
+                probabilities = output.logits[:, -1].float().softmax(-1).cpu()
+                part[:, position : position + 1] = torch.multinomial(probabilities, 1, generator=generator)
             if on_batch is not None:
                 on_batch(number * (length - 1) + position, len(parts) * (length - 1))
     return written

@@ -29,7 +29,7 @@ from globe_fit.sizes import resolve_sizes
 from globe_kernels import cache_stats, set_strategy
 from globe_kernels.errors import GlobeError, RequestError, tolerating
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
-from globe_kernels.format.directories import holds_fit, holds_model, holds_unfinished_fit, is_empty
+from globe_kernels.format.directories import holds_fit, holds_model, is_empty
 from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.format.writing import replacing_file, require_room
@@ -139,7 +139,7 @@ class Sweep:
     def _is_finished(self, point: Point) -> bool:
         out = self._out / point.name
         # a fit whose snapshots are there may have been killed before its last file
-        return not holds_unfinished_fit(out) and finished_fit(out, self._source, point.sizes, point.config) is not None
+        return finished_fit(out, self._source, point.sizes, point.config) is not None
 
     def _snapshots(self, point: Point) -> Snapshots:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from globe_fit.data.quantized.config import quantization_of
 from globe_fit.data.quantized.tensors import StoredTensors
 from globe_fit.data.source import ExpertLayer, ExpertSource, TensorFiles, read_config
 from globe_fit.data.whole import require_whole
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, RequestError, explaining
 from globe_kernels.format.directories import holds_export, holds_model, not_a_model, weights_entry
 from globe_kernels.format.files import inner_file
 from globe_kernels.format.hub import index_of, local_directory
@@ -52,7 +53,8 @@ def load_model(
     tensors = None if exported or pickled else StoredTensors(TensorFiles(path), quantization)
     if tensors is not None:
         require_whole(path, Outline.read(path).model, tensors)
-    try:
+    # a configuration of wrong values fails anywhere in the code of a model
+    with explaining(f"transformers cannot load {path}", "restore the directory or export it again"):
         if tensors is not None and quantization:
             return _dequantized(whole, config, tensors, dtype).to(device).eval()
         if offload_folder is not None:
@@ -61,17 +63,16 @@ def load_model(
         model: Any = whole.from_pretrained(path, dtype=dtype)
         if pickled:
             require_all_weights(model)
-    except GlobeError:
-        raise
-    except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
-        raise GlobeError(
-            f"transformers cannot load {path} ({type(error).__name__}: {error}); restore the directory or export it "
-            "again."
-        ) from error
     for name, parameter in model.named_parameters():
         if name.endswith("weight") and not parameter.is_floating_point():  # transformers casts no integers
             raise GlobeError(f"{name} in {path} is stored as {parameter.dtype}; download or export it again.")
     return model.to(device).eval()
+
+
+def running(name: str) -> AbstractContextManager[None]:
+    """Let an error of the model that runs inside be a GlobeError; `name` begins its sentence."""
+    # a configuration of wrong values fails anywhere in the code of a model
+    return explaining(f"{name} fails on this text", "restore its files, or give it a device with more memory")
 
 
 def _layers_on_disk(outline: Outline, device: str) -> dict[str, str]:

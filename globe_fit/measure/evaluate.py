@@ -11,7 +11,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import torch
 import torch.nn.functional as F
 
-from globe_fit.data.model import load_tokenizer, predictor
+from globe_fit.data.model import load_tokenizer, predictor, running
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import inner_file, read_json
@@ -92,15 +92,8 @@ def evaluate(
 
 
 def _run(model: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
-    try:
+    with running(called(name)):
         return model(tokens).logits
-    except GlobeError:
-        raise
-    except Exception as error:  # a configuration of wrong values fails anywhere in the code of a model
-        raise GlobeError(
-            f"{called(name)} fails on this text ({type(error).__name__}: {error}); restore its files, or give it a "
-            "device with more memory."
-        ) from error
 
 
 def called(name: str) -> str:

@@ -54,7 +54,7 @@ from globe_kernels.format.names import (
 )
 from globe_kernels.format.typed import Size, checked
 from globe_kernels.format.verification import Verification, verifies
-from globe_kernels.format.writing import ShardWriter, only_writer, staged_directory, written_files
+from globe_kernels.format.writing import ShardWriter, staged_directory
 
 FORMAT_VERSION = 1
 _MOST_BYTES = 2**60
@@ -379,8 +379,6 @@ class CheckpointWriter:
         self._fingerprint = digest.hexdigest()
         self._shards = ShardWriter(staging, target, _STEM, {"fingerprint": self._fingerprint})
         self._missing = config.tensor_shapes()
-        self.left_out: list[str] = []  # files beside the tensors that could not be written
-        self.files: set[str] = set()  # names of the tensor files
         for family in FAMILIES:
             self._add(f"bank.{family}", banks[family])
 
@@ -398,7 +396,7 @@ class CheckpointWriter:
 
     def finish(self, report: dict, metrics: list[dict]) -> None:
         assert not self._missing, f"not written: {sorted(self._missing)}"
-        self.files = set(self._shards.finish().values())
+        self._shards.finish()
         config = {**self._config.to_dict(), "fingerprint": self._fingerprint, "files": self._shards.sha256}
         (self._staging / CONFIG_NAME).write_text(_lines(config), encoding="utf-8")
         if not holds_model(self._target):  # of a checkpoint beside its model: that config.json stays
@@ -415,7 +413,6 @@ class CheckpointWriter:
                 path.write_text(text, encoding="utf-8")
             except OSError:
                 path.unlink(missing_ok=True)  # half a file
-                self.left_out.append(name)
                 raise
 
 
@@ -429,12 +426,9 @@ def writing_checkpoint(
     not replace are removed; other files are left alone.
     """
     target = Path(path)
-    with only_writer(target):
-        with staged_directory(target, switch=CONFIG_NAME) as staging:
-            writer = CheckpointWriter(staging, target, config, banks)
-            yield writer
-        for name in (written_files(target, _STEM) - writer.files).union(writer.left_out):
-            (target / name).unlink(missing_ok=True)
+    beside = (METRICS_NAME, REPORT_NAME)
+    with staged_directory(target, switch=CONFIG_NAME, stems=[_STEM], optional=beside) as staging:
+        yield CheckpointWriter(staging, target, config, banks)
 
 
 def _lines(value: dict) -> str:

@@ -41,6 +41,7 @@ def only_writer(directory: Path) -> Iterator[None]:
         path = directory.resolve() / LOCK_NAME  # one lock for all names of the directory
         lock = FileLock(path, timeout=0, is_singleton=True)
         lock.acquire()
+        own = path.stat()
     except Timeout:
         raise RequestError(
             f"Another command is writing to {directory}; wait until that command ends, or give another directory."
@@ -51,7 +52,8 @@ def only_writer(directory: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):  # somebody else removed the directory
-            if lock.lock_counter == 1:  # the outermost
+            is_own = os.path.samestat(path.stat(), own)  # and no lock of a writer after that removal
+            if is_own and lock.lock_counter == 1:  # the outermost
                 path.unlink()
             if created and not any(directory.iterdir()):
                 directory.rmdir()
@@ -59,13 +61,17 @@ def only_writer(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def staged_directory(target: Path, *, switch: str, shared: Iterable[str] = ()) -> Iterator[Path]:
+def staged_directory(
+    target: Path, *, switch: str, stems: Iterable[str], optional: Iterable[str] = (), shared: Iterable[str] = ()
+) -> Iterator[Path]:
     """Write a set of files into `target` so that a failure or a kill leaves the old set or the new set, each whole.
 
     Yields an empty staging directory on the same file system. On success its files, also in folders, are synced and
     renamed into `target`, the file named `switch` last. Files that the switch names have names that the old set does
-    not have (`ShardWriter`). `shared` are files that both sets have by one name, such as a tokenizer: where such a file
-    differs, the old switch goes before the first rename, and a kill then leaves no set. Other files of `target` stay.
+    not have: `stems` are the stems of their `ShardWriter`. Such files and the `optional` files of the old set are
+    removed if the new set lacks them; other files of `target` stay. `shared` are files that both sets have by one name,
+    such as a tokenizer: where such a file differs, the old switch goes before the first rename, and a kill then leaves
+    no set.
     """
     with only_writer(target):
         staging = target / STAGING_NAME
@@ -88,6 +94,9 @@ def staged_directory(target: Path, *, switch: str, shared: Iterable[str] = ()) -
                 os.replace(path, target / name)
             for folder in {folder for name in files for folder in name.parents}:
                 _sync(target / folder)
+            old = {name for stem in stems for name in _written_files(target, stem)}.union(optional)
+            for name in old - {str(name) for name in files}:
+                (target / name).unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise _as_user_error(error, target) from error
         finally:
@@ -170,6 +179,10 @@ def _existing(target: Path) -> Path:
 def require_writable(target: Path) -> None:
     """Raise RequestError for a path that is no directory and can become none, or that may not be written."""
     existing = _existing(target)
+    if link := next((path for path in (target, *target.parents) if path.is_symlink() and not path.exists()), None):
+        raise RequestError(
+            f"{link} is a link to {link.readlink()}, which does not exist; make that directory, or give another."
+        )
     if not existing.is_dir():
         raise RequestError(f"{existing} is a file; give the path of a directory to write into.")
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -204,7 +217,7 @@ class ShardWriter:
         self.staging, self._target = staging, target
         self._pending: dict[str, torch.Tensor] = {}
         self._pending_bytes = 0
-        self._shards: list[tuple[Path, list[str]]] = []
+        self._shards: list[tuple[Path, str, list[str]]] = []  # file, sha256, names of the tensors
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Add a tensor to the current shard; write the shard first when the tensor does not fit into it."""
@@ -218,7 +231,7 @@ class ShardWriter:
     def _flush(self) -> None:
         path = self.staging / f"{self.stem}.{len(self._shards)}.partial"
         save_file(self._pending, path, metadata=self.metadata)
-        self._shards.append((path, list(self._pending)))
+        self._shards.append((path, sha256(path), list(self._pending)))  # its bytes are in memory still
         self._pending, self._pending_bytes = {}, 0
 
     def finish(self) -> dict[str, str]:
@@ -227,24 +240,24 @@ class ShardWriter:
             self._flush()
         count = len(self._shards)
         weight_map = {}
-        for number, (path, names) in enumerate(self._shards, start=1):
+        for number, (path, digest, names) in enumerate(self._shards, start=1):
             part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
-            digest = sha256(path)
-            final = free_name(self._target, f"{self.stem}{part}", ".safetensors", digest)
-            path.rename(self.staging / final)
+            final = place_beside(path, self._target, f"{self.stem}{part}", ".safetensors", digest)
             self.sha256[final] = digest
             weight_map |= dict.fromkeys(names, final)
         return weight_map
 
 
-def free_name(target: Path, stem: str, suffix: str, digest: str) -> str:
-    """Return a name for a file with this sha256 that no other content in `target` has: stem and suffix where free."""
+def place_beside(staged: Path, target: Path, stem: str, suffix: str, digest: str) -> str:
+    """Give a staged file with this sha256 a name that no other content in `target` has: stem and suffix where free."""
     usual = target / f"{stem}{suffix}"
-    is_free = not usual.exists() or (usual.is_file() and sha256(usual) == digest)
-    return usual.name if is_free else f"{stem}-{digest[:8]}{suffix}"
+    is_free = not usual.exists() or (usual.is_file() and cmp(staged, usual, shallow=False))
+    name = usual.name if is_free else f"{stem}-{digest[:8]}{suffix}"
+    staged.rename(staged.with_name(name))
+    return name
 
 
-def written_files(target: Path, stem: str) -> set[str]:
+def _written_files(target: Path, stem: str) -> set[str]:
     """Return the names of files in `target` that a ShardWriter of this stem has written, and of its indexes."""
     pattern = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?(-[0-9a-f]{8})?\.safetensors(\.index\.json)?")
     return {path.name for path in target.iterdir() if pattern.fullmatch(path.name) and not path.is_dir()}
