@@ -3,12 +3,13 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ from globe_kernels.format.checkpoint import (
     writing_checkpoint,
 )
 from globe_kernels.format.names import CONFIG_NAME, LOCK_NAME
-from globe_kernels.format.writing import only_writer, replacing_file
+from globe_kernels.format.verification import verifies
+from globe_kernels.format.writing import only_writer, replacing_file, staged_directory
 
 FAMILIES = ("gate", "up")
 CONFIG = GlobeConfig(
@@ -237,6 +239,17 @@ def test_a_flipped_bit_is_refused(saved, place, monkeypatch):
     GlobeCheckpoint(saved).bank("gate")
 
 
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(None, True), ("", True), ("1", True), ("0", False), ("false", False), ("No", False), ("OFF", False)],
+)
+def test_the_words_that_turn_hashes_off(monkeypatch, value, expected):
+    monkeypatch.delenv("GLOBE_VERIFY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("GLOBE_VERIFY", value)
+    assert verifies() is expected
+
+
 def test_threads_and_forks_share_the_hashes(saved):
     for _ in range(20):
         checkpoint = GlobeCheckpoint(saved)
@@ -342,6 +355,19 @@ def test_a_second_writer_is_refused(saved):
     assert not (saved / LOCK_NAME).exists()
 
 
+def test_a_writer_leaves_the_lock_of_a_directory_that_was_made_anew(tmp_path):
+    out = tmp_path / "out"
+    with ThreadPoolExecutor(1) as pool, ExitStack() as second:
+        with only_writer(out):
+            shutil.rmtree(out)
+            pool.submit(second.enter_context, only_writer(out)).result()
+        assert (out / LOCK_NAME).exists()
+        with pytest.raises(RequestError, match="Another command is writing to"), only_writer(out):
+            pass
+        pool.submit(second.close).result()
+    assert not out.exists()
+
+
 SECOND_WRITER = """
 import sys
 from pathlib import Path
@@ -399,6 +425,17 @@ def test_only_its_own_files_are_replaced(saved):
     assert (saved / "globe-backup.safetensors").read_text() == "mine"
 
 
+def test_the_new_set_leaves_no_optional_file_of_the_old(tmp_path):
+    old = {"switch": "old", "a.jsonl": "old", "b.jsonl": "old", "mine.jsonl": "mine"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+    with staged_directory(tmp_path, switch="switch", stems=[], optional=["a.jsonl", "b.jsonl", "c.jsonl"]) as staging:
+        (staging / "switch").write_text("new")
+        (staging / "b.jsonl").write_text("new")
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {"switch": "new", "b.jsonl": "new", "mine.jsonl": "mine"}
+
+
 def test_a_directory_in_the_way_is_named_and_nothing_changes(saved):
     (saved / "metrics.jsonl").unlink()
     (saved / "metrics.jsonl").mkdir()
@@ -418,6 +455,17 @@ def test_refuses_to_write_over_a_file(tmp_path):
     with pytest.raises(RequestError, match="is a file"):
         write(tmp_path / "file", draw())
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inner", [".", "inner"])
+def test_refuses_a_link_that_leads_nowhere(tmp_path, inner):
+    link = tmp_path / "link"
+    link.symlink_to("gone")
+    sentence = f"{link} is a link to gone, which does not exist; make that directory, or give another."
+    with pytest.raises(RequestError, match=f"^{re.escape(sentence)}$"):
+        writing.require_writable(link / inner)
+    (tmp_path / "gone").mkdir()
+    writing.require_writable(link / inner)
 
 
 def test_refuses_in_advance_what_cannot_fit(tmp_path):
