@@ -88,6 +88,16 @@ def test_the_directory_of_the_model_is_left_alone(globe, command, model_dir, fit
     assert globe("plan", model_dir, "--support", "4")[0] == 0
 
 
+@pytest.mark.parametrize("inner", [".", "inner"])
+def test_a_link_that_leads_nowhere(globe, model_dir, tmp_path, inner):
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    result = globe("fit", model_dir, "-o", link / inner, *QUICK)
+    sentence = f"{link} is a link to {tmp_path / 'gone'}, which does not exist; make that directory, or give another."
+    assert_refused(result, 2, sentence)
+    assert not (tmp_path / "gone").exists()
+
+
 def test_hidden_files_are_no_work_of_others(globe, model_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".DS_Store").touch()
@@ -283,12 +293,19 @@ def test_what_a_killed_writer_left_opens_no_directory_of_others(globe, fit_tiny,
     assert (mine / "model-00001-of-00002.safetensors").read_text() == "mine"
 
 
-def test_an_export_over_an_export_of_another_model(globe, fit_tiny, model_dir, tmp_path):
+@pytest.mark.parametrize("dense", [(), ("--dense",)], ids=["globe", "dense"])
+def test_an_export_over_an_export_of_another_model(globe, fit_tiny, model_dir, tmp_path, dense):
+    out = tmp_path / "hf"
     (model_dir / "chat_template.jinja").write_text("of the first")
-    command = ("export", fit_tiny()[0], "--base", model_dir, "-o", tmp_path / "hf")
+    command = ("export", fit_tiny()[0], "--base", model_dir, "-o", out, *dense)
     assert globe(*command)[0] == 0
+    before = contents(out)
     (model_dir / "chat_template.jinja").unlink()
-    assert_refused(globe(*command), 2, f"{tmp_path / 'hf'} has chat_template.jinja and {model_dir} does not")
+    sentence = f"{out} has chat_template.jinja and {model_dir} does not: the export there is of another model"
+    assert_refused(globe(*command), 2, sentence)
+    assert contents(out) == before
+    (out / "chat_template.jinja").unlink()
+    assert globe(*command)[0] == 0
 
 
 def test_verify_of_inspect_refuses_a_flipped_bit(globe, fit_tiny, tmp_path):
