@@ -392,3 +392,8 @@ def test_the_card_of_an_export(save_tiny, fit_tiny, tmp_path):
     export_dense(GlobeCheckpoint(checkpoint), source, tmp_path / "dense")
     card = (tmp_path / "dense" / "README.md").read_text()
     assert "import globe_kernels" not in card and "whole model on disk" not in card and "12.500" in card
+    of_another_fit = json.loads((checkpoint / "evaluation.json").read_text()) | {"fingerprint": "of another fit"}
+    (checkpoint / "evaluation.json").write_text(json.dumps(of_another_fit))
+    export_dense(GlobeCheckpoint(checkpoint), source, tmp_path / "dense")
+    card = (tmp_path / "dense" / "README.md").read_text()
+    assert "12.500" not in card and "Perplexity and KL were not measured" in card

@@ -14,6 +14,7 @@ from globe_fit.measure.evaluate import record_evaluation
 from globe_fit.run.metrics import METRICS
 from globe_kernels import GlobeCheckpoint
 from globe_kernels.errors import RequestError
+from globe_kernels.format.names import EVALUATION_NAME
 
 _VOID = {"meta", "br", "link", "img"}
 FIGURES = ("error", "layers", "popularity", "coherence", "energy-captured", "step-seconds")
@@ -140,6 +141,16 @@ def test_the_first_screen(fit_tiny, tmp_path):
     places = [text.index(words) for words in shown]
     assert places == sorted(places)
     assert "MODEL_DIR" not in text
+
+
+def test_an_evaluation_of_another_fit_is_not_shown(fit_tiny, tmp_path):
+    directory = changed(fit_tiny()[0], tmp_path / "globe", lambda _: None, evaluation=EVALUATION)
+    recorded = json.loads((directory / EVALUATION_NAME).read_text())
+    (directory / EVALUATION_NAME).write_text(json.dumps(recorded | {"fingerprint": "of another fit"}))
+    write_report(directory)
+    text = read(directory / "report.html").text
+    assert f"globe eval {directory} --base MODEL_DIR --text TEXT" in text
+    assert EVALUATION["text"] not in text and "30.21" not in text and "Slower" not in text
 
 
 @pytest.mark.parametrize(
