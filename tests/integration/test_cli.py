@@ -260,6 +260,23 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupt_of_a_fit_that_began_again(globe, model_dir, tmp_path, monkeypatch):
+    """--restart again would discard the snapshot."""
+    out = tmp_path / "out"
+    command = ("fit", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    for more, again in (((), "the same command"), (("--restart",), "the same command without --restart")):
+        with monkeypatch.context() as patched:
+            patched.setattr("globe_fit.run.snapshots.Snapshots.stop_if_asked", interrupt)
+            code, _, stderr = globe(*command, *more)
+        sentence = f"interrupted; {again} goes on from step 1 of gate (snapshot in {out / '.snapshot'})."
+        assert code == 130 and stderr.endswith(f"globe: {sentence}\n")
+    assert globe(*command)[0] == 0
+
+
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0

@@ -15,7 +15,9 @@ from torch import distributed
 from globe_fit import FitConfig, VarProConfig, compress
 from globe_fit.run import display
 from globe_fit.run import distributed as ranks
-from globe_fit.run.stopping import Terminated
+from globe_fit.run.stopping import Terminated, interrupt_behind, terminating
+from globe_kernels.errors import GlobeError
+from tests.integration.conftest import QUICK
 from tests.kills import contents, end, opened, start, stop_at_random
 
 CONFIG = FitConfig(ratio=0.8, support=4, device="cpu", varpro=VarProConfig(steps=4))
@@ -189,6 +191,29 @@ def test_compress_raises_terminated(save_tiny, tmp_path, restored):
     compress(model, out, CONFIG)
     compress(model, tmp_path / "whole", CONFIG)
     assert (out / "globe.safetensors").read_bytes() == (tmp_path / "whole" / "globe.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_whose_exception_was_replaced(
+    globe, fit_tiny, save_tiny, tmp_path, monkeypatch, restored, number, code
+):
+    """By an error of the C function in which the signal came, and this error by a sentence."""
+
+    def replace_exception(*_, **__):
+        try:
+            send(number)
+        except KeyboardInterrupt:
+            raise GlobeError("The file cannot be read.") from None
+
+    monkeypatch.setattr("globe_fit.cli.commands.inspect_checkpoint", replace_exception)
+    monkeypatch.setattr("globe_fit.compression.fit", replace_exception)
+    assert globe("inspect", fit_tiny()[0]) == (code, "", "globe: interrupted.\n")
+    found, _, stderr = globe("fit", save_tiny("qwen3_moe"), "-o", tmp_path / "out", *QUICK)
+    assert found == code and stderr.endswith("globe: interrupted; nothing was written.\n")
+    monkeypatch.setattr("globe_fit.__main__._run", replace_exception)  # as while it imports
+    assert globe("inspect", fit_tiny()[0]) == (code, "", "globe: interrupted.\n")
+    with terminating():  # the signal before is forgotten
+        assert interrupt_behind(GlobeError("The file cannot be read.")) is None
 
 
 def test_the_handler_of_the_caller_is_called_when_the_snapshot_is_complete(save_tiny, tmp_path, restored):
