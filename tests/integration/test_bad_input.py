@@ -138,6 +138,18 @@ def test_a_configuration_with_which_the_model_fails(globe, with_tokenizer):
     assert_refused(result, 1, "The model fails on this text (RuntimeError: selected index k out of range);")
 
 
+@pytest.mark.parametrize("text", ["text.txt", "self"])
+def test_a_model_that_fails_while_a_fit_is_calibrated(globe, with_tokenizer, tmp_path, monkeypatch, text):
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeModel.forward", fail)
+    calibrate = text if text == "self" else with_tokenizer / text
+    result = globe("fit", with_tokenizer, "-o", tmp_path / "out", *QUICK, "--calibrate", calibrate)
+    assert_refused(result, 1, "The model fails on this text (RuntimeError: CUDA out of memory); restore its files, or")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_metric_of_a_solver_that_is_infinite_is_null(globe, model_dir, tmp_path, monkeypatch):
     def infinite(self):
         return 0, float("inf")

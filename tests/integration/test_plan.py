@@ -195,10 +195,21 @@ def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
     assert_refused(globe("plan", path, *options), 2, sentence)
 
 
-def test_a_damaged_configuration_is_a_failure(globe, tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe", "num_experts": 4}')
-    assert_refused(
-        globe("plan", tmp_path),
-        1,
-        "num_experts_per_tok is 8 and model.layers.0.mlp.experts has 4 experts; restore its config.json.",
-    )
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            {"num_experts": 4},
+            "num_experts_per_tok is 8 and model.layers.0.mlp.experts has 4 experts; restore its config.json.",
+        ),
+        # transformers knows no part of this name for this model, and leaves it a dict
+        (
+            {"text_config": {"num_experts": 8}},
+            "has a part for the language model that names no model; download it again.",
+        ),
+    ],
+    ids=["numbers", "a part"],
+)
+def test_a_damaged_configuration_is_a_failure(globe, tmp_path, settings, sentence):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"} | settings))
+    assert_refused(globe("plan", tmp_path), 1, sentence)
