@@ -113,6 +113,17 @@ def test_a_directory_with_an_odd_name(globe, save_tiny, tmp_path):
     assert_tame(card.partition("## Made by")[0])
 
 
+def test_a_path_that_may_not_be_used(globe, fit_tiny, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(13, "Permission denied", f"/models/{ODD}")
+
+    monkeypatch.setattr("globe_fit.cli.commands.inspect_checkpoint", denied)
+    code, out, err = globe("inspect", fit_tiny()[0])
+    assert (code, out) == (2, "") and err.startswith("globe: /models/a\\x1b]0;owned\\x07b\\u202ec d\\x9b31m INJECTED ")
+    assert err.endswith(": permission denied; give a path that you may use.\n")
+    assert_tame(err)
+
+
 def test_a_figure_whose_title_is_no_formula(tmp_path):
     figure, _ = new_figure(2, 2)
     save_png(figure, "a$\\frac$ on h100", str(tmp_path / "plot.png"))
