@@ -71,7 +71,7 @@ def _run() -> tuple[int, str]:
     except GlobeError as error:
         return error.exit_code, str(error)
     except PermissionError as error:
-        return _USAGE, one_line(f"{error.filename}: permission denied; give a path that you may use.")
+        return _USAGE, one_line(f"{error.filename or error}: permission denied; give a path that you may use.")
     except Exception as error:
         # usage errors of typer, of whichever click it carries; any other error is a bug and keeps its traceback
         describe = getattr(error, "format_message", None)

@@ -104,7 +104,7 @@ def called(name: str) -> str:
 def record_evaluation(checkpoint: GlobeCheckpoint, evaluation: dict) -> None:
     """Keep the figures of `globe eval` beside the checkpoint, for its report and its model card."""
     with replacing_file(checkpoint.path / EVALUATION_NAME) as path:
-        kept = {"fingerprint": checkpoint.fingerprint, **evaluation}
+        kept = evaluation | {"fingerprint": checkpoint.fingerprint}
         path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
 
 

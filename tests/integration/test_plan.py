@@ -205,7 +205,7 @@ def test_what_cannot_be_planned(globe, tmp_path, path, options, sentence):
         # transformers knows no part of this name for this model, and leaves it a dict
         (
             {"text_config": {"num_experts": 8}},
-            "has a part for the language model that names no model; download it again.",
+            "has a part for the language model that transformers does not know; download it again.",
         ),
     ],
     ids=["numbers", "a part"],
