@@ -27,6 +27,7 @@ ROOMS = {
         ("functional",),
         ("strategies",),
         ("model",),
+        ("serving",),
         ("testing",),
     ],
     "globe_fit": [

@@ -23,7 +23,7 @@ from globe_kernels.strategies.scratch import compose_into
 def plan_arrangement(
     bank: GlobeBank,
     modules: Sequence[GlobeMoEFFN],
-    top_k: int,
+    top_k: float,
     strategy: str,
     memory_budget: int | None = None,
     cache_bytes: int | None = None,

@@ -21,7 +21,7 @@ class Arrangement:
     strategy: str  # as the user asked for it, "auto" included
     strategies: tuple[str, ...]
     cache_bytes: int  # of the pools of composed bases, all devices together; 0 without a pool
-    top_k: int  # K
+    top_k: float  # K; of experts that several processes share, the choices that come to this process on average
 
     @property
     def paths(self) -> tuple[str, ...]:

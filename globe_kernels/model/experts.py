@@ -61,7 +61,7 @@ class GlobeMoEFFN(nn.Module):
         self.activation = activation
         self._shared: tuple[DeviceBank, ...] = ()  # a tuple: a module would be registered, and saved, once per layer
         self.strategies: tuple[str, ...] = ()  # by which calls may run
-        self._top_k = 0  # K
+        self._top_k = 0.0  # K
         self._kept: dict[str, bool] = {}  # {name of a buffer that a strategy made: whether its dtype stays}
         self.palettes = dict.fromkeys(FAMILIES, 0)
         self._policy: Policy | None = None
@@ -145,7 +145,7 @@ class GlobeMoEFFN(nn.Module):
         self._kept = {}
 
     @torch.no_grad()
-    def hold(self, device_bank: DeviceBank, strategies: tuple[str, ...], top_k: int) -> None:
+    def hold(self, device_bank: DeviceBank, strategies: tuple[str, ...], top_k: float) -> None:
         """Make the tensors that `strategies` need, on the device of the module and in its dtype, and drop all others.
 
         `top_k`: experts per token, on which the times of the strategies depend.

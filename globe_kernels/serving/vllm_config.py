@@ -1,0 +1,124 @@
+# pyright: reportMissingImports=false
+"""The quantization method "globe" of vLLM."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed.parallel_state import get_world_group
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
+
+from globe_kernels.errors import RequestError
+from globe_kernels.format.exported import Export, ExportedConfig
+from globe_kernels.format.hub import at_revision, local_directory
+from globe_kernels.format.names import BANK_NAME, QUANT_METHOD
+from globe_kernels.serving.experts import Experts, open_experts
+from globe_kernels.serving.vllm_method import GlobeMoEMethod
+
+_OLDEST_CARD = 80  # compute capability 8.0, from which cards have bf16
+_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+_OWN = r"(gate|up)_(adapter|code_index|code_value|bias)|down_(proj|bias)|\d+\.\w+\.weight"
+
+
+class GlobeQuantization(QuantizationConfig):
+    """The `quantization_config` of an export: its experts run from GloBE factors, all other layers as they are."""
+
+    def __init__(self, data: Mapping[str, Any]):
+        super().__init__()
+        self._globe = ExportedConfig(dict(data), "quantization_config in config.json").globe
+        self._name, self._experts = "", None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_experts": None}  # for another process, which has experts of its own
+
+    def __deepcopy__(self, memo: Any) -> "GlobeQuantization":
+        return self  # the parts of one model share the bank
+
+    def get_name(self) -> str:
+        """Return the name of the method in config.json."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Return the dtypes that a model may run in."""
+        return _DTYPES
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Return the oldest compute capability, times ten."""
+        return _OLDEST_CARD
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Return no names: the configuration is in config.json."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "GlobeQuantization":
+        """Parse `quantization_config`. Raises GlobeError for another version of the format and for damage."""
+        return cls(config)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Take the directory, or the id on the Hub, and open it once so that damage is told before vLLM starts."""
+        self._name = at_revision(model_name, revision)
+        if Path(model_name).is_dir():
+            Export(Path(model_name), verify=False)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        """Return the method of the routed experts of a compressed layer; other layers stay as they are."""
+        if isinstance(layer, RoutedExperts):
+            number = extract_layer_index(prefix)
+            if number in self._globe.base.num_experts:
+                return GlobeMoEMethod(layer.moe_config, self._globe.base, number, self._of_this_process())
+        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+
+    def _of_this_process(self) -> Experts:
+        if self._experts is None:
+            vllm_config = get_current_vllm_config()
+            self._experts = open_experts(
+                local_directory(self._name or vllm_config.model_config.model),
+                vllm_config.additional_config,
+                verify=get_world_group().local_rank == 0,  # one process of a host
+                is_dummy=vllm_config.load_config.load_format == "dummy",
+            )
+        return self._experts
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """Let the loader of vLLM leave out the tensors that `Experts` reads; it asks when all layers are made.
+
+        Raises RequestError when the model has not asked for the experts of every layer, and when weights are loaded
+        again into experts that are arranged.
+        """
+        experts = self._of_this_process()
+        self._require_all(experts)
+        layers = "|".join(map(str, self._globe.base.num_experts))
+        own = re.compile(rf"(^|\.)layers\.({layers})\.([\w.]+\.)?experts\.({_OWN})$|^{BANK_NAME}\.")
+        return WeightsMapper(orig_to_new_regex={own: None})
+
+    def _require_all(self, experts: Experts) -> None:
+        if experts.is_arranged:
+            raise RequestError(
+                "vLLM loads weights into a model that runs, as after sleep level 2 or for reinforcement learning, and "
+                "GloBE experts cannot be replaced; start the engine again, and use sleep level 1."
+            )
+        parallel = get_current_vllm_config().parallel_config
+        missing = self._globe.base.num_experts.keys() - experts.layers
+        if missing and (parallel.pipeline_parallel_size == 1 or not experts.layers):
+            raise RequestError(
+                f"This vLLM runs the experts of layer {min(missing)} of a {self._globe.base.model_type} model by code "
+                "that takes no quantization method; serve the dense export of this model (globe export --dense)."
+            )
+
+
+def register() -> None:
+    """Register the method, unless this process has done so."""
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
+
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(GlobeQuantization)

@@ -1,0 +1,133 @@
+# pyright: reportMissingImports=false
+"""The routed experts of one layer of a vLLM model."""
+
+from typing import Any
+
+import torch
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from globe_kernels.errors import RequestError
+from globe_kernels.format.checkpoint import BaseModel
+from globe_kernels.serving.experts import Experts, Share
+
+# {activation of vLLM: activation of globe_kernels}; SWIGLUOAI has settings
+_ACTIVATIONS = {
+    MoEActivation.SILU: "silu",
+    MoEActivation.GELU: "gelu",
+    MoEActivation.GELU_TANH: "gelu_pytorch_tanh",
+}
+_CLAMPED = (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)  # they differ in the layout of weights alone
+_CLAMPED_ALPHA, _CLAMPED_LIMIT = 1.702, 7.0  # of vLLM's kernel where the layer states none
+
+
+class GlobeMoEMethod(FusedMoEMethodBase):
+    """Runs the experts of a layer from GloBE factors; `layer.globe` is their GlobeMoEFFN."""
+
+    def __init__(self, moe: FusedMoEConfig, base: BaseModel, number: int, experts: Experts):
+        super().__init__(moe)
+        self._base, self._number, self._experts = base, number, experts
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Check the sizes and note the share of this process; the factors are read when all layers are known.
+
+        Raises RequestError for a model of other sizes and for settings that GloBE experts cannot follow.
+        """
+        moe, base = self.moe, self._base
+        self._refuse_other_sizes(hidden_size)
+        if layer.apply_router_weight_on_input:
+            raise RequestError(
+                f"Layer {self._number} weights the inputs of its experts and GloBE weights their outputs; serve the "
+                "dense export of this model (globe export --dense)."
+            )
+        parallel = moe.moe_parallel_config
+        if base.intermediate_size % moe.tp_size:
+            raise RequestError(
+                f"Experts of {base.intermediate_size} rows cannot be split over {moe.tp_size} processes; give a "
+                "--tensor-parallel-size that divides them, or add --enable-expert-parallel."
+            )
+        if parallel.enable_eplb:
+            raise RequestError(
+                "--enable-eplb moves experts between processes and GloBE experts stay where they were loaded; leave "
+                "--enable-eplb out."
+            )
+        rows = base.intermediate_size // moe.tp_size
+        self._experts.expect(
+            self._number,
+            Share(
+                experts=_local_experts(layer, num_experts),
+                rows=range(moe.tp_rank * rows, (moe.tp_rank + 1) * rows),
+                top_k=moe.experts_per_token * num_experts / moe.num_experts,
+                activation=self._activation(layer),
+                dtype=params_dtype,
+                adds_down_bias=moe.tp_rank == 0,
+            ),
+        )
+
+    def _refuse_other_sizes(self, hidden_size: int) -> None:
+        moe, base = self.moe, self._base
+        found = {
+            "experts": (moe.num_experts, base.num_experts[self._number]),
+            "hidden size": (hidden_size, base.hidden_size),
+            "intermediate size": (moe.intermediate_size, base.intermediate_size),
+            "biases": (moe.has_bias, base.has_bias),
+        }
+        for what, (here, expected) in found.items():
+            if here != expected:
+                raise RequestError(
+                    f"Layer {self._number} has {what} {here} in vLLM and {expected} in the export; serve the directory "
+                    "as `globe export` wrote it, and leave out options that pad or add experts."
+                )
+
+    def _activation(self, layer: Any) -> str:
+        given = self.moe.activation
+        alpha, limit, beta = layer.swiglu_alpha, layer.swiglu_limit, layer.swiglu_beta
+        if given in _CLAMPED and beta in (None, 1.0):
+            return f"clamped_swiglu(alpha={alpha or _CLAMPED_ALPHA}, limit={limit or _CLAMPED_LIMIT})"
+        if given in _ACTIVATIONS and (alpha, limit, beta) == (None, None, None):
+            return _ACTIVATIONS[given]
+        raise RequestError(
+            f"Layer {self._number} has the activation {given.value} (alpha {alpha}, limit {limit}, beta {beta}), which "
+            "GloBE does not run in vLLM; serve the dense export of this model (globe export --dense)."
+        )
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Read the factors; with the last layer of the process also the bank, and arrange all layers."""
+        layer.globe, bank = self._experts.load(self._number, torch.device(self.moe.device))
+        if bank is not None:
+            layer.globe_bank = bank  # registered once, for those who count parameters
+
+    def get_fused_moe_quant_config(self, layer: Any) -> None:
+        """Describe no quantised weights: vLLM's own kernels never run these experts."""
+        return None
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Compute (T, D) from x (T, D), topk_weights and topk_ids (T, K): this process's part of the sum."""
+        if layer.expert_map is not None:
+            topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another process
+        return layer.globe(x, topk_ids, topk_weights)
+
+
+def _local_experts(layer: Any, count: int) -> tuple[int, ...]:
+    """Return the ids of the experts of this process, in the order of its local ids."""
+    if layer.expert_map is None:
+        return tuple(range(count))
+    places = layer.expert_map.tolist()
+    return tuple(sorted((expert for expert, place in enumerate(places) if place >= 0), key=places.__getitem__))
