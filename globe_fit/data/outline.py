@@ -47,7 +47,9 @@ def read_transformers_config(where: Path) -> Any:
     except Exception as error:  # the classes of configurations check their values in many ways
         raise _incomplete(where, error) from error
     if not isinstance(config.get_text_config(), PreTrainedConfig):
-        raise GlobeError(f"{where} has a part for the language model that transformers does not know; download it again.")
+        raise GlobeError(
+            f"{where} has a part for the language model that transformers does not know; download it again."
+        )
     dtype = getattr(config, "dtype", None)  # of a model of several parts, a dtype for each
     for stated in dtype.values() if isinstance(dtype, dict) else (dtype,):
         if str(stated).removeprefix("torch.") not in ("None", "bfloat16", "float16", "float32", "float64"):
