@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+VERSION = "0.32.0+cpu"
+
 
 class MoEActivation(Enum):
     SILU = "silu"
@@ -167,7 +169,8 @@ def install(monkeypatch, config: Any) -> dict[str, Any]:
     for name, values in members.items():
         for value in values:
             setattr(sys.modules[name], value.__name__, value)
-    setattr(sys.modules[f"{layers}.quantization"], "QUANTIZATION_METHODS", methods)  # noqa: B010
+    vars(sys.modules[f"{layers}.quantization"])["QUANTIZATION_METHODS"] = methods
+    vars(sys.modules["vllm"])["__version__"] = VERSION
     for name in [name for name in sys.modules if name.startswith("globe_kernels.serving.vllm_")]:
         monkeypatch.delitem(sys.modules, name)
     return methods

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.errors import GlobeError, GlobeWarning, RequestError
 from globe_kernels.serving import vllm_plugin
 from tests.kernels.serving import interfaces, standins
 
@@ -87,6 +87,14 @@ def test_the_entry_point_registers_once(start, monkeypatch):
     first = type(start())
     vllm_plugin.register()
     assert type(start()).__name__ == first.__name__ == "GlobeQuantization"
+
+
+def test_a_vllm_that_is_too_old(monkeypatch):
+    monkeypatch.setattr(standins, "VERSION", "0.29.1")
+    methods = standins.install(monkeypatch, standins.vllm_config())
+    with pytest.warns(GlobeWarning, match="vLLM 0.29.1 cannot serve GloBE exports; install vllm 0.30 or newer"):
+        vllm_plugin.register()
+    assert methods == {}
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gpt_oss"])
