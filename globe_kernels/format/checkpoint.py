@@ -426,7 +426,7 @@ def writing_checkpoint(
     not replace are removed; other files are left alone.
     """
     target = Path(path)
-    beside = (METRICS_NAME, REPORT_NAME)
+    beside = [METRICS_NAME, REPORT_NAME, *([] if holds_model(target) else [MODEL_CONFIG_NAME])]
     with staged_directory(target, switch=CONFIG_NAME, stems=[_STEM], optional=beside) as staging:
         yield CheckpointWriter(staging, target, config, banks)
 

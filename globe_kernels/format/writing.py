@@ -129,10 +129,10 @@ def _remove(path: Path) -> None:
 def replacing_file(target: Path) -> Iterator[Path]:
     """Write one file so that a failure or a kill leaves `target` as it was.
 
-    Yields the path of a new, empty file beside `target`; it gets the name `target` once it is on the disk. Nothing that
-    is at this path before is followed or kept.
+    Yields the path of a new, empty file beside `target`, hidden, so that a directory of nothing else counts as empty;
+    it gets the name `target` once it is on the disk. Nothing that is at this path before is followed or kept.
     """
-    temporary = target.with_name(f"{target.name}.partial")
+    temporary = target.with_name(f".{target.name}.partial")
     try:
         temporary.unlink(missing_ok=True)
         temporary.open("x").close()

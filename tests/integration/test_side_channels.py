@@ -278,7 +278,7 @@ def test_the_callers_function_of_an_export(model_dir, fit_tiny, tmp_path):
 
 def test_an_evaluation_that_cannot_be_kept_is_printed(globe, with_tokenizer, tmp_path):
     compress(with_tokenizer, tmp_path / "globe", CONFIG)
-    (tmp_path / "globe" / "evaluation.json.partial").mkdir()
+    (tmp_path / "globe" / ".evaluation.json.partial").mkdir()
     options = ("--base", with_tokenizer, "--text", with_tokenizer / "text.txt", "--device", "cpu")
     code, stdout, stderr = globe("eval", tmp_path / "globe", *options)
     assert code == 0 and "perplexity" in stdout and "will not have these figures" in stderr

@@ -11,6 +11,7 @@ from globe_fit.cli.sweep import PLOT_NAME, ROWS_NAME
 from globe_fit.measure.evaluate import read_token_by_token
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.names import CONFIG_NAME
+from globe_kernels.format.writing import replacing_file
 from tests.integration.conftest import assert_refused
 
 SIZES = ("--rank", "16,48", "--atoms", "8", "--support", "2,4", "--palette", "none,6")
@@ -170,6 +171,8 @@ def test_killed_it_goes_on_with_the_same_table(globe, model_dir, warm_python, tm
     assert_refused(
         globe(*unfinished[:4], "--rank", "48", *unfinished[6:]), 2, "r48-m8-s4 holds an unfinished fit with other"
     )
+    half_written = replacing_file(out / "sweep.jsonl")  # as by a kill in the first write of the rows
+    half_written.__enter__().write_text("{")
     code, resumed, stderr = globe(*command, "--json")
     assert (code, stderr) == (0, "")
     assert (out / "r16-m8-s4" / CONFIG_NAME).stat().st_mtime_ns == first and not (

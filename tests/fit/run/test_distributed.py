@@ -27,7 +27,6 @@ CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_st
 # The command, in which rank 1 is killed at its n-th snapshot, when that of rank 0 is already written.
 COMMAND = """
 import os, signal, sys, time
-from pathlib import Path
 from globe_fit.run import snapshots
 from globe_fit.__main__ import main
 
@@ -37,7 +36,8 @@ def save_file(tensors, path, metadata):
     global saves
     saves += 1
     if os.environ["RANK"] == "1" and saves == kill_at:
-        while not Path(str(path).replace("-1.safetensors.partial", "-0.safetensors")).exists():
+        other = path.name.removeprefix(".").replace("-1.safetensors.partial", "-0.safetensors")
+        while not path.with_name(other).exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
     write(tensors, path, metadata)

@@ -412,7 +412,7 @@ def test_readers_see_the_old_or_the_new(saved):
 
 def test_nothing_that_lies_at_the_temporary_path_is_followed(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
-    (tmp_path / "page.html.partial").symlink_to(tmp_path / "theirs")
+    (tmp_path / ".page.html.partial").symlink_to(tmp_path / "theirs")
     with replacing_file(tmp_path / "page.html") as path:
         path.write_text("page")
     assert (tmp_path / "theirs").read_text() == "theirs" and not (tmp_path / "page.html").is_symlink()
