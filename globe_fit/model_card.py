@@ -33,6 +33,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")  # or its id on the Hub
 ```
 
+In vLLM, where GloBE is installed too, `vllm serve path/of/this/directory` runs the same form.
+
 Other engines do not know the compressed form. For them `globe export CHECKPOINT --base BASE -o OUT --dense` writes a
 plain model, which has the size of the original.
 """
