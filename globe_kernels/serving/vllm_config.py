@@ -80,6 +80,7 @@ class GlobeQuantization(QuantizationConfig):
     def _of_this_process(self) -> Experts:
         if self._experts is None:
             vllm_config = get_current_vllm_config()
+            _refuse_options(vllm_config)
             self._experts = open_experts(
                 local_directory(self._name or vllm_config.model_config.model),
                 vllm_config.additional_config,
@@ -113,3 +114,18 @@ class GlobeQuantization(QuantizationConfig):
                 f"This vLLM runs the experts of layer {min(missing)} of a {self._globe.base.model_type} model by code "
                 "that takes no quantization method; serve the dense export of this model (globe export --dense)."
             )
+
+
+def _refuse_options(vllm_config: Any) -> None:
+    """Raise RequestError for options of vLLM that change experts while they run."""
+    if vllm_config.parallel_config.enable_eplb:
+        raise RequestError(
+            "--enable-eplb moves experts between processes and GloBE experts stay where they were loaded; leave "
+            "--enable-eplb out."
+        )
+    lora = vllm_config.lora_config
+    if lora is not None and (lora.target_modules is None or any("expert" in name for name in lora.target_modules)):
+        raise RequestError(
+            "--enable-lora puts adapters on the experts too and GloBE experts take none; name the layers around the "
+            "experts with --lora-target-modules, such as q_proj k_proj v_proj o_proj."
+        )

@@ -49,16 +49,10 @@ class GlobeMoEMethod(FusedMoEMethodBase):
                 f"Layer {self._number} weights the inputs of its experts and GloBE weights their outputs; serve the "
                 "dense export of this model (globe export --dense)."
             )
-        parallel = moe.moe_parallel_config
         if base.intermediate_size % moe.tp_size:
             raise RequestError(
                 f"Experts of {base.intermediate_size} rows cannot be split over {moe.tp_size} processes; give a "
                 "--tensor-parallel-size that divides them, or add --enable-expert-parallel."
-            )
-        if parallel.enable_eplb:
-            raise RequestError(
-                "--enable-eplb moves experts between processes and GloBE experts stay where they were loaded; leave "
-                "--enable-eplb out."
             )
         rows = base.intermediate_size // moe.tp_size
         self._experts.expect(

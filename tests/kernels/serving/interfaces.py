@@ -38,9 +38,12 @@ MEMBERS = {
     f"{_LAYERS}.fused_moe.activation:MoEActivation": "SILU GELU GELU_TANH SWIGLUOAI SWIGLUOAI_UNINTERLEAVE",
     f"{_LAYERS}.fused_moe.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size has_bias activation "
     "device moe_parallel_config tp_size tp_rank",
-    f"{_LAYERS}.fused_moe.config:FusedMoEParallelConfig": "enable_eplb tp_size tp_rank",
+    f"{_LAYERS}.fused_moe.config:FusedMoEParallelConfig": "tp_size tp_rank",
     f"{_LAYERS}.fused_moe.routed_experts:RoutedExperts": "expert_map",
     f"{_LAYERS}.linear:LinearBase": "forward",
+    "vllm.config:ParallelConfig": "enable_eplb pipeline_parallel_size",
+    "vllm.config:LoRAConfig": "target_modules",
+    "vllm.config:VllmConfig": "additional_config load_config lora_config model_config parallel_config",
     "vllm.model_executor.models.utils:WeightsMapper": "orig_to_new_regex map_name apply",
 }
 

@@ -27,7 +27,6 @@ class MoEActivation(Enum):
 class FusedMoEParallelConfig:
     tp_size: int = 1
     tp_rank: int = 0
-    enable_eplb: bool = False
 
 
 @dataclass
@@ -127,13 +126,41 @@ def extract_layer_index(layer_name: str, num_attn_module: int = 1) -> int:
     return number
 
 
-def vllm_config(*, additional: Any = None, load_format: str = "auto", pipeline: int = 1, model: str = "") -> Any:
-    """The configuration of an engine, as far as the plugin reads it."""
-    return SimpleNamespace(
-        additional_config={} if additional is None else additional,
-        load_config=SimpleNamespace(load_format=load_format),
-        parallel_config=SimpleNamespace(pipeline_parallel_size=pipeline),
-        model_config=SimpleNamespace(model=model),
+@dataclass
+class ParallelConfig:
+    pipeline_parallel_size: int = 1
+    enable_eplb: bool = False
+
+
+@dataclass
+class LoRAConfig:
+    target_modules: list[str] | None = None
+
+
+@dataclass
+class VllmConfig:
+    model_config: Any
+    load_config: Any
+    parallel_config: ParallelConfig
+    lora_config: LoRAConfig | None
+    additional_config: dict[str, Any]
+
+
+def vllm_config(
+    *,
+    additional: Any = None,
+    load_format: str = "auto",
+    model: str = "",
+    lora: LoRAConfig | None = None,
+    **parallel: Any,
+) -> VllmConfig:
+    """Make the configuration of an engine, as far as the plugin reads it."""
+    return VllmConfig(
+        SimpleNamespace(model=model),
+        SimpleNamespace(load_format=load_format),
+        ParallelConfig(**parallel),
+        lora,
+        {} if additional is None else additional,
     )
 
 
@@ -152,7 +179,7 @@ def install(monkeypatch, config: Any) -> dict[str, Any]:
 
     layers = "vllm.model_executor.layers"
     members: dict[str, Sequence[Any]] = {
-        "vllm.config": [get_current_vllm_config],
+        "vllm.config": [LoRAConfig, ParallelConfig, VllmConfig, get_current_vllm_config],
         "vllm.distributed.parallel_state": [get_world_group],
         "vllm.model_executor.models.utils": [WeightsMapper, extract_layer_index],
         f"{layers}.linear": [LinearBase, UnquantizedLinearMethod],

@@ -202,8 +202,8 @@ def test_a_model_that_asks_for_no_experts_is_refused(start):
     with pytest.raises(RequestError, match="runs the experts of layer 0 of a qwen3_moe model by code that takes no"):
         start().get_checkpoint_weight_mapper()
     with pytest.raises(RequestError, match="takes no quantization method"):
-        start(pipeline=2).get_checkpoint_weight_mapper()
-    quantization = start(pipeline=2)
+        start(pipeline_parallel_size=2).get_checkpoint_weight_mapper()
+    quantization = start(pipeline_parallel_size=2)
     make_layers(quantization)
     quantization._experts._shares.pop(0)  # on another process
     quantization.get_checkpoint_weight_mapper()
@@ -218,12 +218,28 @@ def test_a_model_that_asks_for_no_experts_is_refused(start):
             "has the activation situ .alpha None, limit None, beta None., which",
         ),
         ({"tp": (5, 0)}, "Experts of 48 rows cannot be split over 5 processes; give a --tensor-parallel-size"),
-        ({"tp": (1, 0, True)}, "--enable-eplb moves experts between processes"),
     ],
 )
 def test_layers_that_are_refused(start, options, sentence):
     with pytest.raises(RequestError, match=sentence):
         make_layers(start(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"enable_eplb": True}, "--enable-eplb moves experts between processes"),
+        ({"lora": standins.LoRAConfig()}, "--enable-lora puts adapters on the experts too"),
+        ({"lora": standins.LoRAConfig(["q_proj", "experts"])}, "--enable-lora puts adapters on the experts too"),
+    ],
+)
+def test_options_of_vllm_that_are_refused(start, options, sentence):
+    with pytest.raises(RequestError, match=sentence):
+        make_layers(start(**options))
+
+
+def test_adapters_around_the_experts(start):
+    load(make_layers(start(lora=standins.LoRAConfig(["q_proj", "o_proj"]))))
 
 
 def test_inputs_with_weights_are_refused(start):
