@@ -153,7 +153,7 @@ class Operations:
     def _happen(self, event: str, name: str) -> None:
         if not name.startswith(self._folder):
             return
-        is_whole = self._written.startswith(self._folder) and os.path.exists(self._written)
+        is_whole = self._written.startswith(self._folder) and os.path.isfile(self._written)
         size = os.path.getsize(self._written) if is_whole else 0
         if self._seen is not None:
             with builtins.open(self._seen, "a") as file:
