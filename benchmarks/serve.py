@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import openai
 import torch
@@ -80,7 +80,8 @@ def prompts_from(directory: Path, text: str, count: int) -> list[Prompt]:
 @torch.inference_mode()
 def known_answers(directory: Path, prompts: list[Prompt]) -> list[Answer]:
     """Return the greedy answers of transformers without ties."""
-    model, answers = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), []
+    model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    answers = []
     for prompt in prompts:
         found = model.generate(
             torch.tensor([prompt]),
