@@ -21,6 +21,7 @@ from globe_kernels.format.verification import Verification, verifies
 
 _REMEDY = "export the checkpoint again"
 _LAYER = re.compile(r".*\blayers\.(\d+)\..*")
+_FRACTIONS, _INTEGERS = ("BF16", "F16", "F32"), ("I32",)  # dtypes of an export, as safetensors names them
 _DOWN, _DOWN_BIAS = "down_proj", "down_bias"
 _BIASES = (*(f"{family}_bias" for family in FAMILIES), _DOWN_BIAS)
 
@@ -112,7 +113,7 @@ class Export:
                 raise self._damaged(f"has no tensor {key}")
             part = self._handles[key].get_slice(key)
             found = tuple(part.get_shape())
-            if found != shape or part.get_dtype().startswith(("F", "BF")) != is_float:
+            if found != shape or part.get_dtype() not in (_FRACTIONS if is_float else _INTEGERS):
                 raise self._damaged(f"has {key} as {part.get_dtype()} {found} in place of {shape}")
         self.keys = frozenset(expected)  # of the tensors that this class reads
 

@@ -10,6 +10,7 @@ from typing import Any
 from globe_kernels.errors import GlobeError
 
 _MOST_LEVELS = 100  # of values in values of a JSON file
+_MOST_DIGITS = 300  # of an integer there
 
 
 def repository_of(directory: Path) -> Path | None:
@@ -75,9 +76,13 @@ def parse_object(text: str, where: Path, remedy: str, *, finite: bool = False) -
 
 
 def parse_json(text: str, *, finite: bool = False) -> Any:
-    """Parse JSON. Raises ValueError, also for values that are nested too deep, and if `finite` for NaN and infinity."""
+    """Parse JSON.
+
+    Raises ValueError, also for values that are nested too deep and for integers that no float can be, and if `finite`
+    for NaN and infinity.
+    """
     try:
-        data = json.loads(text)
+        data = json.loads(text, parse_int=_parse_int)
     except RecursionError:
         raise ValueError("its values are nested too deep") from None
     level = [data]
@@ -88,6 +93,12 @@ def parse_json(text: str, *, finite: bool = False) -> Any:
     if level:
         raise ValueError(f"its values are nested deeper than {_MOST_LEVELS} levels")
     return data
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"an integer has {len(digits)} digits")
+    return int(digits)
 
 
 def inner_values(value: Any) -> Iterable[Any]:

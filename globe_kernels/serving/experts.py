@@ -112,6 +112,9 @@ class Experts:
         bounds = (None if size is None else parse_bytes(size) for size in (budget, cache))
         top_k = next(iter(self._shares.values())).top_k
         arrange(bank, modules, plan_arrangement(bank, modules, top_k, self._options.get("strategy", AUTO), *bounds))
+        if bank.parked:  # every basis is composed, and no engine asks for another strategy later
+            bank.parked = False
+            bank.to("meta")
         self._loaded, self.is_arranged = {}, True
         return bank
 

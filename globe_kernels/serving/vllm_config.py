@@ -11,7 +11,6 @@ from vllm.config import get_current_vllm_config
 from vllm.distributed.parallel_state import get_world_group
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper, extract_layer_index
 
@@ -114,11 +113,3 @@ class GlobeQuantization(QuantizationConfig):
                 f"This vLLM runs the experts of layer {min(missing)} of a {self._globe.base.model_type} model by code "
                 "that takes no quantization method; serve the dense export of this model (globe export --dense)."
             )
-
-
-def register() -> None:
-    """Register the method, unless this process has done so."""
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS
-
-    if QUANT_METHOD not in QUANTIZATION_METHODS:
-        register_quantization_config(QUANT_METHOD)(GlobeQuantization)

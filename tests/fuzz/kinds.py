@@ -40,6 +40,7 @@ from globe_fit.run.loggers import MetricStream
 from globe_fit.run.progress import SILENT
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels import GlobeCheckpoint, GlobeError, patch, unpatch
+from globe_kernels.format.exported import Export
 from globe_kernels.format.hub import local_directory
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.quantizer import GlobeQuantizationConfig
@@ -310,6 +311,16 @@ def _patch(directory: Path) -> Any:
         unpatch(model)
 
 
+def _read_export(directory: Path) -> Any:
+    """As an engine does, on the first of two processes."""
+    export = Export(directory)
+    rows = range(export.config.base.intermediate_size // 2)
+    tensors = [export.experts(layer, range(count), rows) for layer, count in export.config.base.num_experts.items()]
+    banks = [export.bank(family) for family in FAMILIES]
+    export.verify()
+    return tensors, banks
+
+
 def _export(checkpoint: Path, base: ExpertSource, out: Path) -> Any:
     """Export in both ways; the weights are those of the checkpoint and of the base."""
     sizes = {}
@@ -438,6 +449,7 @@ KINDS: dict[str, Kind] = {
     "quantization_config": Kind(_save_export, _read_quantization_config, ("config.json",)),
     "export": Kind(_save_export, _load_export, ("config.json", "globe-model.safetensors"), keeps_config=False),
     # transformers follows any link
+    "engine": Kind(_save_export, _read_export, ("config.json", "globe-model.safetensors")),
     "from_pretrained": Kind(_save_export, _from_pretrained, ("globe-model.safetensors",), is_given=True),
     "patch": Kind(_save_checkpoint, _patch, _CHECKPOINT_FILES),
     "eval": Kind(_save_base, lambda path: evaluate({"dense": load_model(path)}, _TOKENS), _BASE_FILES),

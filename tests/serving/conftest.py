@@ -16,8 +16,9 @@ TINY_MOE = Path(__file__).parents[2] / "examples" / "tiny_moe"
 
 
 class Exports(NamedTuple):
-    """The two exports of one checkpoint."""
+    """A checkpoint and its two exports."""
 
+    checkpoint: Path
     globe: Path
     dense: Path
 
@@ -29,7 +30,7 @@ def export_both(tmp_path_factory):
     def export(checkpoint: Path, base: Path) -> Exports:
         folder = tmp_path_factory.mktemp("exports")
         exports, opened, source = (
-            Exports(folder / "globe", folder / "dense"),
+            Exports(checkpoint, folder / "globe", folder / "dense"),
             GlobeCheckpoint(checkpoint),
             ExpertSource(base),
         )

@@ -1,6 +1,8 @@
 """Run vLLM in this process, one engine after the other, and compare what two engines generate."""
 
+import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,3 +59,9 @@ def require_same(found: list[Generated], expected: list[Generated], within: floa
     largest = max(abs(a - b) for one, other in pairs for a, b in zip(one.logprobs, other.logprobs, strict=True))
     assert largest <= within, largest
     return largest
+
+
+if __name__ == "__main__":  # in a process of its own, whose workers import this file again
+    directory, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    with engine(directory, **options) as started:
+        print(json.dumps([each._asdict() for each in generate(started)]))
