@@ -28,6 +28,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 EOS = "<|endoftext|>"
 SEQUENCE = 256
+# The training texts are paragraphs of this form: a name, a colon, a text.
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- message.role + ": " + message.content + "\\n\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- "assistant:" }}
+{%- endif %}
+"""
 
 
 def stdlib_documents() -> dict[str, str]:
@@ -86,7 +95,9 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS, chat_template=CHAT_TEMPLATE
+    )
 
 
 def model_config(args):

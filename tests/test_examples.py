@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,8 @@ def test_the_commands_for_the_shipped_model_run(warm_python, tmp_path):
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     written = {path.parent.name for path in (tmp_path / "out").glob("**/globe_config.json")}
     assert {"compress", "calibrated", "fast", "patched"} <= written and len(written) == 8
+
+
+def test_the_chat_template_is_that_of_the_training_script():
+    template = runpy.run_path(str(EXAMPLES / "train_tiny_moe.py"))["CHAT_TEMPLATE"]
+    assert (EXAMPLES / "tiny_moe" / "chat_template.jinja").read_text(encoding="utf-8") == template
