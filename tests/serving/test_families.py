@@ -30,6 +30,7 @@ TOKENS = 6
 SMALL = {
     **{"max_num_batched_tokens": 128, "max_num_seqs": 4, "num_gpu_blocks_override": 32},
     **{"skip_tokenizer_init": True, "language_model_only": True},
+    "attention_backend": "CPU_MLA",  # of latent attention: the backend that vLLM prefers on some CPUs needs bf16
 }
 
 
@@ -57,6 +58,7 @@ FAMILIES = {
     "cohere2_moe": Family("cohere2_moe", _HEAD_DIM | {"logit_scale": 1.0}),
     "deepseek_v2": Family("deepseek_v2", _LATENT),
     "deepseek_v3": Family("deepseek_v3", _LATENT, {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "dots1": Family("dots1", _HEAD_DIM),
     "ernie4_5_moe": Family("ernie4_5_moe", _HEAD_DIM),
     "exaone_moe": Family("exaone_moe", _HEAD_DIM),
     "flex_olmo": Family("flex_olmo", _HEADS),
@@ -65,6 +67,7 @@ FAMILIES = {
     "glm4_moe_lite": Family("glm4_moe_lite", _LATENT, {"first_k_dense_replace": 1, "topk_method": "noaux_tc"}),
     "gpt_oss": Family("gpt_oss", {"head_dim": 64, "intermediate_size": 64, "rope_parameters": _YARN}),
     "granitemoe": Family("granitemoe", _HEADS),
+    "granitemoe_swa": Family("granitemoe_swa", _HEADS),
     "granitemoehybrid": Family("granitemoehybrid", _HEADS),
     "granitemoeshared": Family("granitemoeshared", _HEADS),
     "hunyuan_v1_moe": Family("hunyuan_v1_moe", _HEAD_DIM),
@@ -88,6 +91,8 @@ FAMILIES = {
     "qwen3_moe": Family("qwen3_moe", _HEAD_DIM),
     "qwen3_moe, fused": Family("qwen3_moe", _HEAD_DIM, is_fused=True),
     "qwen3_next": Family("qwen3_next", _HEAD_DIM | _FULL),
+    "solar_open": Family("solar_open", _HEAD_DIM),
+    "zaya": Family("zaya", _HEAD_DIM),
 }
 _NEEDS_TORCHVISION = {"qwen3_5_moe"}  # vLLM imports the model with its processor of videos
 
