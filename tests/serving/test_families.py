@@ -58,7 +58,6 @@ FAMILIES = {
     "cohere2_moe": Family("cohere2_moe", _HEAD_DIM | {"logit_scale": 1.0}),
     "deepseek_v2": Family("deepseek_v2", _LATENT),
     "deepseek_v3": Family("deepseek_v3", _LATENT, {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
-    "dots1": Family("dots1", _HEAD_DIM),
     "ernie4_5_moe": Family("ernie4_5_moe", _HEAD_DIM),
     "exaone_moe": Family("exaone_moe", _HEAD_DIM),
     "flex_olmo": Family("flex_olmo", _HEADS),
@@ -91,7 +90,6 @@ FAMILIES = {
     "qwen3_moe": Family("qwen3_moe", _HEAD_DIM),
     "qwen3_moe, fused": Family("qwen3_moe", _HEAD_DIM, is_fused=True),
     "qwen3_next": Family("qwen3_next", _HEAD_DIM | _FULL),
-    "solar_open": Family("solar_open", _HEAD_DIM),
     "zaya": Family("zaya", _HEAD_DIM),
 }
 _NEEDS_TORCHVISION = {"qwen3_5_moe"}  # vLLM imports the model with its processor of videos
