@@ -33,6 +33,7 @@ class GlobeQuantization(QuantizationConfig):
         super().__init__()
         self._globe = ExportedConfig(dict(data), "quantization_config in config.json").globe
         self._name, self._experts = "", None
+        self.is_loading_draft = False
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_experts": None}  # for another process, which has experts of its own
@@ -70,12 +71,20 @@ class GlobeQuantization(QuantizationConfig):
             Export(Path(model_name), verify=False)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        """Return the method of the routed experts of a compressed layer; other layers stay as they are."""
-        if isinstance(layer, RoutedExperts):
+        """Return the method of the routed experts of a compressed layer; other layers stay as they are.
+
+        A layer that is made when all experts are arranged is of a draft model, such as the layers of a checkpoint that
+        predict further tokens. These are dense in an export, and may have the numbers of compressed layers.
+        """
+        is_of_draft = self._experts is not None and self._experts.is_arranged
+        if isinstance(layer, LinearBase):
+            self.is_loading_draft |= is_of_draft
+            return _DraftLinearMethod(self) if is_of_draft else UnquantizedLinearMethod()
+        if isinstance(layer, RoutedExperts) and not is_of_draft:
             number = extract_layer_index(prefix)
             if number in self._globe.base.num_experts:
                 return GlobeMoEMethod(layer.moe_config, self._globe.base, number, self._of_this_process())
-        return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
+        return None
 
     def _of_this_process(self) -> Experts:
         if self._experts is None:
@@ -95,6 +104,8 @@ class GlobeQuantization(QuantizationConfig):
         Raises RequestError when the model has not asked for the experts of every layer, and when weights are loaded
         again into experts that are arranged.
         """
+        if self.is_loading_draft:
+            return WeightsMapper(orig_to_new_regex={re.compile(rf"^{BANK_NAME}\."): None})
         experts = self._of_this_process()
         self._require_all(experts)
         layers = "|".join(map(str, self._globe.base.num_experts))
@@ -114,6 +125,18 @@ class GlobeQuantization(QuantizationConfig):
                 f"This vLLM runs the experts of layer {min(missing)} of a {self._globe.base.model_type} model by code "
                 "that takes no quantization method; serve the dense export of this model (globe export --dense)."
             )
+
+
+class _DraftLinearMethod(UnquantizedLinearMethod):
+    """Runs a dense layer of a draft model, and says when the model is loaded."""
+
+    def __init__(self, config: GlobeQuantization):
+        super().__init__()
+        self._config = config
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        super().process_weights_after_loading(layer)
+        self._config.is_loading_draft = False
 
 
 def _refuse_options(vllm_config: Any) -> None:

@@ -12,14 +12,30 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.serving.experts import Experts, Share
 
-# {activation of vLLM: activation of globe_kernels}; SWIGLUOAI has settings
-_ACTIVATIONS = {
-    MoEActivation.SILU: "silu",
-    MoEActivation.GELU: "gelu",
-    MoEActivation.GELU_TANH: "gelu_pytorch_tanh",
+_PLAIN = {MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_pytorch_tanh"}  # as globe_kernels names them
+# {activation: its alpha, limit and beta where the layer states none}. The two last differ in the layout of weights.
+_SIGMOID: dict[MoEActivation, tuple[float, float | None, float]] = {
+    MoEActivation.SILU: (1.0, None, 0.0),
+    MoEActivation.SWIGLUOAI: (1.702, 7.0, 1.0),
+    MoEActivation.SWIGLUOAI_UNINTERLEAVE: (1.0, None, 0.0),
 }
-_CLAMPED = (MoEActivation.SWIGLUOAI, MoEActivation.SWIGLUOAI_UNINTERLEAVE)  # they differ in the layout of weights alone
-_CLAMPED_ALPHA, _CLAMPED_LIMIT = 1.702, 7.0  # of vLLM's kernel where the layer states none
+
+
+def activation_spec(given: MoEActivation, layer: Any) -> str | None:
+    """Return the activation of a layer as globe_kernels names it; None where globe_kernels has none like it.
+
+    With settings vLLM computes g sigmoid(alpha g) (u + beta) from gate g and up u, which a limit bounds before:
+    min(g, limit) and clamp(u, -limit, limit).
+    """
+    stated = layer.swiglu_alpha, layer.swiglu_limit, layer.swiglu_beta
+    if given in _PLAIN and stated == (None, None, None):
+        return _PLAIN[given]
+    if given not in _SIGMOID:
+        return None
+    alpha, limit, beta = (usual if own is None else own for own, usual in zip(stated, _SIGMOID[given], strict=True))
+    if (alpha, beta) == (1, 0):
+        return "silu" if limit is None else f"clamped_silu(limit={limit})"
+    return f"clamped_swiglu(alpha={alpha}, limit={limit})" if limit is not None and beta == 1 else None
 
 
 class GlobeMoEMethod(FusedMoEMethodBase):
@@ -83,16 +99,13 @@ class GlobeMoEMethod(FusedMoEMethodBase):
                 )
 
     def _activation(self, layer: Any) -> str:
-        given = self.moe.activation
-        alpha, limit, beta = layer.swiglu_alpha, layer.swiglu_limit, layer.swiglu_beta
-        if given in _CLAMPED and beta in (None, 1.0):
-            return f"clamped_swiglu(alpha={alpha or _CLAMPED_ALPHA}, limit={limit or _CLAMPED_LIMIT})"
-        if given in _ACTIVATIONS and (alpha, limit, beta) == (None, None, None):
-            return _ACTIVATIONS[given]
-        raise RequestError(
-            f"Layer {self._number} has the activation {given.value} (alpha {alpha}, limit {limit}, beta {beta}), which "
-            "GloBE does not run in vLLM; serve the dense export of this model (globe export --dense)."
-        )
+        if (spec := activation_spec(self.moe.activation, layer)) is None:
+            raise RequestError(
+                f"Layer {self._number} has the activation {self.moe.activation.value} (alpha {layer.swiglu_alpha}, "
+                f"limit {layer.swiglu_limit}, beta {layer.swiglu_beta}), which GloBE does not run in vLLM; serve the "
+                "dense export of this model (globe export --dense)."
+            )
+        return spec
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Read the factors; with the last layer of the process also the bank, and arrange all layers."""

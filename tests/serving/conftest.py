@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -25,17 +25,17 @@ class Exports(NamedTuple):
 
 @pytest.fixture(scope="session")
 def export_both(tmp_path_factory):
-    """Writes both exports of a checkpoint."""
+    """Writes both exports of a checkpoint; options are those of export_globe and export_dense."""
 
-    def export(checkpoint: Path, base: Path) -> Exports:
+    def export(checkpoint: Path, base: Path, **options: Any) -> Exports:
         folder = tmp_path_factory.mktemp("exports")
         exports, opened, source = (
             Exports(checkpoint, folder / "globe", folder / "dense"),
             GlobeCheckpoint(checkpoint),
             ExpertSource(base),
         )
-        export_globe(opened, source, exports.globe)
-        export_dense(opened, source, exports.dense)
+        export_globe(opened, source, exports.globe, **options)
+        export_dense(opened, source, exports.dense, **options)
         return exports
 
     return export

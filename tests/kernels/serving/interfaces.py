@@ -32,6 +32,7 @@ PARAMETERS = {
     f"{_QUANTIZATION}.maybe_update_config": "self model_name hf_config revision",
     f"{_QUANTIZATION}.get_quant_method": "self layer prefix",
     f"{_QUANTIZATION}.get_checkpoint_weight_mapper": "",
+    f"{_LAYERS}.linear:UnquantizedLinearMethod.process_weights_after_loading": "self layer",
 }
 # {module:name of a class: names that it or its instances have}
 MEMBERS = {

@@ -82,7 +82,7 @@ class LinearBase(nn.Module):
 
 
 class UnquantizedLinearMethod:
-    pass
+    def process_weights_after_loading(self, layer): ...
 
 
 class QuantizationConfig:

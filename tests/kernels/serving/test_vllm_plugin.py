@@ -198,6 +198,23 @@ def test_weights_that_come_again_are_refused(start):
         quantization.get_checkpoint_weight_mapper()
 
 
+def test_a_draft_model_stays_dense(start):
+    """Its layers are made after those of the model, and may have their numbers."""
+    quantization = start()
+    made = make_layers(quantization)
+    load(made)
+    linear = standins.LinearBase()
+    method = quantization.get_quant_method(linear, "mtp.fc")
+    assert isinstance(method, standins.UnquantizedLinearMethod)
+    assert quantization.get_quant_method(made[0][0], "mtp.layers.0.mlp.experts") is None
+    mapper = quantization.get_checkpoint_weight_mapper()
+    assert mapper.map_name("globe_bank.gate") is None
+    assert mapper.map_name("mtp.layers.0.mlp.experts.0.down_proj.weight") is not None
+    method.process_weights_after_loading(linear)
+    with pytest.raises(RequestError, match="cannot be replaced"):
+        quantization.get_checkpoint_weight_mapper()
+
+
 def test_a_model_that_asks_for_no_experts_is_refused(start):
     with pytest.raises(RequestError, match="runs the experts of layer 0 of a qwen3_moe model by code that takes no"):
         start().get_checkpoint_weight_mapper()
