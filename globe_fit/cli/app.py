@@ -12,7 +12,9 @@ import typer
 
 from globe_fit.config import (
     DEFAULT_RATIO,
+    PRESETS,
     SELF,
+    SMALL,
     SNAPSHOT_MINUTES,
     SOLVERS,
     AlternatingConfig,
@@ -79,6 +81,8 @@ Ranks = Annotated[str | None, typer.Option("--rank", help="Ranks, such as 48,64.
 Atoms = Annotated[str | None, typer.Option("--atoms", help="Atoms of the bank of each family, such as 20,34.")]
 Supports = Annotated[str | None, typer.Option("--support", help="Atoms that each expert mixes, such as 6,12.")]
 Palettes = Annotated[str | None, typer.Option("--palette", help="Most atoms that one layer uses, such as none,17.")]
+Preset = Annotated[str | None, typer.Option(help=f"Sizes for a purpose: {_choice(PRESETS)} ({SMALL}).")]
+Machine = Annotated[str, typer.Option("--on", help="Machine whose times are predicted, such as h100 or cpu.")]
 Phi = Annotated[str | None, typer.Option(help=f"{_choice(PHIS)} ({FitConfig.phi}).")]
 Scope = Annotated[
     str | None, typer.Option(help=f"{_choice(SCOPES)} ({FitConfig.scope}); with layer no two layers share an atom.")
@@ -98,9 +102,8 @@ def plan(
     scope: Scope = None,
     base: Annotated[str | None, typer.Option(help="The model on which a GloBE checkpoint was fitted.")] = None,
     revision: Revision = None,
-    machine: Annotated[
-        str, typer.Option("--on", help="Machine whose times are predicted, such as h100 or cpu.")
-    ] = "h100",
+    preset: Preset = None,
+    machine: Machine = "h100",
     memory_budget: Annotated[
         str | None, typer.Option(help="Most bytes of the experts, such as 20GB (the bytes of the dense experts).")
     ] = None,
@@ -127,6 +130,8 @@ def fit(
     atoms: Annotated[int | None, typer.Option(help="Atoms of the bank of each family.")] = None,
     support: Annotated[int | None, typer.Option(help=f"Atoms that each expert mixes ({FitConfig.support}).")] = None,
     palette: Annotated[int | None, typer.Option(help="Most atoms that one layer uses (no limit).")] = None,
+    preset: Preset = None,
+    machine: Machine = "h100",
     phi: Phi = None,
     scope: Scope = None,
     solver: Annotated[str | None, typer.Option(help=f"{_choice(SOLVERS)} ({FitConfig.solver}).")] = None,

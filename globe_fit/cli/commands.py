@@ -39,10 +39,11 @@ from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint
-from globe_fit.plan.serving import plan_all
+from globe_fit.plan.presets import verdict, with_preset
+from globe_fit.plan.serving import Planner, plan_all, read_model
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
-from globe_fit.sizes import left_dense_note
+from globe_fit.sizes import left_dense_note, resolve_sizes
 from globe_kernels.errors import GlobeError, GlobeWarning, RequestError, one_line, printable, tolerating, warn
 from globe_kernels.format.checkpoint import DTYPES, BaseModel, GlobeCheckpoint
 from globe_kernels.format.directories import (
@@ -106,6 +107,7 @@ def _plan(
     model: str,
     base: str | None,
     revision: str | None,
+    preset: str | None,
     machine: str,
     memory_budget: str | None,
     cache_bytes: str | None,
@@ -120,7 +122,7 @@ def _plan(
     # of a checkpoint the plan reads the tensors too
     found = _local(model, None if base else revision, weights=base is not None)
     base_dir = None if base is None else _local(base, revision, weights=False)
-    figures = plan_all(found, base_dir, machine_named(machine), settings, read_lists(sizes), *limits)
+    figures = plan_all(found, base_dir, machine_named(machine), settings, read_lists(sizes), *limits, preset=preset)
     if plot is not None:
         figure = plan_figure(figures)
         with replacing_file(plot) as path:
@@ -132,6 +134,8 @@ def _fit(
     model_dir: str,
     out: Path,
     revision: str | None,
+    preset: str | None,
+    machine: str,
     config: Path | None,
     calibrate: str | None,
     dry_run: bool,
@@ -145,15 +149,20 @@ def _fit(
     refuse_swapped(Path(model_dir), out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
     found = _local(model_dir, revision)
+    planner = Planner(read_model(found), machine_named(machine), None, None)
+    if preset is not None:
+        wanted = with_preset(planner, preset, wanted)
+    speed = verdict(planner, planner.plan(resolve_sizes(planner.model.base, wanted)))
     if dry_run:
         planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
         planned.require_room(out)
         figures = planned.figures()  # by all ranks together
         if leads():
             _say_left_dense(planned.source.base)
-            _show(figures, as_json, print_estimate)
+            _show(figures | {"verdict": speed}, as_json, print_estimate)
         return
     with show_progress(as_json or not leads()) as shown:
+        shown.tell(speed)
         result = compress(
             found,
             out,
@@ -171,6 +180,7 @@ def _fit(
     checkpoint = GlobeCheckpoint(out, verify=False)
     figures = {
         **result.report,
+        "verdict": speed,
         "rank": checkpoint.config.rank,
         "atoms": checkpoint.config.num_atoms,
         "bytes": {"dense_experts": checkpoint.config.base.dense_bytes, "globe_on_disk": checkpoint.bytes_on_disk},

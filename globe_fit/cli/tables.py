@@ -65,6 +65,7 @@ def print_estimate(figures: dict) -> None:
     write(f"The directory of the fit takes {format_bytes(figures['disk_bytes'])} at its peak, with its snapshots.")
     if figures["run_bytes"]:
         write(f"Before the fit the model runs over the text in at most {format_bytes(figures['run_bytes'])}.")
+    write(figures["verdict"])
 
 
 def print_plan(figures: dict) -> None:
@@ -130,6 +131,7 @@ def _print_planned(point: dict, machine: str) -> None:
             write(f"{name}: {found['refused']}")
     if point["why_not_composed"]:
         write(f"{point['why_not_composed']}.")
+    write(point["verdict"])
 
 
 def print_fit(figures: dict, out: Path, advice: str) -> None:

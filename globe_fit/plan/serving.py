@@ -6,13 +6,16 @@ predictions, not measurements. They assume uniform routing and, without a checkp
 
 import itertools
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 
 from globe_fit.config import FitConfig
 from globe_fit.data.outline import Outline
 from globe_fit.data.source import read_config
+from globe_fit.plan.presets import verdict, with_preset
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel, GlobeCheckpoint, GlobeConfig
@@ -106,10 +109,16 @@ def open_planned(path: Path, base: Path | None) -> tuple[ModelSizes, GlobeCheckp
     return model, checkpoint
 
 
-def points(base: BaseModel, settings: dict, lists: dict[str, list]) -> list[GlobeConfig]:
-    """Resolve the sizes of every combination of `lists`, each once. Raises RequestError for sizes out of range."""
+def points(
+    base: BaseModel, settings: dict, lists: dict[str, list], choose: Callable[[FitConfig], FitConfig] = lambda c: c
+) -> list[GlobeConfig]:
+    """Resolve the sizes of every combination of `lists`, each once; `choose` may choose sizes that are not given.
+
+    Raises RequestError for sizes out of range.
+    """
     combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-    found = [resolve_sizes(base, FitConfig.from_options(None, settings | values)) for values in combinations]
+    configs = [FitConfig.from_options(None, settings | values) for values in combinations]
+    found = [resolve_sizes(base, choose(config)) for config in configs]
     return [sizes for number, sizes in enumerate(found) if sizes not in found[:number]]
 
 
@@ -262,17 +271,21 @@ def plan_all(
     lists: dict[str, list],
     budget: int | None = None,
     cache_bytes: int | None = None,
+    preset: str | None = None,
 ) -> dict:
     """Predict the figures of `globe plan`. Raises RequestError when no point has a strategy within a given budget."""
     model, checkpoint = open_planned(path, base)
-    if checkpoint is not None and (lists or any(settings.values())):
+    if checkpoint is not None and (lists or preset or any(settings.values())):
         raise RequestError(f"{path} is a GloBE checkpoint, which fixes its sizes; give no sizes, or plan for {base}.")
     if checkpoint is None:
         planner = Planner(model, machine, budget, cache_bytes)
-        plans = [planner.plan(sizes) for sizes in points(model.base, settings, lists)]
+        choose = (lambda config: config) if preset is None else partial(with_preset, planner, preset)
+        plans = [planner.plan(sizes) for sizes in points(model.base, settings, lists, choose)]
     else:
         planner = Planner(replace(model, base=checkpoint.config.base), machine, budget, cache_bytes)
         plans = [planner.plan(checkpoint.config, palettes_of(checkpoint))]
+    for point in plans:
+        point["verdict"] = verdict(planner, point)
     refused = [point["strategies"][AUTO].get("refused") for point in plans]
     if (budget or cache_bytes) and all(refused):
         raise RequestError(refused[0])

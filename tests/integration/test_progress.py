@@ -136,7 +136,9 @@ def test_an_interrupted_fit_says_where_it_goes_on(globe, model_dir, tmp_path, mo
     assert code == 130 and stderr.splitlines()[-1] == expected
     code, _, stderr = globe(*command)
     assert code == 0
-    assert [line.split(" ", 1)[1] for line in stderr.splitlines()][:3] == [
+    first, *lines = [line.split(" ", 1)[1] for line in stderr.splitlines()]
+    assert first.startswith("Predicted on h100: ")
+    assert lines[:3] == [
         "gate is finished",
         "up goes on from step 2 of 3",
         "fit up",
