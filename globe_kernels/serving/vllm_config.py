@@ -66,9 +66,11 @@ class GlobeQuantization(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Take the directory, or the id on the Hub, and open it once so that damage is told before vLLM starts."""
-        self._name = at_revision(model_name, revision)
-        if Path(model_name).is_dir():
+        if Path(model_name).is_dir():  # without a network vLLM gives the snapshot of an id, and its revision too
+            self._name = model_name
             Export(Path(model_name), verify=False)
+        else:
+            self._name = at_revision(model_name, revision)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return the method of the routed experts of a compressed layer; other layers stay as they are.

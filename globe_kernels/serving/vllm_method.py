@@ -128,7 +128,8 @@ class GlobeMoEMethod(FusedMoEMethodBase):
     ) -> torch.Tensor:
         """Compute (T, D) from x (T, D), topk_weights and topk_ids (T, K): this process's part of the sum."""
         if layer.expert_map is not None:
-            topk_ids = layer.expert_map[topk_ids.long()]  # -1: on another process
+            # -1: on another process; vLLM gives -1 for the rows that fill up a batch
+            topk_ids = torch.where(topk_ids < 0, -1, layer.expert_map[topk_ids.long()])
         return layer.globe(x, topk_ids, topk_weights)
 
 

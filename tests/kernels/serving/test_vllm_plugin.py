@@ -132,6 +132,23 @@ def test_processes_that_share_the_experts(start, export_tiny, model_type, kind):
         assert one.abs().sum() > 0 and other.abs().sum() > 0
 
 
+def test_rows_that_fill_up_a_batch(start):
+    """vLLM routes them to expert -1, and indexing with -1 is the last expert."""
+    quantization = start()
+    made = make_layers(quantization, expert_map=torch.tensor([-1, -1, -1, -1, 0, 1, 2, 3]))
+    load(made)
+    x, weights, ids = routing(quantization)
+    assert not any(y.any() for y in call(made, x, weights, torch.full_like(ids, -1)))
+    assert any(y.any() for y in call(made, x, weights, ids))
+
+
+def test_a_snapshot_with_its_revision(start, export_tiny):
+    """Without a network vLLM gives both."""
+    quantization = start()
+    quantization.maybe_update_config(str(export_tiny("qwen3_moe")), revision="main")
+    load(make_layers(quantization))
+
+
 def test_the_bank_is_registered_once(start):
     made = make_layers(start(additional={"globe": {"strategy": "scratch"}}))
     load(made)
