@@ -81,7 +81,7 @@ Ranks = Annotated[str | None, typer.Option("--rank", help="Ranks, such as 48,64.
 Atoms = Annotated[str | None, typer.Option("--atoms", help="Atoms of the bank of each family, such as 20,34.")]
 Supports = Annotated[str | None, typer.Option("--support", help="Atoms that each expert mixes, such as 6,12.")]
 Palettes = Annotated[str | None, typer.Option("--palette", help="Most atoms that one layer uses, such as none,17.")]
-Preset = Annotated[str | None, typer.Option(help=f"Sizes for a purpose: {_choice(PRESETS)} ({SMALL}).")]
+Preset = Annotated[str | None, typer.Option(help=f"Sizes for a purpose: {_choice(PRESETS)}; {SMALL} without it.")]
 Machine = Annotated[str, typer.Option("--on", help="Machine whose times are predicted, such as h100 or cpu.")]
 Phi = Annotated[str | None, typer.Option(help=f"{_choice(PHIS)} ({FitConfig.phi}).")]
 Scope = Annotated[

@@ -79,6 +79,8 @@ class Export:
         found = {int(match[1]): path for path in paths if (match := _LAYER.fullmatch(f"{path}."))}
         if missing := self.config.base.num_experts.keys() - found.keys():
             raise self._damaged(f"has no adapters of layer {min(missing)}")
+        if more := found.keys() - self.config.base.num_experts.keys():
+            raise self._damaged(f"has adapters of layer {min(more)}, which {MODEL_CONFIG_NAME} does not list")
         return {layer: found[layer] for layer in self.config.base.num_experts}
 
     def _find_down(self, layer: int) -> list[str]:

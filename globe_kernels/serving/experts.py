@@ -4,14 +4,14 @@ The loader of an engine knows no tensor that all layers share, and its models na
 many ways. So the loader leaves them alone, and each process reads the experts and rows that it runs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 
 from globe_kernels.errors import GlobeError, RequestError
+from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.exported import Export
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.format.typed import checked
@@ -57,12 +57,13 @@ class Share:
 class Experts:
     """The experts that a process runs, layer by layer, and their bank.
 
-    `expect` all layers, then `load` each: the last one is followed by the arrangement of all. With `is_dummy` the
-    factors have random values and no file is read.
+    `expect` all layers, then `load` each: the first opens the export, and the last is followed by the arrangement of
+    all layers and lets go of the export. `opened` opens it; without it the factors have random values.
     """
 
-    def __init__(self, export: Export, options: Options, *, is_dummy: bool = False):
-        self._export, self._options, self._is_dummy = export, options, is_dummy
+    def __init__(self, sizes: GlobeConfig, options: Options, opened: Callable[[], Export] | None = None):
+        self._sizes, self._options, self._opened = sizes, options, opened
+        self._export: Export | None = None
         self._shares: dict[int, Share] = {}
         self._loaded: dict[int, GlobeMoEFFN] = {}
         self.is_arranged = False
@@ -83,17 +84,18 @@ class Experts:
             config, layer, share.activation, share.dtype, device, has_bias=config.base.has_bias
         ).requires_grad_(False)
         module.take_share(range(len(share.experts)), len(share.rows), is_first=share.adds_down_bias)
-        if self._is_dummy:
+        if self._opened is None:
             _randomize(module, config.num_atoms)
         else:
+            self._export = self._export or self._opened()
             for name, tensor in self._export.experts(layer, share.experts, share.rows).items():
                 getattr(module, name).copy_(tensor)
         self._loaded[layer] = module
         return module, self._arrange(device) if self._loaded.keys() == self._shares.keys() else None
 
-    def _config(self):
+    def _config(self) -> GlobeConfig:
         """The sizes of the checkpoint, as far as this process has them."""
-        config, some = self._export.config, next(iter(self._shares.values()))
+        config, some = self._sizes, next(iter(self._shares.values()))
         counts = {layer: len(share.experts) for layer, share in sorted(self._shares.items())}
         base = replace(config.base, intermediate_size=len(some.rows), num_experts=counts)
         return replace(config, base=base)
@@ -101,12 +103,13 @@ class Experts:
     def _arrange(self, device: torch.device) -> GlobeBank:
         bank = GlobeBank(self._config(), device)
         for family in FAMILIES:
-            if self._is_dummy:
+            if self._export is None:
                 bank.atoms(family).normal_(std=0.02)
             else:
                 bank.atoms(family).copy_(self._export.bank(family))
-        if not self._is_dummy:
+        if self._export is not None:
             self._export.verify()
+            self._export = None  # its files are mapped into memory
         modules = [self._loaded[layer] for layer in sorted(self._loaded)]
         budget, cache = (self._options.get(name) for name in ("memory_budget", "cache_bytes"))
         bounds = (None if size is None else parse_bytes(size) for size in (budget, cache))
@@ -117,11 +120,6 @@ class Experts:
             bank.to("meta")
         self._loaded, self.is_arranged = {}, True
         return bank
-
-
-def open_experts(directory: Path, additional_config: Any, *, verify: bool, is_dummy: bool) -> Experts:
-    """Open the export in `directory` for one process; `verify`: compare the sha256 of its files."""
-    return Experts(Export(directory, verify=verify and not is_dummy), options_of(additional_config), is_dummy=is_dummy)
 
 
 def _randomize(module: GlobeMoEFFN, num_atoms: int) -> None:

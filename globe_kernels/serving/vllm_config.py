@@ -18,7 +18,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.exported import Export, ExportedConfig
 from globe_kernels.format.hub import at_revision, local_directory
 from globe_kernels.format.names import BANK_NAME, QUANT_METHOD
-from globe_kernels.serving.experts import Experts, open_experts
+from globe_kernels.serving.experts import Experts, options_of
 from globe_kernels.serving.vllm_method import GlobeMoEMethod
 
 _OLDEST_CARD = 80  # compute capability 8.0, from which cards have bf16
@@ -29,8 +29,13 @@ _OWN = r"(gate|up)_(adapter|code_index|code_value|bias)|down_(proj|bias)|\d+\.\w
 class GlobeQuantization(QuantizationConfig):
     """The `quantization_config` of an export: its experts run from GloBE factors, all other layers as they are."""
 
-    def __init__(self, data: Mapping[str, Any]):
+    def __init__(self, data: Mapping[str, Any] | None = None):
         super().__init__()
+        if data is None:
+            raise RequestError(
+                "--quantization globe is for a directory that `globe export` wrote and this model has no such "
+                "quantization_config; leave the option out, vLLM finds it by itself."
+            )
         self._globe = ExportedConfig(dict(data), "quantization_config in config.json").globe
         self._name, self._experts = "", None
         self.is_loading_draft = False
@@ -78,6 +83,8 @@ class GlobeQuantization(QuantizationConfig):
         A layer that is made when all experts are arranged is of a draft model, such as the layers of a checkpoint that
         predict further tokens. These are dense in an export, and may have the numbers of compressed layers.
         """
+        if self._experts is None:  # the first layer of a model
+            _refuse_options(get_current_vllm_config(), self._globe.base.intermediate_size)
         is_of_draft = self._experts is not None and self._experts.is_arranged
         if isinstance(layer, LinearBase):
             self.is_loading_draft |= is_of_draft
@@ -91,14 +98,14 @@ class GlobeQuantization(QuantizationConfig):
     def _of_this_process(self) -> Experts:
         if self._experts is None:
             vllm_config = get_current_vllm_config()
-            _refuse_options(vllm_config)
-            self._experts = open_experts(
-                local_directory(self._name or vllm_config.model_config.model),
-                vllm_config.additional_config,
-                verify=get_world_group().local_rank == 0,  # one process of a host
-                is_dummy=vllm_config.load_config.load_format == "dummy",
-            )
+            is_dummy = vllm_config.load_config.load_format == "dummy"
+            options = options_of(vllm_config.additional_config)
+            self._experts = Experts(self._globe, options, None if is_dummy else self._open)
         return self._experts
+
+    def _open(self) -> Export:
+        """Open the export, which vLLM has downloaded by now."""
+        return Export(local_directory(self._name), verify=get_world_group().local_rank == 0)  # one process of a host
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Let the loader of vLLM leave out the tensors that `Experts` reads; it asks when all layers are made.
@@ -122,11 +129,17 @@ class GlobeQuantization(QuantizationConfig):
             )
         parallel = get_current_vllm_config().parallel_config
         missing = self._globe.base.num_experts.keys() - experts.layers
-        if missing and (parallel.pipeline_parallel_size == 1 or not experts.layers):
+        if not missing or parallel.pipeline_parallel_size > 1:
+            return
+        if experts.layers:
             raise RequestError(
-                f"This vLLM runs the experts of layer {min(missing)} of a {self._globe.base.model_type} model by code "
-                "that takes no quantization method; serve the dense export of this model (globe export --dense)."
+                f"vLLM has made {len(experts.layers)} layers of experts and the export has {len(missing)} more, the "
+                f"first is layer {min(missing)}; serve the directory as it was exported, without --hf-overrides."
             )
+        raise RequestError(
+            f"This vLLM runs the experts of a {self._globe.base.model_type} model by code that takes no quantization "
+            "method; serve the dense export of this model (globe export --dense)."
+        )
 
 
 class _DraftLinearMethod(UnquantizedLinearMethod):
@@ -141,9 +154,21 @@ class _DraftLinearMethod(UnquantizedLinearMethod):
         self._config.is_loading_draft = False
 
 
-def _refuse_options(vllm_config: Any) -> None:
-    """Raise RequestError for options of vLLM that change experts while they run."""
-    if vllm_config.parallel_config.enable_eplb:
+def _refuse_options(vllm_config: Any, rows: int) -> None:
+    """Raise RequestError for options of vLLM that GloBE experts of so many rows cannot follow."""
+    parallel, model, load = vllm_config.parallel_config, vllm_config.model_config.model, vllm_config.load_config
+    processes = parallel.tensor_parallel_size * parallel.data_parallel_size
+    if rows % processes and not parallel.enable_expert_parallel:
+        raise RequestError(
+            f"Experts of {rows} rows cannot be split over {processes} processes; give a --tensor-parallel-size that "
+            "divides them, or add --enable-expert-parallel."
+        )
+    if load.download_dir is not None and not Path(model).is_dir():
+        raise RequestError(
+            f"--download-dir is not followed for the experts of {model}; run `hf download {model} --local-dir "
+            "DIRECTORY` and give the directory, or set HF_HOME."
+        )
+    if parallel.enable_eplb:
         raise RequestError(
             "--enable-eplb moves experts between processes and GloBE experts stay where they were loaded; leave "
             "--enable-eplb out."

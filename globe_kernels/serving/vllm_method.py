@@ -1,6 +1,7 @@
 # pyright: reportMissingImports=false
 """The routed experts of one layer of a vLLM model."""
 
+import logging
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.serving.experts import Experts, Share
 
+_LOG = logging.getLogger("vllm.globe")  # which vLLM prints
 _PLAIN = {MoEActivation.GELU: "gelu", MoEActivation.GELU_TANH: "gelu_pytorch_tanh"}  # as globe_kernels names them
 # {activation: its alpha, limit and beta where the layer states none}. The two last differ in the layout of weights.
 _SIGMOID: dict[MoEActivation, tuple[float, float | None, float]] = {
@@ -65,11 +67,6 @@ class GlobeMoEMethod(FusedMoEMethodBase):
                 f"Layer {self._number} weights the inputs of its experts and GloBE weights their outputs; serve the "
                 "dense export of this model (globe export --dense)."
             )
-        if base.intermediate_size % moe.tp_size:
-            raise RequestError(
-                f"Experts of {base.intermediate_size} rows cannot be split over {moe.tp_size} processes; give a "
-                "--tensor-parallel-size that divides them, or add --enable-expert-parallel."
-            )
         rows = base.intermediate_size // moe.tp_size
         self._experts.expect(
             self._number,
@@ -112,6 +109,7 @@ class GlobeMoEMethod(FusedMoEMethodBase):
         layer.globe, bank = self._experts.load(self._number, torch.device(self.moe.device))
         if bank is not None:
             layer.globe_bank = bank  # registered once, for those who count parameters
+            _LOG.info("GloBE runs the experts of this process by %s.", " and ".join(bank.arrangement.strategies))
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         """Describe no quantised weights: vLLM's own kernels never run these experts."""

@@ -159,3 +159,12 @@ def test_directories_that_are_no_export(fit_tiny, save_tiny, tmp_path):
     for path in (save_tiny("qwen3_moe"), tmp_path, tmp_path / "absent"):
         with pytest.raises(RequestError, match="is no model that `globe export` wrote; give the directory of"):
             Export(path)
+
+
+def test_a_layer_that_the_configuration_does_not_list(export):
+    path = export()
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]["base"]["num_experts"]["2"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GlobeError, match="has adapters of layer 2, which config.json does not list, so it is no whole"):
+        Export(path)

@@ -40,9 +40,12 @@ MEMBERS = {
     f"{_LAYERS}.fused_moe.config:FusedMoEConfig": "num_experts experts_per_token intermediate_size has_bias activation "
     "device moe_parallel_config tp_size tp_rank",
     f"{_LAYERS}.fused_moe.config:FusedMoEParallelConfig": "tp_size tp_rank",
-    f"{_LAYERS}.fused_moe.routed_experts:RoutedExperts": "expert_map",
+    f"{_LAYERS}.fused_moe.routed_experts:RoutedExperts": "expert_map moe_config apply_router_weight_on_input "
+    "swiglu_alpha swiglu_limit swiglu_beta",
     f"{_LAYERS}.linear:LinearBase": "forward",
-    "vllm.config:ParallelConfig": "enable_eplb pipeline_parallel_size",
+    "vllm.config:ParallelConfig": "data_parallel_size enable_eplb enable_expert_parallel pipeline_parallel_size "
+    "tensor_parallel_size",
+    "vllm.config:LoadConfig": "download_dir load_format",
     "vllm.config:LoRAConfig": "target_modules",
     "vllm.config:VllmConfig": "additional_config load_config lora_config model_config parallel_config",
     "vllm.model_executor.models.utils:WeightsMapper": "orig_to_new_regex map_name apply",
@@ -67,6 +70,6 @@ def differences() -> list[str]:
             wrong.append(f"{name} takes {here!r} in place of {parameters!r}")
     for name, members in MEMBERS.items():
         owner = found(name)
-        has = {*dir(owner), *getattr(owner, "__dataclass_fields__", ())}
+        has = {*dir(owner), *getattr(owner, "__dataclass_fields__", ()), *signature(owner.__init__).parameters}
         wrong += [f"{name} has no {member}" for member in members.split() if member not in has]
     return wrong

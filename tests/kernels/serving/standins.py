@@ -66,11 +66,19 @@ class FusedMoEMethodBase:
 class RoutedExperts(nn.Module):
     """The experts of a layer, of which this process has those with a place in `expert_map`."""
 
-    def __init__(self, moe_config: FusedMoEConfig, expert_map: torch.Tensor | None = None):
+    def __init__(
+        self,
+        moe_config: FusedMoEConfig,
+        expert_map: torch.Tensor | None = None,
+        apply_router_weight_on_input: bool = False,
+        swiglu_alpha: float | None = None,
+        swiglu_limit: float | None = None,
+        swiglu_beta: float | None = None,
+    ):
         super().__init__()
         self.moe_config, self._expert_map = moe_config, expert_map
-        self.apply_router_weight_on_input = False
-        self.swiglu_alpha = self.swiglu_limit = self.swiglu_beta = None
+        self.apply_router_weight_on_input = apply_router_weight_on_input
+        self.swiglu_alpha, self.swiglu_limit, self.swiglu_beta = swiglu_alpha, swiglu_limit, swiglu_beta
 
     @property
     def expert_map(self) -> torch.Tensor | None:
@@ -129,7 +137,16 @@ def extract_layer_index(layer_name: str, num_attn_module: int = 1) -> int:
 @dataclass
 class ParallelConfig:
     pipeline_parallel_size: int = 1
+    tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    enable_expert_parallel: bool = False
     enable_eplb: bool = False
+
+
+@dataclass
+class LoadConfig:
+    load_format: str = "auto"
+    download_dir: str | None = None
 
 
 @dataclass
@@ -140,7 +157,7 @@ class LoRAConfig:
 @dataclass
 class VllmConfig:
     model_config: Any
-    load_config: Any
+    load_config: LoadConfig
     parallel_config: ParallelConfig
     lora_config: LoRAConfig | None
     additional_config: dict[str, Any]
@@ -150,6 +167,7 @@ def vllm_config(
     *,
     additional: Any = None,
     load_format: str = "auto",
+    download_dir: str | None = None,
     model: str = "",
     lora: LoRAConfig | None = None,
     **parallel: Any,
@@ -157,7 +175,7 @@ def vllm_config(
     """Make the configuration of an engine, as far as the plugin reads it."""
     return VllmConfig(
         SimpleNamespace(model=model),
-        SimpleNamespace(load_format=load_format),
+        LoadConfig(load_format, download_dir),
         ParallelConfig(**parallel),
         lora,
         {} if additional is None else additional,
@@ -179,7 +197,7 @@ def install(monkeypatch, config: Any) -> dict[str, Any]:
 
     layers = "vllm.model_executor.layers"
     members: dict[str, Sequence[Any]] = {
-        "vllm.config": [LoRAConfig, ParallelConfig, VllmConfig, get_current_vllm_config],
+        "vllm.config": [LoRAConfig, LoadConfig, ParallelConfig, VllmConfig, get_current_vllm_config],
         "vllm.distributed.parallel_state": [get_world_group],
         "vllm.model_executor.models.utils": [WeightsMapper, extract_layer_index],
         f"{layers}.linear": [LinearBase, UnquantizedLinearMethod],

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def start(monkeypatch, export_tiny):
 
     def run(model_type: str = "qwen3_moe", **options):
         export = export_tiny(model_type)
-        methods = standins.install(monkeypatch, standins.vllm_config(model=str(export), **options))
+        methods = standins.install(monkeypatch, standins.vllm_config(**{"model": str(export)} | options))
         vllm_plugin.register()
         config = json.loads((export / "config.json").read_text(encoding="utf-8"))
         quantization = methods["globe"].from_config(config["quantization_config"])
@@ -92,7 +93,23 @@ def test_the_entry_point_registers_once(start, monkeypatch):
 def test_a_vllm_that_is_too_old(monkeypatch):
     monkeypatch.setattr(standins, "VERSION", "0.29.1")
     methods = standins.install(monkeypatch, standins.vllm_config())
-    with pytest.warns(GlobeWarning, match="vLLM 0.29.1 cannot serve GloBE exports; install vllm 0.30 or newer"):
+    with pytest.warns(
+        GlobeWarning, match="vLLM 0.29.1 cannot serve GloBE exports .ImportError: it is older than 0.30."
+    ):
+        vllm_plugin.register()
+    assert methods == {}
+
+
+def test_a_vllm_whose_parts_have_moved(monkeypatch):
+    """vLLM calls the entry point for every model, so no failure may leave it."""
+    monkeypatch.setattr(standins, "VERSION", "dev")
+    methods = standins.install(monkeypatch, standins.vllm_config())
+    with pytest.warns(GlobeWarning, match="vLLM dev cannot serve GloBE exports .InvalidVersion"):
+        vllm_plugin.register()
+    monkeypatch.setattr(standins, "VERSION", "0.99.0")
+    methods = standins.install(monkeypatch, standins.vllm_config())
+    del sys.modules["vllm.model_executor.layers.fused_moe.routed_experts"]
+    with pytest.warns(GlobeWarning, match="vLLM 0.99.0 cannot serve GloBE exports .ModuleNotFoundError"):
         vllm_plugin.register()
     assert methods == {}
 
@@ -233,14 +250,33 @@ def test_a_draft_model_stays_dense(start):
 
 
 def test_a_model_that_asks_for_no_experts_is_refused(start):
-    with pytest.raises(RequestError, match="runs the experts of layer 0 of a qwen3_moe model by code that takes no"):
+    with pytest.raises(RequestError, match="runs the experts of a qwen3_moe model by code that takes no quantization"):
         start().get_checkpoint_weight_mapper()
-    with pytest.raises(RequestError, match="takes no quantization method"):
-        start(pipeline_parallel_size=2).get_checkpoint_weight_mapper()
+    quantization = start()
+    make_layers(quantization)
+    quantization._experts._shares.pop(0)
+    with pytest.raises(RequestError, match="made 2 layers of experts and the export has 1 more, the first is layer 0"):
+        quantization.get_checkpoint_weight_mapper()
+    start(pipeline_parallel_size=2).get_checkpoint_weight_mapper()  # all of them are on another process
     quantization = start(pipeline_parallel_size=2)
     make_layers(quantization)
-    quantization._experts._shares.pop(0)  # on another process
+    quantization._experts._shares.pop(0)
     quantization.get_checkpoint_weight_mapper()
+
+
+def test_the_method_by_name_for_another_model(start):
+    with pytest.raises(RequestError, match="--quantization globe is for a directory that `globe export` wrote and"):
+        type(start())()
+
+
+def test_the_export_is_let_go(start):
+    quantization = start()
+    made = make_layers(quantization)
+    assert quantization._experts._export is None  # vLLM may not have downloaded it yet
+    made[0][1].process_weights_after_loading(made[0][0])
+    assert quantization._experts._export is not None
+    load(made[1:])
+    assert quantization._experts._export is None and quantization._experts.is_arranged
 
 
 @pytest.mark.parametrize(
@@ -251,7 +287,6 @@ def test_a_model_that_asks_for_no_experts_is_refused(start):
             {"activation": standins.MoEActivation.SITU},
             "has the activation situ .alpha None, limit None, beta None., which",
         ),
-        ({"tp": (5, 0)}, "Experts of 48 rows cannot be split over 5 processes; give a --tensor-parallel-size"),
     ],
 )
 def test_layers_that_are_refused(start, options, sentence):
@@ -262,6 +297,12 @@ def test_layers_that_are_refused(start, options, sentence):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"tensor_parallel_size": 5}, "Experts of 48 rows cannot be split over 5 processes; give a --tensor-parallel-"),
+        ({"data_parallel_size": 5}, "Experts of 48 rows cannot be split over 5 processes"),
+        (
+            {"download_dir": "elsewhere", "model": "Org/name"},
+            "--download-dir is not followed for the experts of Org/",
+        ),
         ({"enable_eplb": True}, "--enable-eplb moves experts between processes"),
         ({"lora": standins.LoRAConfig()}, "--enable-lora puts adapters on the experts too"),
         ({"lora": standins.LoRAConfig(["q_proj", "experts"])}, "--enable-lora puts adapters on the experts too"),
@@ -272,7 +313,9 @@ def test_options_of_vllm_that_are_refused(start, options, sentence):
         make_layers(start(**options))
 
 
-def test_adapters_around_the_experts(start):
+def test_options_of_vllm_that_are_followed(start):
+    make_layers(start(tensor_parallel_size=5, enable_expert_parallel=True))
+    make_layers(start(download_dir="elsewhere"))  # the export is a directory
     load(make_layers(start(lora=standins.LoRAConfig(["q_proj", "o_proj"]))))
 
 
