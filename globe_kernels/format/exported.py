@@ -27,14 +27,17 @@ _BIASES = (*(f"{family}_bias" for family in FAMILIES), _DOWN_BIAS)
 
 
 class ExportedConfig:
-    """The `quantization_config` of an export: `globe`, its sizes, and `files`, {name: sha256} of its tensor files."""
+    """The `quantization_config` of an export.
+
+    `globe` has its sizes, `weights` the file in which a reader begins, None where the name is the usual, and `files`
+    {name: sha256} of its tensor files, empty in older exports.
+    """
 
     def __init__(self, data: dict, where: str):
         """Parse and check; `where` names the file in the error. Raises GlobeError."""
-        sizes = {key: value for key, value in data.items() if key not in ("quant_method", "weights", "files")}
         self.weights = checked(str | None, data.get("weights"), f"weights of {where}", _REMEDY)
         self.files = checked(dict[str, str], data.get("files", {}), f"files of {where}", _REMEDY)
-        self.globe = GlobeConfig.from_dict(sizes, where)
+        self.globe = GlobeConfig.from_dict(data, where)
 
 
 class Export:

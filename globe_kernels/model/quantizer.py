@@ -20,8 +20,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeConfig, check_codes
+from globe_kernels.format.exported import ExportedConfig
 from globe_kernels.format.names import BANK_NAME, EXPORT_GUARD, FAMILIES, GUARD_KEY, QUANT_METHOD
-from globe_kernels.format.typed import checked
 from globe_kernels.format.verification import Verification
 from globe_kernels.model.arrange import arrange, plan_arrangement
 from globe_kernels.model.bank import GlobeBank
@@ -41,16 +41,11 @@ class GlobeQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **data: Any):
-        data.pop("quant_method", None)
-        where = "quantization_config in config.json"
-        # file of an export, None where the name is the usual
-        self.weights: str | None = checked(str | None, data.pop("weights", None), f"weights of {where}", "export again")
-        files = data.pop("files", {})  # file of an export -> sha256
-        self.files = checked(dict[str, str], files, f"files of {where}", "export the checkpoint again")
-        other = data.pop("other_layers", None)
+        exported = ExportedConfig(data, "quantization_config in config.json")
+        self.globe, self.weights, self.files = exported.globe, exported.weights, exported.files
+        other = data.get("other_layers")
         self.other_layers: Any = AutoQuantizationConfig.from_dict(other) if isinstance(other, dict) else other
         self.quant_method: Any = QUANT_METHOD
-        self.globe = GlobeConfig.from_dict(data, where)
 
     def to_dict(self) -> dict[str, Any]:
         other = {} if self.other_layers is None else {"other_layers": self.other_layers.to_dict()}
