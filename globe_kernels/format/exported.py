@@ -21,6 +21,7 @@ from globe_kernels.format.verification import Verification, verifies
 
 _REMEDY = "export the checkpoint again"
 _LAYER = re.compile(r".*\blayers\.(\d+)\..*")
+_OF_EXPERT = re.compile(r"(.*)\.(\d+)\.\w+\.weight")
 _FRACTIONS, _INTEGERS = ("BF16", "F16", "F32"), ("I32",)  # dtypes of an export, as safetensors names them
 _DOWN, _DOWN_BIAS = "down_proj", "down_bias"
 _BIASES = (*(f"{family}_bias" for family in FAMILIES), _DOWN_BIAS)
@@ -60,7 +61,7 @@ class Export:
         handles = {name: _open(inner_file(path, name)) for name in files}
         self._handles = {key: handle for handle in handles.values() for key in handle.keys()}  # noqa: SIM118
         self._paths = self._find_layers()
-        self._down = {layer: self._find_down(layer) for layer in self._paths}
+        self._down = self._find_down()
         self._check()
         self._verification = None
         if parsed.files and verify and verifies():
@@ -86,16 +87,21 @@ class Export:
             raise self._damaged(f"has adapters of layer {min(more)}, which {MODEL_CONFIG_NAME} does not list")
         return {layer: found[layer] for layer in self.config.base.num_experts}
 
-    def _find_down(self, layer: int) -> list[str]:
-        """Return the key of the fused down matrices, or the keys of the matrices of all experts in their order."""
-        path = self._paths[layer]
-        if f"{path}.{_DOWN}" in self._handles:
-            return [f"{path}.{_DOWN}"]
-        of_expert = re.compile(re.escape(path) + r"\.(\d+)\.\w+\.weight")
-        found = {int(match[1]): key for key in self._handles if (match := of_expert.fullmatch(key))}
-        if missing := set(range(self.config.base.num_experts[layer])) - found.keys():
-            raise self._damaged(f"has no down matrix of expert {min(missing)} of layer {layer}")
-        return [found[expert] for expert in sorted(found)]
+    def _find_down(self) -> dict[int, str | list[str]]:
+        """{layer id: key of its fused down matrices, or the keys of the matrices of all experts in their order}"""
+        of_path: dict[str, dict[int, str]] = {path: {} for path in self._paths.values()}
+        for key in self._handles:
+            if (match := _OF_EXPERT.fullmatch(key)) and match[1] in of_path:
+                of_path[match[1]][int(match[2])] = key
+        down: dict[int, str | list[str]] = {}
+        for layer, path in self._paths.items():
+            if f"{path}.{_DOWN}" in self._handles:
+                down[layer] = f"{path}.{_DOWN}"
+                continue
+            if missing := set(range(self.config.base.num_experts[layer])) - of_path[path].keys():
+                raise self._damaged(f"has no down matrix of expert {min(missing)} of layer {layer}")
+            down[layer] = [key for _, key in sorted(of_path[path].items())]
+        return down
 
     def _check(self) -> None:
         base = self.config.base
@@ -107,9 +113,11 @@ class Export:
             experts = base.num_experts[layer]
             for name, (shape, dtype) in self.config.layer_shapes(layer).items():
                 expected[f"{path}.{name}"] = shape, dtype.is_floating_point
-            fused = len(self._down[layer]) == 1 and self._down[layer][0].endswith(_DOWN)
-            shape = (experts, width, inner) if fused else (width, inner)
-            expected |= dict.fromkeys(self._down[layer], (shape, True))
+            down = self._down[layer]
+            if isinstance(down, str):
+                expected[down] = (experts, width, inner), True
+            else:
+                expected |= dict.fromkeys(down, ((width, inner), True))
             if base.has_bias:
                 sizes = ((experts, inner), (experts, inner), (experts, width))
                 expected |= {f"{path}.{name}": (size, True) for name, size in zip(_BIASES, sizes, strict=True)}
@@ -150,11 +158,11 @@ class Export:
         for family in FAMILIES:
             name = f"{family}_code_index"
             check_codes(tensors[name], self.config.num_atoms, f"{path}.{name} in {self.path}")
-        keys = self._down[layer]
-        if len(keys) == 1 and keys[0].endswith(_DOWN):
-            tensors[_DOWN] = self._some(keys[0], ids, whole, part)
+        down = self._down[layer]
+        if isinstance(down, str):
+            tensors[_DOWN] = self._some(down, ids, whole, part)
         else:
-            tensors[_DOWN] = torch.stack([self._read(keys[expert], whole, part) for expert in ids])
+            tensors[_DOWN] = torch.stack([self._read(down[expert], whole, part) for expert in ids])
         return tensors
 
     def _some(self, key: str, ids: Sequence[int], *rest: slice) -> torch.Tensor:
