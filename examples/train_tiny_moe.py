@@ -110,6 +110,14 @@ def model_config(args):
             "decoder_sparse_step": 1,
         },
         "olmoe": {"intermediate_size": args.intermediate},
+        "glm4_moe": {
+            "moe_intermediate_size": args.intermediate,
+            "intermediate_size": 256,
+            "head_dim": 32,
+            "n_routed_experts": args.experts,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+        },
     }
     heads = args.hidden // 32
     return AutoConfig.for_model(
@@ -194,7 +202,7 @@ def train(model: Any, tokens: torch.Tensor, held_out: torch.Tensor, args) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--architecture", choices=["qwen3_moe", "olmoe"], default="qwen3_moe")
+    parser.add_argument("--architecture", choices=["qwen3_moe", "olmoe", "glm4_moe"], default="qwen3_moe")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--experts", type=int, default=20)
     parser.add_argument("--hidden", type=int, default=192)
