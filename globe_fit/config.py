@@ -21,29 +21,24 @@ SNAPSHOT_MINUTES = 5.0  # between two snapshots
 class VarProConfig:
     """Settings of the variable-projection solver (globe_fit.solvers.varpro)."""
 
-    steps: int = 1500
+    steps: int = 1500  # at most
     lr: float = 1.0  # of the bank, in units of its RMS
     code_lr_scale: float = 0.3
-    warmup_steps: int = 20
-    final_lr_scale: float = 0.02
-    betas: tuple[float, float] = (0.8, 0.95)
+    first_cycle: int = 100  # steps; each cycle is twice as long as the cycle before
+    warmup_steps: int = 20  # of each cycle, at most a fifth of it; the support is fixed after the first warm-up
+    plateau: float = 0.01  # end the fit after a cycle that lowers the error by a smaller share
     ridge: float = 1e-6  # of the mean diagonal of each Gram matrix
-    support_at: float = 0.02  # share of the steps after which the support is fixed
     candidates: int = 64  # atoms from which an expert chooses its support and, with a palette, a layer its palette
 
     def __post_init__(self):
         _require("steps", self.steps, int, 0)
         _require("candidates", self.candidates, int, 1)
+        _require("first_cycle", self.first_cycle, int, 1)
         _require("lr", self.lr, float, 0)
         _require("code_lr_scale", self.code_lr_scale, float, 0)
         _require("warmup_steps", self.warmup_steps, int, 0)
-        _require("final_lr_scale", self.final_lr_scale, float, 0, 1)
+        _require("plateau", self.plateau, float, 0, 1)
         _require("ridge", self.ridge, float, 0)
-        _require("support_at", self.support_at, float, 0, 1)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise RequestError(f"betas is {self.betas!r}; expected two numbers from 0 to 1, such as [0.8, 0.95].")
-        for beta in self.betas:
-            _require("betas", beta, float, 0, 0.99999)
 
 
 @dataclass(frozen=True)
@@ -163,11 +158,6 @@ class FitConfig:
     def steps(self) -> int:
         """Steps of the chosen solver."""
         return (self.varpro if self.solver == "varpro" else self.alternating).steps
-
-    @property
-    def usual_steps(self) -> int:
-        """Steps of the chosen solver by default."""
-        return VarProConfig.steps if self.solver == "varpro" else AlternatingConfig.steps
 
     @classmethod
     def from_options(cls, toml_file: Path | None, options: dict) -> "FitConfig":

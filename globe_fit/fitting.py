@@ -13,7 +13,7 @@ import safetensors
 import torch
 
 from globe_fit.calibration.metric import Calibration
-from globe_fit.config import SNAPSHOT_MINUTES, FitConfig, resolve_device
+from globe_fit.config import SNAPSHOT_MINUTES, FitConfig, VarProConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.finish import finish
@@ -70,10 +70,10 @@ def fit(
     ranks        from globe_fit.run.distributed: this process is one of several that fit together, each with some
                  columns of the weights and of the bank; the first rank has the result
 
-    Memory: the bank of one family in fp32 six times (bank, gradient, the addition to the gradient, two of Adam, best
-    state), on a GPU five times, the factors, and one block of experts, or all experts of a family as they are stored
-    where a GPU has room. Raises RequestError for sizes out of range and for a combination that no fit supports,
-    GlobeError for NaN or infinity in an expert and for a divergence before the support is fixed.
+    Memory: the bank of one family in fp32 five times (bank, gradient, the addition to the gradient, the two moments of
+    Adam in bf16, best state), on a GPU four times, the factors, and one block of experts, or all experts of a family as
+    they are stored where a GPU has room. Raises RequestError for sizes out of range and for a combination that no fit
+    supports, GlobeError for NaN or infinity in an expert and for a divergence before the support is fixed.
     """
     config = replace(config, device=resolve_device(config.device))
     require_supported(source.base, config, calibration is not None, ranks)
@@ -306,21 +306,30 @@ class _Run:
 def _advice(history: list[dict], config: FitConfig) -> tuple[str, str]:
     """Advise whether more steps would pay: (advice, level).
 
-    A short fit can always gain, whatever its curve says: its learning rate has ended early too. A fit of the usual
-    length is judged by the gain of the last tenth of its steps.
+    The last cycle of varpro says it: its steps are about twice the steps of the cycle before, and the rate falls to
+    zero in both. The alternating solver has no rate: the last tenth of its rounds says it.
     """
-    taken, usual = history[-1]["step"], config.usual_steps
-    if taken == 0:
+    last = [[record for record in history if record["family"] == family][-1] for family in FAMILIES]
+    if last[-1]["step"] == 0:
         return "No step was taken: this is the start of a fit.", "unsettled"
-    if config.steps < usual and taken == config.steps:
-        return f"The fit took {taken} steps and {usual} are the default: more steps would pay.", "unsettled"
-    gains = []
-    for family in FAMILIES:
-        errors = [record["relative_error"] for record in history if record["family"] == family]
-        if len(errors) > 1 and errors[-1] > 0:
-            gains.append(1 - errors[-1] / errors[-1 - max(1, len(errors) // 10)])
-    gain = max(gains, default=0.0)
-    if gain > 0.01:
-        still = f"The last tenth of the steps still lowered the error by {100 * gain:.1f} %: more steps would pay."
-        return still, "unsettled"
-    return "The error has settled; a lower error needs a larger ratio, a larger support or many more steps.", "settled"
+    if config.solver == "varpro":
+        gains = [record["cycle_gain"] for record in last if "cycle_gain" in record]
+        cycle, least = "cycle of steps", config.varpro.plateau
+        if len(gains) < len(FAMILIES):
+            taken, usual = last[-1]["step"], VarProConfig.steps
+            return f"The fit took {taken} steps and {usual} are the default: more steps would pay.", "unsettled"
+    else:
+        gains, cycle, least = [_late_gain(history, family) for family in FAMILIES], "tenth of the steps", 0.01
+    if (gain := max(gains)) >= least:
+        return f"The last {cycle} lowered the error by {100 * gain:.1f} %: more steps would pay.", "unsettled"
+    return (
+        f"The error has settled: the last {cycle} lowered it by {100 * max(gain, 0):.1f} %; a lower error needs a "
+        "larger ratio or a larger support.",
+        "settled",
+    )
+
+
+def _late_gain(history: list[dict], family: str) -> float:
+    errors = [record["relative_error"] for record in history if record["family"] == family]
+    before = errors[-1 - max(1, len(errors) // 10)] if len(errors) > 1 else 0.0
+    return 1 - errors[-1] / before if before else 0.0

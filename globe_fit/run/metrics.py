@@ -115,6 +115,7 @@ METRICS = {
     ),
     "peak_host_bytes": MetricRow("B", "lower", "highest resident memory of the process so far"),
     "peak_device_bytes": MetricRow("B", "lower", "highest memory that torch allocated on the GPU so far"),
+    "cycle_gain": MetricRow("", "", "share by which the last cycle of steps lowered the error"),
     "temperature": MetricRow("", "", "T of the codes entmax(z / T)"),
     "dictionary_condition": MetricRow(
         "", "lower", "condition number of the Gram matrix of the codes in use, sum a a^T"

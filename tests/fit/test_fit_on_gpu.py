@@ -18,7 +18,7 @@ from globe_kernels.testing import assert_close, tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
-CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2, support_at=0.4))
+CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2))
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)

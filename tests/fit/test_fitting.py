@@ -1,4 +1,5 @@
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,7 +91,7 @@ def test_a_metric_without_a_definition_is_refused():
 def test_the_best_state_is_kept(planted):
     """From a fixed point, a step size that is far too large only makes things worse."""
     start = BankState(planted.bank, planted.codes, "identity").copy()
-    config = FitConfig(support=2, varpro=VarProConfig(steps=8, lr=5.0, warmup_steps=1, support_at=0.0))
+    config = FitConfig(support=2, varpro=VarProConfig(steps=8, lr=5.0, warmup_steps=0))
     sizes = GlobeConfig(planted.source.base, rank=6, num_atoms=5, support=2)
     run = _Run(planted.family(), VarPro(planted.family(), start, sizes, config.varpro), config)
     assert run.to_the_end(None, None)
@@ -128,12 +129,12 @@ def test_the_refit_folds_the_normalisation(noise, monkeypatch):
 
 
 def test_a_fit_that_diverges_keeps_the_best_state_or_says_so(source):
-    wild = replace(TINY_FIT, varpro=VarProConfig(steps=12, lr=1e30, support_at=0.0))
+    wild = replace(TINY_FIT, varpro=VarProConfig(steps=12, lr=1e30, warmup_steps=0))
     result = fit(source, wild)
     assert not result.status.completed and "diverged and its best state is kept; lower the lr" in result.status.advice
     assert result.report["families"]["gate"]["relative_error"] < 1
     with pytest.raises(GlobeError, match="diverged at step .* before its support was fixed; lower the lr"):
-        fit(source, replace(wild, varpro=replace(wild.varpro, support_at=1.0)))
+        fit(source, replace(wild, varpro=replace(wild.varpro, warmup_steps=20)))
 
 
 def test_a_layer_of_zeros_fits_exactly(noise):
@@ -145,3 +146,16 @@ def test_a_layer_of_zeros_fits_exactly(noise):
 
 def test_the_advice_follows_the_run(source):
     assert "No step was taken" in fit(source, replace(TINY_FIT, varpro=VarProConfig(steps=0))).status.advice
+
+    def ends(**settings) -> tuple[str, str]:
+        status = fit(source, replace(TINY_FIT, varpro=VarProConfig(**settings))).status
+        return status.level, status.advice
+
+    level, advice = ends(steps=4)
+    assert level == "unsettled" and "took 4 steps and 1500 are the default" in advice
+    level, advice = ends(steps=6, first_cycle=2)
+    assert level == "unsettled" and re.search(
+        r"The last cycle of steps lowered the error by \d+\.\d %: more steps", advice
+    )
+    level, advice = ends(steps=6, first_cycle=2, plateau=1.0)
+    assert level == "settled" and "The error has settled: the last cycle of steps lowered it by" in advice

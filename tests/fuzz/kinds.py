@@ -179,7 +179,7 @@ def _save_tokenizer(directory: Path) -> None:
 def _save_settings(directory: Path) -> None:
     (directory / "fit.toml").write_text(
         'ratio = 0.5\nsupport = 4\npalette = 8\nphi = "silu"\nscope = "layer"\nseed = 3\ndevice = "cpu"\n'
-        'solver = "varpro"\n[varpro]\nsteps = 10\nlr = 0.5\nbetas = [0.8, 0.9]\nridge = 1e-5\n'
+        'solver = "varpro"\n[varpro]\nsteps = 10\nlr = 0.5\nfirst_cycle = 4\nridge = 1e-5\n'
         '[alternating]\nsteps = 5\ndictionary = "mod"\n[alternating.coding]\nmethod = "omp"\nprune = 0.1\n'
         "[alternating.entmax]\nalpha = 1.5\n"
     )

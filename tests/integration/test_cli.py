@@ -201,7 +201,7 @@ def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
 
 
 def test_a_fit_that_diverges_saves_the_best_state_and_exits_1(globe, model_dir, tmp_path):
-    (tmp_path / "fit.toml").write_text("ratio = 0.8\nsupport = 4\n[varpro]\nlr = 1e30\nsteps = 12\nsupport_at = 0.0\n")
+    (tmp_path / "fit.toml").write_text("ratio = 0.8\nsupport = 4\n[varpro]\nlr = 1e30\nsteps = 12\nwarmup_steps = 0\n")
     code, stdout, stderr = globe("fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--json")
     assert code == 1 and "diverged and its best state is kept; lower the lr. The checkpoint is in" in stderr
     assert json.loads(stdout)["status"]["completed"] is False

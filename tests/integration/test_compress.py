@@ -108,12 +108,12 @@ def test_a_request_that_cannot_be_met(model_dir, tmp_path, options, sentence):
 
 
 def test_a_fit_that_diverges_is_saved(model_dir, tmp_path):
-    wild = replace(CONFIG, varpro=VarProConfig(steps=12, lr=1e30, support_at=0.0))
+    wild = replace(CONFIG, varpro=VarProConfig(steps=12, lr=1e30, warmup_steps=0))
     result = compress(model_dir, tmp_path / "out", wild)
     assert not result.status.completed and "diverged" in result.status.advice
     assert GlobeCheckpoint(tmp_path / "out", verify=True).report()["status"]["completed"] is False
     with pytest.raises(GlobeError, match="diverged at step .* before its support was fixed"):
-        compress(model_dir, tmp_path / "out", replace(wild, varpro=replace(wild.varpro, support_at=1.0)), resume=False)
+        compress(model_dir, tmp_path / "out", replace(wild, varpro=replace(wild.varpro, warmup_steps=20)), resume=False)
 
 
 def test_the_verb_is_public():

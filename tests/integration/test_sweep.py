@@ -212,7 +212,7 @@ def test_an_interrupt_keeps_what_is_finished(globe, model_dir, tmp_path, monkeyp
 
 def test_a_point_that_diverges_does_not_stop_the_others(globe, model_dir, tmp_path):
     config = tmp_path / "fit.toml"
-    config.write_text("support = 4\natoms = 8\n[varpro]\nlr = 1e30\nsteps = 6\nsupport_at = 0.0\n")
+    config.write_text("support = 4\natoms = 8\n[varpro]\nlr = 1e30\nsteps = 6\nwarmup_steps = 0\n")
     options = ("-o", tmp_path / "out", "--rank", "16,48", "--config", config, "--device", "cpu", "--json")
     code, stdout, stderr = globe("sweep", model_dir, *options)
     assert code == 1 and "r16-m8-s4, r48-m8-s4 diverged and the best state of each is kept; lower the lr" in stderr

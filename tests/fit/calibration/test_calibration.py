@@ -14,7 +14,7 @@ from globe_fit.result import reconstruct
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.testing import assert_close
 
-CONFIG = FitConfig(rank=4, atoms=5, support=2, varpro=VarProConfig(steps=40, warmup_steps=5, support_at=0.15))
+CONFIG = FitConfig(rank=4, atoms=5, support=2, varpro=VarProConfig(steps=40, warmup_steps=5))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_rows_that_matter_are_fitted_better(noise):
             weights = noise.read(layer, family)
             lost += (weights - reconstruct(factors.at(span), factors.bank, "identity")).square().sum().item()
             energy += weights.square().sum().item()
-        assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-4)
+        assert report["relative_error"] == pytest.approx(lost / energy, rel=1e-3)  # the runtime rounds bases to bf16
 
 
 def test_a_metric_without_directions_changes_nothing(noise):

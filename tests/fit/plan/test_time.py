@@ -24,8 +24,8 @@ def alternating(**settings) -> FitConfig:
 
 
 CONFIGS = {
-    "varpro": replace(TINY_FIT, varpro=VarProConfig(steps=5, support_at=0.5)),
-    "varpro, never free": replace(TINY_FIT, varpro=VarProConfig(steps=3, support_at=0.0)),
+    "varpro": replace(TINY_FIT, varpro=VarProConfig(steps=5)),
+    "varpro, never free": replace(TINY_FIT, varpro=VarProConfig(steps=3, warmup_steps=0)),
     "exact": alternating(steps=4, support_at=0.5, cg_steps=3),
     "always free": alternating(steps=3, support_at=1.0),
     "no steps": alternating(steps=0),
@@ -69,7 +69,7 @@ def test_a_solver_counts_the_passes_that_it_takes(save_tiny, monkeypatch, config
 
 
 STEPS = {
-    "varpro": FitConfig(varpro=VarProConfig(steps=12, support_at=0.5)),
+    "varpro": FitConfig(varpro=VarProConfig(steps=12)),
     "exact": FitConfig(solver="alternating", alternating=AlternatingConfig(steps=3)),
     "entmax": FitConfig(
         solver="alternating",

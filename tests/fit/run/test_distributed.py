@@ -22,7 +22,7 @@ from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close
 from tests.warm import WarmPython
 
-CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2, support_at=0.15))
+CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2))
 
 # The command, in which rank 1 is killed at its n-th snapshot, when that of rank 0 is already written.
 COMMAND = """
@@ -69,7 +69,7 @@ def arguments(directory: Path, model: Path) -> list[str]:
     """Of a fit into `directory`/out, which command.py runs."""
     directory.mkdir(exist_ok=True)
     (directory / "command.py").write_text(COMMAND)
-    (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\nsupport_at = 0.15\n")
+    (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\n")
     sizes = ["--ratio", "0.8", "--support", "4", "--config", "fit.toml"]
     return ["fit", str(model), "-o", "out", *sizes, "--json", "--device", "cpu", "--snapshot-minutes", "0"]
 
@@ -111,8 +111,8 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
     for name, expected in one.items():
         if name.endswith("index"):
             assert torch.equal(two[name], expected)
-        elif name.endswith("value"):  # float32, after 12 steps
-            assert_close(two[name], expected, rms=1e-4, peak=1e-4)
+        elif name.endswith("value"):  # float32, after 12 steps with moments in bf16
+            assert_close(two[name], expected, rms=1e-3, peak=1e-3)
         else:  # bf16, in which what differs by the rounding of a sum may round to the next number
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
 
@@ -132,7 +132,7 @@ def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, war
     sizes = resolve_sizes(source.base, CONFIG)
     for rank in (0, 1):
         tensors = load_file(saved / f"gate-4-{rank}.safetensors")
-        for name in ("bank", "adam.bank.exp_avg", "adam.bank.exp_avg_sq"):
+        for name in ("bank", "bank.first", "bank.second"):
             assert tensors[name].shape == (sizes.num_atoms, sizes.rank, source.base.hidden_size // 2)
         assert tensors["codes"].shape == (source.base.total_experts, sizes.num_atoms)
     first, second = (load_file(saved / f"gate-4-{rank}.safetensors") for rank in (0, 1))

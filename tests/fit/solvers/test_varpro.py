@@ -1,4 +1,6 @@
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from globe_fit.data.stream import FamilyWeights
 from globe_fit.solvers.base import BankState, code_index
 from globe_fit.solvers.objective import eliminated_error
 from globe_fit.solvers.start import allowed_atoms, group_of_experts, grouped_svd, initial_codes
-from globe_fit.solvers.varpro import VarPro
+from globe_fit.solvers.varpro import VarPro, cycles
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.ops import mixture
 from globe_kernels.testing import assert_close
@@ -75,9 +77,11 @@ def test_zero_steps_return_the_start_with_its_support(noise):
     start = start_of(noise)
     errors, state = run(noise, start, steps=0)
     assert len(errors) == 1
-    assert torch.equal(state.bank, start.bank)
+    assert_close(state.bank, start.bank, rms=1e-6, peak=1e-6)
     kept = state.codes != 0
-    assert torch.equal(state.codes[kept], start.codes[kept])
+    assert kept.sum(1).tolist() == [2] * 10
+    ratio = torch.where(kept, state.codes / start.codes, torch.nan)
+    assert_close(ratio.nanmean(1, keepdim=True).expand(-1, 4)[kept], ratio[kept], rms=1e-5, peak=1e-5)  # rescaled
 
 
 def test_a_planted_bank_is_a_fixed_point(planted):
@@ -122,15 +126,72 @@ def test_scope_layer_keeps_every_code_inside_its_layer(noise):
 
 
 def test_the_support_is_fixed_once(noise):
-    solver, supports = solver_of(noise, start_of(noise), steps=20, support_at=0.5), []
-    for _ in range(20):
+    solver, supports = solver_of(noise, start_of(noise), steps=60, first_cycle=20), []
+    for _ in range(60):
         solver.evaluate()
         supports.append(solver.state.codes.detach() != 0)
         solver.update()
-    assert int(supports[9].sum(1).min()) == 4, "dense before the support is fixed"
-    for support in supports[10:]:
-        assert torch.equal(support, supports[10])
-    assert int(supports[10].sum(1).max()) == 2
+    assert int(supports[3].sum(1).min()) == 4, "dense in the first warm-up"
+    for support in supports[4:]:
+        assert torch.equal(support, supports[4])
+    assert int(supports[4].sum(1).max()) == 2
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (0, [0]),
+        (5, [5]),
+        (100, [100]),
+        (299, [299]),
+        (300, [100, 200]),
+        (699, [100, 599]),
+        (1500, [100, 200, 400, 800]),
+    ],
+)
+def test_a_cycle_is_twice_as_long_as_the_cycle_before(steps, expected):
+    assert cycles(steps, 100) == expected and sum(expected) == steps
+
+
+def test_the_fit_ends_when_a_cycle_gains_less_than_the_plateau(noise):
+    """This start comes to its end in some hundred steps; a plateau of 0 lets the fit take all its steps."""
+    start, ends = start_of(noise), {}
+    for plateau in (0.0, 0.2):
+        solver, taken = solver_of(noise, start, steps=630, first_cycle=10, plateau=plateau), 0
+        errors = [solver.evaluate()]
+        while taken < 630 and not solver.finished:
+            solver.update()
+            taken += 1
+            errors.append(solver.evaluate())
+        ends[plateau] = (taken, errors)
+    assert ends[0.0][0] == 630
+    taken, errors = ends[0.2]
+    assert taken in (30, 70, 150, 310)
+    gains = [1 - errors[end] / errors[before] for before, end in pairwise((10, 30, 70, 150, 310)) if end <= taken]
+    assert gains[-1] < 0.2 and all(gain >= 0.2 for gain in gains[:-1])
+    assert solver.extras["cycle_gain"] == pytest.approx(gains[-1])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_steps_depend_neither_on_the_scale_of_the_bank_nor_on_the_scale_of_the_codes(noise, scale):
+    start = start_of(noise)
+    scaled = BankState(scale * start.bank, start.codes * torch.linspace(1, 100, 10)[:, None], "identity")
+    errors, scaled_errors = (run(noise, state, steps=40, candidates=2)[0] for state in (start, scaled))
+    assert scaled_errors[0] == pytest.approx(errors[0], rel=1e-4)
+    assert scaled_errors[-1] == pytest.approx(errors[-1], rel=0.05) and errors[-1] < 0.9 * errors[0]
+
+
+def test_steps_do_not_depend_on_the_number_of_weights(noise):
+    """The gradient of an entry falls with the number of weights: here as if they were 1e12 times as many."""
+    start, found = start_of(noise), []
+    for factor in (1.0, 2.0**40):
+        solver = solver_of(noise, start, steps=30)
+        solver._weights = replace(solver._weights, normalised_energy=factor * solver._weights.normalised_energy)
+        for _ in range(30):
+            solver.evaluate()
+            solver.update()
+        found.append(solver.state)
+    assert torch.equal(found[0].bank, found[1].bank) and not torch.equal(found[0].bank, start.bank)
 
 
 def test_no_layer_uses_more_atoms_than_its_palette(noise):
@@ -144,9 +205,11 @@ def test_no_layer_uses_more_atoms_than_its_palette(noise):
 
 
 @pytest.mark.parametrize("more", [{"palette": 3}, {"candidates": 3}], ids=["palette", "candidates"])
-@pytest.mark.parametrize("stop", [1, 9, 10, 15], ids=["at first", "before the support", "after it", "late"])
+@pytest.mark.parametrize(
+    "stop", [1, 2, 10, 20, 25], ids=["at first", "at the support", "a cycle later", "at a rescaling", "late"]
+)
 def test_a_restored_solver_goes_on_bitwise(noise, stop, more):
-    settings = {"steps": 20, "support_at": 0.5, **more}
+    settings = {"steps": 30, "first_cycle": 10, **more}
     _, expected = run(noise, start_of(noise, atoms=6), **settings)
     solver = solver_of(noise, start_of(noise, atoms=6), **settings)
     for _ in range(stop):
@@ -155,7 +218,7 @@ def test_a_restored_solver_goes_on_bitwise(noise, stop, more):
     saved = {name: tensor.clone() for name, tensor in solver.tensors().items()}
     other = solver_of(noise, BankState(saved["bank"], saved["codes"], "identity"), **settings)
     other.restore(saved)
-    for _ in range(stop, 20):
+    for _ in range(stop, 30):
         other.evaluate()
         other.update()
     assert torch.equal(other.state.bank, expected.bank) and torch.equal(other.state.codes, expected.codes)
@@ -166,19 +229,20 @@ def test_a_restored_solver_goes_on_bitwise(noise, stop, more):
 def test_the_kernels_take_the_steps_of_the_reference(noise, phi, monkeypatch):
     """In the interpreter; while the support is free and when it is fixed, with layers of their own atoms."""
     start = start_of(noise, atoms=5, phi=phi, scope="layer")
-    settings = {"scope": "layer", "steps": 6, "support_at": 0.5}
+    settings = {"scope": "layer", "steps": 10}
     errors, expected = run(noise, start, **settings)
     monkeypatch.setattr(mixture, "use_triton", lambda _: True)
     found_errors, found = run(noise, start, **settings)
-    assert found_errors == pytest.approx(errors, rel=1e-5) and errors[-1] < 0.95 * errors[0]
-    assert_close(found.bank, expected.bank, rms=1e-4, peak=1e-4)
-    assert_close(found.codes, expected.codes, rms=1e-4, peak=1e-4)
+    assert found_errors == pytest.approx(errors, rel=1e-4) and errors[-1] < 0.95 * errors[0]
+    # another order of a sum can round a moment the other way, by 1/256
+    assert_close(found.bank, expected.bank, rms=3e-3, peak=1e-2)
+    assert_close(found.codes, expected.codes, rms=3e-3, peak=1e-2)
 
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_an_expert_begins_with_its_candidates(noise, scope):
     start = start_of(noise, atoms=9, scope=scope)
-    solver = solver_of(noise, start, scope=scope, steps=20, support_at=0.5, candidates=3)
+    solver = solver_of(noise, start, scope=scope, steps=20, candidates=3)
     seen = solver.state.codes.detach() != 0
     assert seen.sum(1).tolist() == [3] * 10 and torch.equal(solver.state.codes[seen], start.codes[seen])
     assert not (seen & ~allowed_atoms(noise.base, 9, scope)).any()
@@ -192,7 +256,7 @@ def test_an_expert_begins_with_its_candidates(noise, scope):
 
 
 def test_with_a_palette_the_experts_of_a_layer_have_the_same_candidates(noise):
-    solver = solver_of(noise, start_of(noise, atoms=9), palette=3, steps=20, support_at=0.5, candidates=5)
+    solver = solver_of(noise, start_of(noise, atoms=9), palette=3, steps=20, candidates=5)
     seen = solver.state.codes.detach() != 0
     for layer in (slice(0, 6), slice(6, 10)):
         assert seen[layer].all(0).sum() == seen[layer].any(0).sum() == 5
