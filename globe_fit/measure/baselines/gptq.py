@@ -32,12 +32,13 @@ def gptq(
     moment         (D, D), or (E, D, D) with a moment per expert
     by_activation  round the columns of large inputs first; groups are then of columns in this order
     """
-    moments = moment if moment.ndim == 3 else moment[None]
+    moments = (moment if moment.ndim == 3 else moment[None]).to(weights.device)
     of_inputs = moments.diagonal(dim1=1, dim2=2)
-    order = of_inputs.argsort(dim=1, descending=True) if by_activation else torch.arange(moment.shape[-1])[None]
-    order = order.expand(len(moments), -1)
-    number = torch.arange(len(moments))[:, None, None]
-    upper = _upper_root_of_inverse(moments[number, order[:, :, None], order[:, None]]).to(weights.device).float()
+    order = torch.arange(of_inputs.shape[1], device=weights.device).expand_as(of_inputs)
+    if by_activation:
+        order = of_inputs.argsort(dim=1, descending=True, stable=True)
+    moments = moments.take_along_dim(order[:, :, None], dim=1).take_along_dim(order[:, None], dim=2)
+    upper = _upper_root_of_inverse(moments).float()
     values = weights.float().reshape(len(moments), -1, weights.shape[-1])
     values = values.take_along_dim(order[:, None], dim=2)
     start = 0

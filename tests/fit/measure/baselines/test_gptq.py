@@ -71,7 +71,7 @@ def test_columns_of_large_inputs_come_first(weights, moment):
     moments = torch.stack([moment, moment * scales[:, None] * scales, torch.eye(80)])
     found = gptq(weights, moments, codes, by_activation=True)
     for expert in range(3):
-        order = moments[expert].diagonal().argsort(descending=True)
+        order = moments[expert].diagonal().argsort(descending=True, stable=True)
         expected = gptq(weights[[expert]][..., order], moments[expert][order][:, order], codes)
         assert_close(found[[expert]][..., order], expected, rms=1e-6, peak=1e-5)
 
