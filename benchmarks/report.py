@@ -144,8 +144,14 @@ def _spread(rows: list[dict], name: str, form: str) -> str:
     values = [row[name] for row in rows if row.get(name) is not None]
     if not values:
         return "-"
-    mean = format(statistics.fmean(values), form)
-    return mean if min(values) == max(values) else f"{mean} ± {format(statistics.stdev(values), form)}"
+    mean = _written(statistics.fmean(values), form)
+    return mean if min(values) == max(values) else f"{mean} ± {_written(statistics.stdev(values), form)}"
+
+
+def _written(value: float, form: str) -> str:
+    """Write a number; with an exponent where it would be all zeros."""
+    text = format(value, form)
+    return format(value, ".1e") if value and not float(text) else text
 
 
 def _model_cells(row: dict) -> dict[str, str]:

@@ -234,15 +234,17 @@ def test_fits_of_several_seeds(place):
         fit_row("globe", gate_error=0.9),
         *(fit_row("globe", date=LATE, seed=seed, gate_error=0.01 * (seed + 1), **alike) for seed in (0, 1, 2)),
         fit_row("globe", seed=7, settings="5 steps"),
+        fit_row("int8", gate_error=4.46e-5, up_error=0),
         fit_row("reap", kept=0.7, bytes=77),
     ]
     rows[-1] = {name: value for name, value in rows[-1].items() if not name.endswith("_error")}
     place.put(rows, f"{FOLDER}/fit.jsonl")
     assert not place.report()
-    header, globe, reap = cells((place.results / FOLDER / "README.md").read_text())
+    header, globe, int8, reap = cells((place.results / FOLDER / "README.md").read_text())
     assert header[6:8] == ["bytes", "of experts"] and header[-2:] == ["perplexity, text 2", "run"]
     assert globe[:4] == ["globe, 3 seeds", "0.0200 ± 0.0100", "0.0200", "5.0"]
     assert globe[6:8] == ["366", "0.500"] and globe[-2] == "2.00"
+    assert int8[:3] == ["int8", "4.5e-05", "0.0000"]
     assert reap[:4] == ["reap", "-", "-", "5.0"] and reap[6:8] == ["77", "-"]
 
 

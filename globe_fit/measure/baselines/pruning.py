@@ -43,7 +43,8 @@ def saliencies(model: Any, batches: Sequence[torch.Tensor], device: str) -> dict
 
 def most_salient(saliency: torch.Tensor, share: float) -> torch.Tensor:
     """Return the ids, ascending, of the experts that a layer of saliency (E,) keeps: at most `share` of them."""
-    return saliency.topk(max(int(share * len(saliency)), 1)).indices.sort().values
+    count = int(share * len(saliency) + 1e-9)  # 0.29 * 100 is less than 29
+    return saliency.topk(max(count, 1)).indices.sort().values
 
 
 def prune(model: nn.Module, kept: Mapping[int, torch.Tensor]) -> None:
@@ -71,7 +72,7 @@ def _prune_layer(model: nn.Module, dense: DenseExperts, ids: torch.Tensor) -> No
             f"{len(routers)} modules beside {dense.name} have a weight of {count} x {width}, and a router is one; this "
             "model cannot be pruned here."
         )
-    if any(getattr(module, name, 1) > 1 for module in (block, *routers) for name in _GROUPS):
+    if any((getattr(module, name, None) or 1) > 1 for module in (block, *routers) for name in _GROUPS):
         raise RequestError(
             f"The router beside {dense.name} chooses groups of experts, which must stay equal; this model cannot be "
             "pruned here."

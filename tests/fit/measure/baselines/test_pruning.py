@@ -58,6 +58,7 @@ def test_experts_of_least_saliency_are_dropped():
     saliency = torch.tensor([0.4, 0.1, 0.0, 0.9, 0.3])
     assert most_salient(saliency, 0.6).tolist() == [0, 3, 4]
     assert most_salient(saliency, 0.59).tolist() == [0, 3] and most_salient(saliency, 0.01).tolist() == [3]
+    assert len(most_salient(torch.rand(100), 0.29)) == 29
 
 
 @pytest.mark.parametrize("model_type", TYPES)
