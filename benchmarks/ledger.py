@@ -95,6 +95,8 @@ def _damaged(row: object) -> str:
     shape = row.get("shape")
     op = str(row.get("op"))
     positive, not_negative = _OTHER.get(op, (_POSITIVE, _NOT_NEGATIVE))
+    if op == "fit" and "kept" in row:  # experts were dropped, so the weights have no error
+        positive, not_negative = (*positive, "kept"), ()
     sound = {name: isinstance(row.get(name), str) for name in ((*_TEXTS, "settings") if op in _OTHER else _TEXTS)}
     sound |= {name: _number(row.get(name)) > 0 for name in positive}
     sound |= {name: _number(row.get(name)) >= 0 for name in not_negative}

@@ -3,15 +3,16 @@
     python benchmarks/report.py                    writes them: README.md, benchmarks/results/<device>/
     python benchmarks/report.py --check            exit code 1 when the files differ from the ledger
 
-Of each (device, op, model, shape, provider) the newest row counts. README.md shows the model and the rank of the newest
-layer measured on each device; the page of the device shows everything. Without such a layer README.md has no section:
-its two markers follow each other.
+Of each (device, op, model, shape, provider, seed) the newest row counts. README.md shows the model and the rank of the
+newest layer measured on each device; the page of the device shows everything. Without such a layer README.md has no
+section: its two markers follow each other.
 """
 
 import argparse
 import json
 import math
 import os
+import statistics
 from pathlib import Path
 
 from ledger import RESULTS, read_all
@@ -39,7 +40,11 @@ def _run(row: dict) -> tuple[str, str]:
 def latest(rows: list[dict]) -> list[dict]:
     """Keep the newest row of each measurement; the oldest of them comes first."""
     keys = ("device", "op", "model", "shape", "provider")
-    newest = {json.dumps([row[name] for name in keys], sort_keys=True): row for row in sorted(rows, key=_run)}
+
+    def measurement(row: dict) -> str:
+        return json.dumps([*(row[name] for name in keys), row.get("seed", 0)], sort_keys=True)
+
+    newest = {measurement(row): row for row in sorted(rows, key=_run)}
     return sorted(newest.values(), key=_run)
 
 
@@ -98,23 +103,55 @@ def _ffn_lines(rows: list[dict]) -> list[Line]:
     return lines
 
 
-def _fit_cells(row: dict) -> dict[str, str]:
-    """Name the cells of a fit; a dash stands for a quality without a measurement and for an error out of reach."""
-    columns = {
-        "error, gate": ("gate_error", ".4f"),
-        "error, up": ("up_error", ".4f"),
-        "s": ("seconds", ".1f"),
-        "s to MoBE's, gate": ("gate_seconds_to_mobe", ".1f"),
-        "s to MoBE's, up": ("up_seconds_to_mobe", ".1f"),
-        "bytes": ("bytes", "d"),
-        "perplexity": ("perplexity", ".2f"),
-        "KL": ("kl", ".5f"),
-        "top-1": ("top1", ".3f"),
-    }
-    found = {
-        title: "-" if row.get(name) is None else format(row[name], form) for title, (name, form) in columns.items()
-    }
-    return {"method": row["provider"], **found}
+_FIT_COLUMNS = {
+    "error, gate": ("gate_error", ".4f"),
+    "error, up": ("up_error", ".4f"),
+    "s": ("seconds", ".1f"),
+    "s to MoBE's, gate": ("gate_seconds_to_mobe", ".1f"),
+    "s to MoBE's, up": ("up_seconds_to_mobe", ".1f"),
+    "bytes": ("bytes", ".0f"),
+    "of experts": ("share_of_experts", ".3f"),
+    "perplexity": ("perplexity", ".2f"),
+    "KL": ("kl", ".5f"),
+    "top-1": ("top1", ".3f"),
+    "perplexity, text 2": ("perplexity2", ".2f"),
+    "KL, text 2": ("kl2", ".5f"),
+}
+_FIT_OPTIONAL = ("of experts", "perplexity, text 2", "KL, text 2")  # columns that a table without such figures lacks
+
+
+def _fit_lines(rows: list[dict]) -> list[Line]:
+    """Take a line per method; of several seeds the mean and the standard deviation, over runs of the same settings.
+
+    A dash stands for a quality without a measurement, an error out of reach, and the errors of dropped experts.
+    """
+    methods: dict[str, list[dict]] = {}
+    for row in rows:
+        methods.setdefault(row["provider"], []).append(row)
+    lines = []
+    for provider, found in methods.items():
+        newest = max(found, key=_run)
+        alike = [row for row in found if row["settings"] == newest["settings"]]
+        name = provider if len(alike) == 1 else f"{provider}, {len(alike)} seeds"
+        figures = {title: _spread(alike, *column) for title, column in _FIT_COLUMNS.items()}
+        lines.append((newest, {"method": name, **figures}))
+    empty = {title for title in _FIT_OPTIONAL if all(cells[title] == "-" for _, cells in lines)}
+    return [(row, {title: text for title, text in cells.items() if title not in empty}) for row, cells in lines]
+
+
+def _spread(rows: list[dict], name: str, form: str) -> str:
+    """Write the mean over the rows that have a figure, and its standard deviation where they differ."""
+    values = [row[name] for row in rows if row.get(name) is not None]
+    if not values:
+        return "-"
+    mean = _written(statistics.fmean(values), form)
+    return mean if min(values) == max(values) else f"{mean} ± {_written(statistics.stdev(values), form)}"
+
+
+def _written(value: float, form: str) -> str:
+    """Write a number; with an exponent where it would be all zeros."""
+    text = format(value, form)
+    return format(value, ".1e") if value and not float(text) else text
 
 
 def _model_cells(row: dict) -> dict[str, str]:
@@ -157,11 +194,13 @@ def _other_cells(row: dict) -> dict[str, str]:
     }
 
 
-_CELLS = {"fit": _fit_cells, "model_prefill": _model_cells, "model_decode": _model_cells, "cache_curve": _curve_cells}
+_CELLS = {"model_prefill": _model_cells, "model_decode": _model_cells, "cache_curve": _curve_cells}
 
 
 def _lines(rows: list[dict]) -> list[Line]:
-    """Compare GloBE where the rows allow it, else take a line per row; few tokens come first."""
+    """Compare GloBE or fits where the rows allow it, else take a line per row; few tokens come first."""
+    if rows[0]["op"] == "fit":
+        return _fit_lines(rows)
     compared = _ffn_lines(rows) if _is_ffn(rows[0]) else []
     cells = _CELLS.get(rows[0]["op"], _other_cells)
     return compared or [(row, cells(row)) for row in sorted(rows, key=lambda row: row["shape"].get("tokens", 0))]

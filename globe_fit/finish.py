@@ -4,7 +4,7 @@ import torch
 
 from globe_fit.data.stream import FamilyWeights, share
 from globe_fit.linalg import refit_adapters
-from globe_fit.measure.baselines import equal_byte_rank, svd_errors
+from globe_fit.measure.baselines.svd import equal_byte_rank, svd_errors
 from globe_fit.measure.diagnostics import measure, palette_sizes, spot_checks
 from globe_fit.result import FamilyFactors
 from globe_fit.run.metrics import check_names

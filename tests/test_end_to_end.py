@@ -63,13 +63,20 @@ def test_bytes(figures):
     assert sizes["globe_on_disk"] < sizes["resident"] < sizes["peak"] and sizes["dense_peak"] > sizes["dense_experts"]
 
 
+def test_plain_rounding_takes_fewer_bytes_at_less_loss(figures):
+    for family, error in figures["relative_error"].items():
+        assert 0 < figures["baseline"]["int8"][family] < figures["baseline"]["int4_g32"][family] < error
+    sizes = figures["bytes"]
+    assert sizes["int4_g32"] < sizes["int8"] < sizes["globe_on_disk"] and figures["kl"]["int8"] < figures["kl"]["globe"]
+
+
 def test_every_figure_has_its_key(figures):
     expected = {
         "relative_error": {"gate", "up"},
-        "perplexity": {"dense", "globe", "svd"},
-        "kl": {"globe", "svd"},
-        "top1": {"globe", "svd"},
-        "bytes": {"dense_experts", "dense_peak", "globe_on_disk", "resident", "peak"},
+        "perplexity": {"dense", "globe", "svd", "int8", "int4_g32"},
+        "kl": {"globe", "svd", "int8", "int4_g32"},
+        "top1": {"globe", "svd", "int8", "int4_g32"},
+        "bytes": {"dense_experts", "dense_peak", "globe_on_disk", "resident", "peak", "int8", "int4_g32"},
         "tokens_per_s": {"dense", "globe"},
     }
     for name, keys in expected.items():

@@ -3,14 +3,17 @@
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from globe_fit.compression import compress
 from globe_fit.config import FitConfig, VarProConfig
 from globe_fit.data.model import load_model, token_windows, with_experts
-from globe_fit.data.source import ExpertSource
+from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.export import export_globe
-from globe_fit.measure.baselines import stored_svd
+from globe_fit.measure.baselines.errors import relative_errors
+from globe_fit.measure.baselines.rounding import FORMATS, CodeFormat, rounded
+from globe_fit.measure.baselines.svd import stored_svd
 from globe_fit.measure.evaluate import Quality, continue_text, evaluate
 from globe_fit.run.progress import Progress
 from globe_kernels.errors import RequestError
@@ -24,6 +27,7 @@ from globe_kernels.strategies import DENSE
 DEMO_CONFIG = FitConfig(ratio=0.625, support=12, varpro=VarProConfig(steps=300))
 PROMPT = "Return a new list containing"
 NEW_TOKENS = 40
+ROUNDED = ("int8", "int4_g32")  # formats of plain rounding, beside GloBE
 
 
 def shipped_model() -> Path:
@@ -62,17 +66,29 @@ def _run(out: Path, progress: Progress) -> dict:
     svd_rank = result.report["families"]["gate"]["svd_equal_bytes_rank"]
     svd = with_experts(source, lambda layer, family: stored_svd(source.read(layer, family), svd_rank))
     models = {"dense": dense, "globe": compressed, "svd": svd}
+    errors = {}
+    for name in ROUNDED:
+
+        def weights(layer: ExpertLayer, family: str, codes: CodeFormat = FORMATS[name]) -> torch.Tensor:
+            return rounded(source.read(layer, family), codes)
+
+        models[name], errors[name] = with_experts(source, weights), relative_errors(source, weights)
     windows = token_windows(model_dir, model_dir / "heldout.txt")
     progress.begin("measure", 1)
     quality = evaluate(models, windows, on_batch=lambda done, total: progress.advance(done / total))
     if not any(name.startswith("moe_ffn") for name in call_counts()):
         raise AssertionError("the GloBE experts never ran")
     texts = {name: continue_text(models[name], model_dir, PROMPT, NEW_TOKENS) for name in ("dense", "globe", "svd")}
-    return _figures(result.report, quality, checkpoint, compressed, texts)
+    return _figures(result.report, quality, checkpoint, compressed, texts, errors)
 
 
 def _figures(
-    report: dict, quality: dict[str, Quality], checkpoint: GlobeCheckpoint, model: nn.Module, texts: dict[str, str]
+    report: dict,
+    quality: dict[str, Quality],
+    checkpoint: GlobeCheckpoint,
+    model: nn.Module,
+    texts: dict[str, str],
+    rounding_errors: dict[str, dict[str, float]],
 ) -> dict:
     families = report["families"]
     modules, base = list(globe_modules(model).values()), checkpoint.config.base
@@ -82,16 +98,18 @@ def _figures(
         "baseline": {
             "svd": {family: families[family]["svd_equal_bytes"] for family in FAMILIES},
             "rank_bound": {family: families[family]["rank_bound"] for family in FAMILIES},
+            **rounding_errors,
         },
         "perplexity": {name: quality[name].perplexity for name in quality},
-        "kl": {name: quality[name].kl for name in ("globe", "svd")},
-        "top1": {name: quality[name].top1 for name in ("globe", "svd")},
+        "kl": {name: quality[name].kl for name in ("globe", "svd", *ROUNDED)},
+        "top1": {name: quality[name].top1 for name in ("globe", "svd", *ROUNDED)},
         "bytes": {
             "dense_experts": base.dense_bytes,
             "globe_on_disk": checkpoint.bytes_on_disk,
             "resident": resident,
             "dense_peak": base.dense_bytes + peak_workspace(model, DENSE.name),
             "peak": resident + peak_workspace(model),
+            **{name: FORMATS[name].bytes_of(base) for name in ROUNDED},
         },
         "sizes": report["sizes"],
         "paths": list(modules[0].strategies),

@@ -326,32 +326,38 @@ def _cell(value: float | None) -> str:
 
 
 def print_demo(figures: dict) -> None:
-    """Print the three models of the demo side by side."""
+    """Print the models of the demo side by side."""
     error, baseline = figures["relative_error"], figures["baseline"]
     perplexity, kl, top1 = figures["perplexity"], figures["kl"], figures["top1"]
     sizes, speed = figures["bytes"], figures["tokens_per_s"]
+    others = ("svd", "int8", "int4_g32")
+    compressed = ("globe", *others)
+
+    def errors(family: str) -> list[str]:
+        return [f"{value:.5f}" for value in (error[family], *(baseline[name][family] for name in others))]
+
+    def in_bytes(*names: str) -> list[str]:
+        return [format_bytes(sizes[name]) for name in names]
+
     rows = [
+        *([f"relative error, {family}", "0", *errors(family)] for family in FAMILIES),
         *(
-            [f"relative error, {family}", "0", f"{error[family]:.4f}", f"{baseline['svd'][family]:.4f}"]
+            [f"  lower bound of the rank, {family}", "", f"{baseline['rank_bound'][family]:.5f}", *[""] * len(others)]
             for family in FAMILIES
         ),
-        *(
-            [f"  lower bound of the rank, {family}", "", f"{baseline['rank_bound'][family]:.4f}", ""]
-            for family in FAMILIES
-        ),
-        ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", "globe", "svd"))],
-        ["KL to dense", "0", f"{kl['globe']:.5f}", f"{kl['svd']:.5f}"],
-        ["same top-1 token as dense", "100 %", f"{100 * top1['globe']:.2f} %", f"{100 * top1['svd']:.2f} %"],
-        ["tokens/s", format_count(speed["dense"]), format_count(speed["globe"]), ""],
+        ["perplexity, held-out text", *(f"{perplexity[name]:.3f}" for name in ("dense", *compressed))],
+        ["KL to dense", "0", *(f"{kl[name]:.5f}" for name in compressed)],
+        ["same top-1 token as dense", "100 %", *(f"{100 * top1[name]:.2f} %" for name in compressed)],
+        ["tokens/s", format_count(speed["dense"]), format_count(speed["globe"]), *[""] * len(others)],
     ]
-    for label, dense, globe, svd in (
-        ("gate and up on disk", "dense_experts", "globe_on_disk", "as GloBE"),
-        ("gate and up in memory", "dense_experts", "resident", ""),
-        (f"gate and up at the peak, T = {PEAK_TOKENS}", "dense_peak", "peak", ""),
+    for label, dense, globe, of_others in (
+        ("gate and up on disk", "dense_experts", "globe_on_disk", ["as GloBE", *in_bytes("int8", "int4_g32")]),
+        ("gate and up in memory", "dense_experts", "resident", [""] * len(others)),
+        (f"gate and up at the peak, T = {PEAK_TOKENS}", "dense_peak", "peak", [""] * len(others)),
     ):
-        rows.append([label, format_bytes(sizes[dense]), format_bytes(sizes[globe]), svd])
+        rows.append([label, *in_bytes(dense, globe), *of_others])
     write("The model that ships with GloBE, compressed and measured.")
-    print_table("", ["", "dense", "GloBE", "SVD, equal bytes"], rows)
+    print_table("", ["", "dense", "GloBE", "SVD,\nequal bytes", "int8", "int4,\ngroups of 32"], rows)
     print_sizes(figures["sizes"])
     paths = " and ".join(figures["paths"])
     write(f"\nThe GloBE model ran by {paths}, as globe_kernels.explain(model, tokens) says.")

@@ -140,10 +140,13 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def with_experts(
-    source: ExpertSource, weights: Callable[[ExpertLayer, str], torch.Tensor], device: str = "cpu"
+    source: ExpertSource,
+    weights: Callable[[ExpertLayer, str], torch.Tensor],
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
 ) -> nn.Module:
     """Load the dense model of `source` and set its gate and up experts (E, P, D) to `weights(layer, family)`."""
-    model = load_model(source.model_dir, device)
+    model = load_model(source.model_dir, device, dtype)
     live = routed_experts(model)
     for layer in source.layers:
         experts = live[layer.layer]

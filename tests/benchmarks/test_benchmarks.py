@@ -108,6 +108,61 @@ def test_a_fit_of_planted_experts_comes_down_to_their_noise(providers, monkeypat
     assert row["peak_bytes"] > row["estimated_bytes"] > 0
 
 
+@pytest.fixture
+def fitted(providers, monkeypatch, capsys, tmp_path):
+    """Runs benchmarks/fit.py on the shipped model, on a few windows of two texts; returns its rows."""
+    import fit
+
+    held_out = (fit.shipped_model() / "heldout.txt").read_text()
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts[0].write_text(held_out[:2500])
+    texts[1].write_text(held_out[30_000:32_500])
+
+    def run(*arguments: str) -> list[dict]:
+        files = ["--text", str(texts[0]), "--text2", str(texts[1]), "--calibrate", str(texts[0])]
+        monkeypatch.setattr(sys, "argv", ["fit.py", "--device", "cpu", "--json", *files, *arguments])
+        fit.main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+@pytest.mark.slow
+def test_rounding_and_pruning_are_rows_of_a_fit(fitted):
+    names = ["int8", "int2_g32", "gptq_int2_g32", "gptq_routed_int2_g32", "reap", "reap_50"]
+    rows = {row["provider"]: row for row in fitted("--methods", ",".join(names), "--float32")}
+    assert list(rows) == names and not any("seed" in row for row in rows.values())
+    int8, nearest, gptq, routed, reap, half = rows.values()
+    values = 2 * 120 * 64 * 192
+    assert int8["bytes"] == values + 2 * 120 * 64 * 2
+    assert nearest["bytes"] == gptq["bytes"] == values // 4 + 2 * 120 * 64 * 6 * 9 // 4
+    assert routed["bytes"] == gptq["bytes"] + 2 * 120 * 192
+    assert int8["share_of_experts"] == pytest.approx((int8["bytes"] + values) / (3 * values))
+    for ending in ("", "2"):
+        assert int8[f"kl{ending}"] < 1e-3 < gptq[f"kl{ending}"] and 0.01 < reap[f"kl{ending}"] < half[f"kl{ending}"]
+        assert int8[f"perplexity{ending}"] == pytest.approx(int8[f"dense_perplexity{ending}"], rel=0.01)
+    assert routed["kl"] < gptq["kl"] < nearest["kl"] and nearest["gate_error"] < gptq["gate_error"] < 1
+    assert reap["kept"] == 14 / 20 and reap["share_of_experts"] == pytest.approx(0.7) and half["kept"] == 0.5
+    assert half["bytes"] == values and "gate_error" not in half
+    assert half["settings"].endswith("quality in float32, calibrated on a.txt, measured on a.txt and b.txt")
+
+
+def test_methods_with_a_seed_run_once_per_seed(fitted):
+    rows = fitted("--methods", "globe,svd", "--seeds", "3", "5", "--steps", "1")
+    assert [(row["provider"], row.get("seed")) for row in rows] == [("globe", 3), ("globe", 5), ("svd", None)]
+    assert rows[0]["gate_error"] != rows[1]["gate_error"] and rows[0]["bytes"] >= rows[2]["bytes"]
+
+
+def test_methods_that_cannot_run(fitted, capsys):
+    for methods, complaint in (
+        ("int8,int9", "--methods has 'int9'; expected some of globe, "),
+        ("globe_self", "globe_self is calibrated; give it self with --calibrate."),
+    ):
+        with pytest.raises(SystemExit):
+            fitted("--methods", methods)
+        assert complaint in capsys.readouterr().err
+
+
 def test_planted_experts_are_the_same_at_each_reading(providers):
     from shapes import LayerShape
     from synthetic import SyntheticSource

@@ -227,6 +227,27 @@ def test_fits_are_on_the_page_only(place):
     assert f"{BEGIN}\n## Speed\n" in text and "`moe_ffn`" in text and "`fit`" not in text
 
 
+def test_fits_of_several_seeds(place):
+    """Mean and standard deviation of the runs that are alike; the newest run of a seed counts."""
+    alike = {"settings": "9 steps", "share_of_experts": 0.5, "perplexity2": 2.0}
+    rows = [
+        fit_row("globe", gate_error=0.9),
+        *(fit_row("globe", date=LATE, seed=seed, gate_error=0.01 * (seed + 1), **alike) for seed in (0, 1, 2)),
+        fit_row("globe", seed=7, settings="5 steps"),
+        fit_row("int8", gate_error=4.46e-5, up_error=0),
+        fit_row("reap", kept=0.7, bytes=77),
+    ]
+    rows[-1] = {name: value for name, value in rows[-1].items() if not name.endswith("_error")}
+    place.put(rows, f"{FOLDER}/fit.jsonl")
+    assert not place.report()
+    header, globe, int8, reap = cells((place.results / FOLDER / "README.md").read_text())
+    assert header[6:8] == ["bytes", "of experts"] and header[-2:] == ["perplexity, text 2", "run"]
+    assert globe[:4] == ["globe, 3 seeds", "0.0200 ± 0.0100", "0.0200", "5.0"]
+    assert globe[6:8] == ["366", "0.500"] and globe[-2] == "2.00"
+    assert int8[:3] == ["int8", "4.5e-05", "0.0000"]
+    assert reap[:4] == ["reap", "-", "-", "5.0"] and reap[6:8] == ["77", "-"]
+
+
 def test_whole_models(place):
     rows = [model_row("dense", 500.0, implementation="grouped_mm"), model_row("cached_10%", 250.0, hit_rate=0.5)]
     place.put(rows, f"{FOLDER}/model.jsonl")
@@ -290,6 +311,7 @@ def test_check(place):
         (json.dumps(model_row("auto", 1.0) | {"shape": {}}), "sound shape.tokens;"),
         (json.dumps(curve_row(0, hit_rate=-0.1)), "sound hit_rate, shape.share;"),
         (json.dumps(fit_row("globe", up_error=None, seconds=0)), "sound seconds, up_error;"),
+        (json.dumps(fit_row("reap", up_error=None, kept=0)), "sound kept;"),
     ],
 )
 def test_a_damaged_line_is_named(place, line, complaint):

@@ -141,13 +141,16 @@ def test_a_sweep_of_long_names(printed):
 
 def test_the_demo(printed):
     three = dict.fromkeys(("dense", "globe", "svd"), 30.0)
+    five = dict.fromkeys((*three, "int8", "int4_g32"), 30.0)
     figures = {
         "relative_error": {"gate": 0.03, "up": 0.03},
-        "baseline": dict.fromkeys(("svd", "rank_bound"), {"gate": 0.1, "up": 0.1}),
-        "perplexity": three,
-        "kl": three,
-        "top1": three,
-        "bytes": BYTES | {"resident": 3_720_000, "dense_peak": 26_300_000, "peak": 53_500_000},
+        "baseline": dict.fromkeys(("svd", "rank_bound", "int8", "int4_g32"), {"gate": 0.1, "up": 0.1}),
+        "perplexity": five,
+        "kl": five,
+        "top1": five,
+        "bytes": BYTES
+        | {"resident": 3_720_000, "dense_peak": 26_300_000, "peak": 53_500_000}
+        | {"int8": 2_980_000, "int4_g32": 1_710_000},
         "sizes": SIZES,
         "paths": ["bank_first", "scratch"],
         "tokens_per_s": dict.fromkeys(("dense", "globe"), 12345.0),

@@ -2,7 +2,7 @@ import torch
 
 from globe_fit.data.stream import FamilyWeights
 from globe_fit.linalg import truncated_svd
-from globe_fit.measure.baselines import equal_byte_rank, svd_errors
+from globe_fit.measure.baselines.svd import equal_byte_rank, svd_errors
 from globe_fit.sizes import globe_bytes
 from globe_kernels.format.checkpoint import BaseModel
 from globe_kernels.testing import assert_close

@@ -1,0 +1,1 @@
+"""Compress experts as others do, to measure a fit against: truncated SVD, rounding, GPTQ, pruning of experts."""
