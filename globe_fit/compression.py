@@ -125,6 +125,7 @@ def compress(
                     snapshots=snapshots,
                     on_batch=lambda done, total: shown.advance(done / total),
                     say=shown.say,
+                    ranks=ranks,
                 )
             stages.begin()
             result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)

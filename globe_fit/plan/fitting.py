@@ -153,11 +153,6 @@ def require_supported(base: BaseModel, config: FitConfig, calibrated: bool, rank
             f"solver is {config.solver} and a text to calibrate on is given; only varpro fits to a text, so give "
             "solver varpro or no text."
         )
-    if ranks.world == 1:
-        return
-    if config.solver != "varpro" or calibrated:
-        kind = "A calibrated fit" if calibrated else f"The solver {config.solver}"
-        raise RequestError(f"{kind} runs on one rank and torchrun started {ranks.world}; run it without torchrun.")
     if base.hidden_size < ranks.world:
         raise RequestError(
             f"The experts have {base.hidden_size} columns to split and torchrun started {ranks.world} ranks; start at "
