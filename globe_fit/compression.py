@@ -13,7 +13,7 @@ from globe_fit.export import require_same_weights, save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint_of
-from globe_fit.result import FitResult, stored_fit
+from globe_fit.result import FitResult, StoredFactors, stored_fit
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.loggers import MetricStream, WandbRun
 from globe_fit.run.progress import SILENT, FitStages, Progress
@@ -125,6 +125,7 @@ def compress(
                     snapshots=snapshots,
                     on_batch=lambda done, total: shown.advance(done / total),
                     say=shown.say,
+                    ranks=ranks,
                 )
             stages.begin()
             result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
@@ -133,6 +134,7 @@ def compress(
                 result = replace(result, config=replace(result.config, provenance=provenance))
                 result.report.update(base=source.facts, command=command)
                 save_fit(result, source, out)
+                result = replace(result, families=StoredFactors(GlobeCheckpoint(out, verify=False)))
         if ranks.leads:
             with tolerating("Removing the figures of the fit before", f"the checkpoint in {out} is complete"):
                 for name in (EVALUATION_NAME, PAGE_NAME):

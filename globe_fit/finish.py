@@ -1,5 +1,7 @@
 """End the fit of a family: round the factors, refit the adapters on the raw weights, and measure the result."""
 
+from collections.abc import Callable
+
 import torch
 
 from globe_fit.data.stream import FamilyWeights, share
@@ -14,15 +16,21 @@ from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import Code, GlobeConfig
 from globe_kernels.ops.compose_basis import compose_basis_ref
 
+Place = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
 
-def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple[FamilyFactors, dict]:
+
+def finish(
+    weights: FamilyWeights, best: BankState, sizes: GlobeConfig, place: Place | None = None
+) -> tuple[FamilyFactors, dict]:
     """Return the factors in the stored dtype, with refitted adapters, and the report on them.
 
-    Of several ranks the first gets the whole bank, all adapters and the spot checks; the others get none of them.
+    `place` makes the tensors of bank and adapters, such as on a disk; by default they are in host memory. Of several
+    ranks the first gets the whole bank, all adapters and the spot checks; the others get none of them.
     """
     base, dtype, ranks = sizes.base, sizes.torch_dtype, weights.ranks
     bank, code = best.bank.to(dtype), pack_codes(best.codes, sizes.support)
-    adapter = torch.empty(base.total_experts if ranks.leads else 0, base.intermediate_size, sizes.rank, dtype=dtype)
+    make = place or (lambda shape, dtype: torch.empty(shape, dtype=dtype))
+    adapter = make((base.total_experts if ranks.leads else 0, base.intermediate_size, sizes.rank), dtype)
     lost, residual_sum = dict.fromkeys(base.num_experts, 0.0), 0.0
     lost_in_metric, energy_in_metric, unit = 0.0, 0.0, weights.statistics.unit
     for block in weights.raw():
@@ -48,7 +56,8 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         residual_sum, lost_in_metric, energy_in_metric, *lost.values()
     )
     lost = {layer: of_layer * unit**2 for layer, of_layer in zip(lost, by_layer, strict=True)}
-    factors = FamilyFactors(_collected(bank, weights), Code(code.index.cpu(), code.value.cpu()), adapter)
+    whole = bank.cpu() if ranks.world == 1 and place is None else _collected(bank, weights, make)
+    factors = FamilyFactors(whole, Code(code.index.cpu(), code.value.cpu()), adapter)
     count = base.total_experts * base.intermediate_size * base.hidden_size
     statistics = weights.statistics
     svd_rank = equal_byte_rank(base, sizes.tensor_bytes)
@@ -65,19 +74,17 @@ def finish(weights: FamilyWeights, best: BankState, sizes: GlobeConfig) -> tuple
         "mean": statistics.mean,
         "scale": statistics.scale,
         "mean_energy_left": (residual_sum * unit / count / statistics.mean) ** 2 if statistics.mean else 0.0,
-        **measure(weights, best, expensive=True),
+        **measure(weights, BankState(bank.float(), best.codes, best.phi), expensive=True),
         "palette_sizes": palette_sizes(best.codes, base),
         "spot_checks": spot_checks(weights, factors, sizes.phi) if ranks.leads else [],
     }
     return factors, check_names(report)
 
 
-def _collected(bank: torch.Tensor, weights: FamilyWeights) -> torch.Tensor:
+def _collected(bank: torch.Tensor, weights: FamilyWeights, make: Place) -> torch.Tensor:
     """Return the bank (M, R, D) of all columns in host memory on the first rank, and no atoms on the others."""
     ranks, width = weights.ranks, weights.source.base.hidden_size
-    if ranks.world == 1:
-        return bank.cpu()
-    whole = torch.empty(len(bank) if ranks.leads else 0, bank.shape[1], width, dtype=bank.dtype)
+    whole = make((len(bank) if ranks.leads else 0, bank.shape[1], width), bank.dtype)
     for number, part in enumerate(bank):  # an atom at a time: only the first rank has room for more
         atom = ranks.whole(part, width)
         if ranks.leads:

@@ -65,15 +65,16 @@ def fit(
     on_step      gets a record of globe_fit.run.metrics after every step; its exception ends the fit, with `snapshots`
                  once the step and a snapshot are complete
     snapshots    from `open_snapshots`: the fit continues from the last snapshot, and the result is the result of a fit
-                 without an interruption, bitwise on a CPU
+                 without an interruption, bitwise on a CPU. The factors of a finished family stay in its snapshot
     calibration  from globe_fit.calibration.metric: the error is the error of the outputs of the experts on its text
     ranks        from globe_fit.run.distributed: this process is one of several that fit together, each with some
                  columns of the weights and of the bank; the first rank has the result
 
-    Memory: the bank of one family in fp32 five times (bank, gradient, the addition to the gradient, the two moments of
-    Adam in bf16, best state), on a GPU four times, the factors, and one block of experts, or all experts of a family as
-    they are stored where a GPU has room. Raises RequestError for sizes out of range and for a combination that no fit
-    supports, GlobeError for NaN or infinity in an expert and for a divergence before the support is fixed.
+    Memory: the bank of one family in fp32 four times (bank, gradient, the addition to the gradient, the two moments of
+    Adam in bf16), on a GPU three times, once more in the stored dtype (best state), and blocks of experts, or all
+    experts of a family as they are stored where a GPU has room. Without `snapshots` host memory holds the factors of
+    both families. Raises RequestError for sizes out of range and for a combination that no fit supports, GlobeError for
+    NaN or infinity in an expert and for a divergence before the support is fixed.
     """
     config = replace(config, device=resolve_device(config.device))
     require_supported(source.base, config, calibration is not None, ranks)
@@ -164,7 +165,10 @@ def _fit_family(
                 f"The {family} experts of {weights.source.base.name} changed since the unfinished fit began; begin "
                 "again with --restart."
             )
+        if torch.device(config.device).type == "cpu":  # on a GPU every tensor is copied there
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
         state = BankState(tensors["bank"].to(config.device), tensors["codes"].to(config.device), sizes.phi)
+        saved = tensors, facts
     elif start is not None and family in start:
         state = replace(start[family], bank=start[family].bank[..., weights.columns]).copy()
         given = replace(config.alternating, coding=replace(config.alternating.coding, initial="given"))
@@ -172,7 +176,7 @@ def _fit_family(
     else:
         state = _start(weights, sizes, config, config.seed + FAMILIES.index(family))
     solver = make_solver(weights, state, sizes, config)
-    run = _Run(weights, solver, config)
+    run = _Run(weights, solver, config, sizes.torch_dtype)
     if saved is not None:
         run.restore(*saved)
     del state, saved, solver
@@ -181,11 +185,15 @@ def _fit_family(
         best, history = run.best, run.history
         assert best is not None
         del run
-        factors, report = finish(weights, best, sizes)
+        factors, report = finish(weights, best, sizes, None if snapshots is None else snapshots.room)
         done = _FamilyFit(factors, report, history, completed)
         if snapshots is not None:
             done.save(snapshots, family, config.steps + 1)  # after the snapshot of any step
             snapshots.stop_if_asked()
+            del best, factors, done
+            saved = snapshots.load(family)
+            assert saved is not None
+            done = _FamilyFit.load(*saved)
     return done
 
 
@@ -213,9 +221,9 @@ def _start(weights: FamilyWeights, sizes: GlobeConfig, config: FitConfig, seed: 
 class _Run:
     """The steps of one family: they keep the best state that has the support of the fit, and the history."""
 
-    def __init__(self, weights: FamilyWeights, solver: Solver, config: FitConfig):
-        self._weights, self._solver, self._config = weights, solver, config
-        self.best: BankState | None = None
+    def __init__(self, weights: FamilyWeights, solver: Solver, config: FitConfig, dtype: torch.dtype):
+        self._weights, self._solver, self._config, self._dtype = weights, solver, config, dtype
+        self.best: BankState | None = None  # its atoms in `dtype`, in which they are stored
         self.history: list[dict] = []
         self._best_error, self._step, self._seconds, self._pass_seconds = math.inf, 0, 0.0, 0.0
         self._regularised = regularised_solves()
@@ -251,7 +259,7 @@ class _Run:
         if error < self._best_error and int(supports.max()) <= self._config.support:
             self._best_error = error
             if self.best is None:
-                self.best = state.copy()
+                self.best = state.copy(self._dtype)
             else:
                 self.best.copy_(state)
         step, last = self._step, self._step == self._config.steps or self._solver.finished
@@ -299,7 +307,7 @@ class _Run:
         self._step, self._seconds = facts["step"], facts["seconds"]
         self._best_error, self.history = facts["best_error"], facts["history"]
         if "best.bank" in tensors:
-            self.best = self._solver.state.copy()
+            self.best = self._solver.state.copy(self._dtype)
             self.best.copy_(BankState(tensors["best.bank"], tensors["best.codes"], self.best.phi))
 
 

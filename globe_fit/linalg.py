@@ -15,6 +15,7 @@ from globe_kernels.ops.counters import call_counts, count_call
 
 _RIDGE_FACTORS = (1.0, 1e2, 1e4)
 _RAISED = "ridge raised"
+_REFITTED = 2  # experts at once: fp64 takes twice the memory of a step
 
 
 class SingularBasisError(RuntimeError):
@@ -47,7 +48,8 @@ def refit_adapters(weights: torch.Tensor, basis: torch.Tensor, ranks: Ranks = AL
     The refit folds the normalisation of the fit into the adapters: the scale exactly, the mean as well as a matrix of
     the row space of the basis can.
     """
-    return solve_adapters(weights.double(), basis.double(), 1e-12, ranks)
+    parts = zip(weights.split(_REFITTED), basis.split(_REFITTED), strict=True)
+    return torch.cat([solve_adapters(some.double(), of_some.double(), 1e-12, ranks) for some, of_some in parts])
 
 
 def solve_spd(gram: torch.Tensor, rhs: torch.Tensor, ridge: float = 1e-6) -> tuple[torch.Tensor, int]:

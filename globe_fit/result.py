@@ -17,7 +17,7 @@ from globe_kernels.table import Table, bytes_table
 
 @dataclass(frozen=True)
 class FamilyFactors:
-    """Bank, codes and adapters of one family over all n experts, in host memory."""
+    """Bank, codes and adapters of one family over all n experts, in host memory or in a file that is mapped."""
 
     bank: torch.Tensor  # (M, R, D)
     code: Code  # (n, C)
@@ -58,7 +58,9 @@ class FitResult:
     """The result of `globe_fit.fit`, of one type whatever the options.
 
     `report` has the errors per layer and family beside the baselines, `history` a record per logged step. Of several
-    ranks only the first has the banks and the adapters. `globe_fit.export.save_fit` writes the result to disk.
+    ranks only the first has the banks and the adapters. `globe_fit.export.save_fit` writes the result to disk. The
+    factors of `globe_fit.fit` are in host memory, with snapshots in their files; the factors of `globe_fit.compress`
+    are read from the checkpoint each time a family is asked for.
     Prints as the errors and the bytes, and shows as HTML in a notebook.
     """
 
@@ -111,7 +113,7 @@ def error_table(families: dict, rank: int) -> Table:
     return Table("Relative squared error", ["", *FAMILIES], rows)
 
 
-class _StoredFactors(Mapping[str, FamilyFactors]):
+class StoredFactors(Mapping[str, FamilyFactors]):
     """The factors of a checkpoint, which are read from disk when a family is asked for."""
 
     def __init__(self, checkpoint: GlobeCheckpoint):
@@ -143,4 +145,4 @@ def stored_fit(checkpoint: GlobeCheckpoint) -> FitResult:
         **{name: report["status"][name] for name in FitStatus.__annotations__ if name in report["status"]}
     )
     history = records_of(checkpoint.metrics)
-    return FitResult(checkpoint.config, _StoredFactors(checkpoint), status, history, report)
+    return FitResult(checkpoint.config, StoredFactors(checkpoint), status, history, report)

@@ -20,11 +20,14 @@ finite text says nothing of some directions and hardly reaches some experts. All
 never averaged over layers.
 
 Where the user has no text, the model writes it (globe_fit.calibration.self_text), which takes no data at all.
+
+Of several ranks the first runs the model and sends the sums, a layer in three messages: C_l in D^2 values, and S in E P
+values of each family.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
@@ -38,6 +41,7 @@ from globe_fit.config import SELF
 from globe_fit.data.model import WINDOW, load_model, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import ErrorMetric
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.run.snapshots import Snapshots
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.files import sha256
@@ -81,22 +85,45 @@ def calibrate(
     snapshots: Snapshots | None = None,
     on_batch: OnBatch | None = None,
     say: Callable[[str], None] = lambda sentence: None,
+    ranks: Ranks = ALONE,
 ) -> Calibration:
     """Run the dense model of `source` on `device` once over a text file, or over a text that it writes (SELF).
 
     A model that does not fit into `memory_limit` bytes, or into the available memory, is read from disk layer by layer
     for every batch, and `say` gets a sentence about it; such a model cannot write. With `snapshots`, the sums that an
-    interrupted fit had collected are taken over. Raises RequestError for a text that is missing or too short and for
-    too little memory, GlobeError for a model whose inputs are not finite.
+    interrupted fit had collected are taken over. All `ranks` call this together and get the same. Raises RequestError
+    for a text that is missing or too short and for too little memory, GlobeError for a model whose inputs are not
+    finite.
     """
     saved = None if snapshots is None else snapshots.load(_NAME)
-    if saved is not None:
-        tensors, facts = saved
-        sums = {
-            layer: Sums(tensors[f"{layer}.moment"], {family: tensors[f"{layer}.{family}"] for family in FAMILIES})
-            for layer in facts["layers"]
-        }
-        return Calibration(**facts["calibration"], sums=sums)
+    found = None if saved is None else _loaded(*saved)
+    ((is_saved,), *_) = ranks.every(found is not None)  # a kill may have left the first rank's part alone
+    if not is_saved:
+
+        def run(beat: Callable[[], object]) -> Calibration:
+            def on_every_batch(number: int, total: int) -> None:
+                beat()
+                if on_batch is not None:
+                    on_batch(number, total)
+
+            return _collected(source, text, device, memory_limit, snapshots, on_every_batch, say)
+
+        found = ranks.on_first(run)
+        if snapshots is not None:
+            snapshots.save(_NAME, 0, *_saved(found))
+    return _sent(found, source, Path(text).name, _sha256(text), ranks)
+
+
+def _collected(
+    source: ExpertSource,
+    text: str | Path,
+    device: str,
+    memory_limit: float | None,
+    snapshots: Snapshots | None,
+    on_batch: OnBatch,
+    say: Callable[[str], None],
+) -> Calibration:
+    """Run the dense model over the text, and require finite sums."""
     if text == SELF:
         sums, tokens = _run_over_self_text(source, device, memory_limit, on_batch)
     else:
@@ -107,12 +134,43 @@ def calibrate(
             raise GlobeError(
                 f"The inputs of the experts of layer {layer} are not finite on {text}; calibrate on another text."
             )
-    result = Calibration(Path(text).name, _sha256(text), tokens, sums)
-    if snapshots is not None:
-        tensors = {f"{layer}.moment": of_layer.moment for layer, of_layer in sums.items()}
-        tensors |= {f"{layer}.{f}": of_layer.rows[f] for layer, of_layer in sums.items() for f in FAMILIES}
-        snapshots.save(_NAME, 0, tensors, {"calibration": result.facts, "layers": list(sums)})
-    return result
+    return Calibration(Path(text).name, _sha256(text), tokens, sums)
+
+
+def _saved(calibration: Calibration | None) -> tuple[dict[str, torch.Tensor], dict]:
+    """Return the tensors and facts of a snapshot; of a rank without the sums an empty one."""
+    if calibration is None:
+        return {}, {}
+    sums = calibration.sums
+    tensors = {f"{layer}.moment": of_layer.moment for layer, of_layer in sums.items()}
+    tensors |= {f"{layer}.{f}": of_layer.rows[f] for layer, of_layer in sums.items() for f in FAMILIES}
+    return tensors, {"calibration": calibration.facts, "layers": list(sums)}
+
+
+def _loaded(tensors: dict[str, torch.Tensor], facts: dict) -> Calibration | None:
+    """Return the calibration of a snapshot; None of a rank that saved an empty one."""
+    if not tensors:
+        return None
+    sums = {
+        layer: Sums(tensors[f"{layer}.moment"], {family: tensors[f"{layer}.{family}"] for family in FAMILIES})
+        for layer in facts["layers"]
+    }
+    return Calibration(**facts["calibration"], sums=sums)
+
+
+def _sent(found: Calibration | None, source: ExpertSource, text: str, digest: str | None, ranks: Ranks) -> Calibration:
+    """Return the calibration of the first rank, which the others do not have."""
+    if found is None:
+        base, sums = source.base, {}
+        for layer, experts in base.num_experts.items():
+            rows = {family: torch.empty(experts, base.intermediate_size) for family in FAMILIES}
+            sums[layer] = Sums(torch.empty(base.hidden_size, base.hidden_size), rows)
+        found = Calibration(text, digest, 0, sums)
+    for of_layer in found.sums.values():
+        for tensor in (of_layer.moment, *of_layer.rows.values()):
+            ranks.from_first(tensor)
+    ((tokens,), *_) = ranks.every(found.tokens)
+    return replace(found, tokens=int(tokens))
 
 
 def require_text(text: str | Path) -> None:
@@ -134,7 +192,7 @@ def _sha256(text: str | Path) -> str | None:
 
 
 def _run_over_self_text(
-    source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch | None
+    source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch
 ) -> tuple[dict[int, Sums], int]:
     """Let the model write a text; return the sums over it and its number of tokens."""
     plan = plan_run(source, device, memory_limit, writes=True)
@@ -144,12 +202,10 @@ def _run_over_self_text(
     def on_written(number: int, total: int) -> None:
         nonlocal done
         done = total
-        if on_batch is not None:
-            on_batch(number, 2 * total)
+        on_batch(number, 2 * total)
 
     def on_collected(number: int, total: int) -> None:
-        if on_batch is not None:
-            on_batch(done + done * number // total, 2 * done)
+        on_batch(done + done * number // total, 2 * done)
 
     windows = sample_windows(model, WINDOW, device, on_batch=on_written)
     return collect(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
@@ -161,7 +217,7 @@ def _run(
     device: str,
     memory_limit: float | None,
     snapshots: Snapshots | None,
-    on_batch: OnBatch | None,
+    on_batch: OnBatch,
     say: Callable[[str], None],
 ) -> dict[int, Sums]:
     """Return the sums over the windows of a text, in memory or from disk as the memory allows."""

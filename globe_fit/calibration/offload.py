@@ -42,7 +42,7 @@ def plan_run(source: ExpertSource, device: str, limit: float | None = None, *, w
     Raises RequestError when not even one layer fits, when a model that writes does not fit, or when offloading needs
     accelerate.
     """
-    available = min(_available(device), math.inf if limit is None else limit)
+    available = min(available_bytes(device), math.inf if limit is None else limit)
     sizes = {key: source.files.dense_bytes(key) for key in source.files.keys}
     whole, outside, by_layer = sum(sizes.values()), 0, {}
     for key, size in sizes.items():
@@ -119,7 +119,7 @@ def _heads(source: ExpertSource) -> Iterator[tuple[int, int, int]]:
         yield heads, getattr(layer, "num_key_value_heads", None) or heads, head
 
 
-def _available(device: str) -> float:
+def available_bytes(device: str) -> float:
     """Return the free bytes: the fewer of host and device, because weights reach a GPU through the host."""
     host = min(_meminfo(), _container())
     return host if device == "cpu" else min(host, torch.cuda.mem_get_info(device)[0])

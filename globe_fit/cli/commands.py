@@ -28,6 +28,7 @@ from globe_fit.cli.tables import (
     print_plan,
     print_sweep,
     print_sweep_estimate,
+    print_times,
 )
 from globe_fit.compression import compress
 from globe_fit.config import FitConfig, resolve_device
@@ -41,6 +42,8 @@ from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint
 from globe_fit.plan.presets import verdict, with_preset
 from globe_fit.plan.serving import Planner, plan_all, read_model
+from globe_fit.plan.timing import times
+from globe_fit.plan.work import on_machine
 from globe_fit.run.display import say, show_progress
 from globe_fit.run.distributed import end_with_the_others, leads, leave, ranks_in_all
 from globe_fit.sizes import left_dense_note, resolve_sizes
@@ -156,10 +159,14 @@ def _fit(
     if dry_run:
         planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
         planned.require_room(out)
-        figures = planned.figures()  # by all ranks together
+        figures = planned.figures() | {"on": on_machine(planned, planner.machine), "verdict": speed}
         if leads():
             _say_left_dense(planned.source.base)
-            _show(figures | {"verdict": speed}, as_json, print_estimate)
+            if not as_json:  # before anything is allocated
+                _show(figures, as_json, print_estimate)
+        timed = times(planned)  # by all ranks together
+        if leads():
+            _show(figures | timed if as_json else timed, as_json, print_times)
         return
     with show_progress(as_json or not leads()) as shown:
         shown.tell(speed)
@@ -221,7 +228,8 @@ def _sweep(
         title = f"{len(points)} points on {source.base.name}"
         if dry_run:
             rows = runs.estimate()
-            figures = {"points": rows, "seconds": sum(row["seconds"] for row in rows), "disk_bytes": runs.disk_bytes}
+            seconds = None if any(row["seconds"] is None for row in rows) else sum(row["seconds"] for row in rows)
+            figures = {"points": rows, "seconds": seconds, "disk_bytes": runs.disk_bytes}
             _show(figures, as_json, lambda found: print_sweep_estimate(title, rows, found["disk_bytes"]))
             return
         with show_progress(as_json) as shown:

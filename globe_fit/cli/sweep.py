@@ -20,8 +20,9 @@ from globe_fit.data.model import load_model, shared_copy
 from globe_fit.data.source import ExpertSource
 from globe_fit.fitting import open_snapshots
 from globe_fit.measure.evaluate import evaluate, read_token_by_token
-from globe_fit.plan.fitting import TEXT_BYTES, disk_bytes, estimate_seconds
+from globe_fit.plan.fitting import TEXT_BYTES, disk_bytes
 from globe_fit.plan.footprint import footprint, footprint_of
+from globe_fit.plan.timing import time_fit
 from globe_fit.result import stored_fit
 from globe_fit.run.progress import SILENT, Progress
 from globe_fit.run.snapshots import Snapshots, discard_snapshots, snapshot_bytes
@@ -145,11 +146,12 @@ class Sweep:
         return open_snapshots(self._out / point.name, self._source, point.config, self._minutes)
 
     def estimate(self) -> list[dict]:
-        """Predict a row per point: its bytes and its seconds, 0 for a finished point."""
+        """Predict a row per point: its bytes and its seconds, 0 for a finished point, None where timing has no room."""
         rows = []
         for point in self.points:
             done = point.name in self.finished
-            seconds = 0.0 if done else estimate_seconds(self._source, point.sizes, point.config)
+            timing = None if done else time_fit(self._source, point.sizes, point.config)
+            seconds = 0.0 if done else timing and timing.seconds
             size = self._bytes(point.sizes.tensor_bytes) | {"sizes": footprint(point.sizes, self._source.facts)}
             rows.append({"point": point.name, **point.key, **size, "finished": done, "seconds": seconds})
         return rows

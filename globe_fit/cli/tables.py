@@ -47,17 +47,14 @@ def _ratio(found: dict) -> str:
 
 def print_estimate(figures: dict) -> None:
     """Print the figures of `globe fit --dry-run`."""
-    write(
-        f"Rank {figures['rank']}, {figures['atoms']} atoms per family; the fit takes about "
-        f"{format_seconds(figures['seconds'])}."
-    )
+    write(f"Rank {figures['rank']}, {figures['atoms']} atoms per family.")
     print_sizes(figures["sizes"])
     parts = {
         "solver": "solver_bytes",
         "block of experts": "block_bytes",
-        "factors": "factor_bytes",
         "metric": "calibration_bytes",
         "all experts of a family": "kept_bytes",
+        "host memory": "host_bytes",
     }
     rows = [[name, format_bytes(figures[key])] for name, key in parts.items() if figures[key]]
     rows.append(["peak", format_bytes(figures["peak_bytes"])])
@@ -65,7 +62,38 @@ def print_estimate(figures: dict) -> None:
     write(f"The directory of the fit takes {format_bytes(figures['disk_bytes'])} at its peak, with its snapshots.")
     if figures["run_bytes"]:
         write(f"Before the fit the model runs over the text in at most {format_bytes(figures['run_bytes'])}.")
+    _print_machine(figures["on"], figures["ranks"])
     write(figures["verdict"])
+
+
+def _print_machine(figures: dict, ranks: int) -> None:
+    machine, each = figures["machine"], per_rank(ranks)
+    write(
+        f"On {machine} the fit takes {format_bytes(figures['device_bytes'])} of {format_bytes(figures['memory_bytes'])}"
+        f"{each}, and {format_bytes(figures['host_bytes'])} of host memory"
+        + (" beside its libraries." if figures["fits"] else "; it does not fit, so give fewer atoms or more ranks.")
+    )
+    if figures["work"] is None:
+        return
+    rows = [
+        [stage, three_digits(found["flops"] / 1e9), three_digits(found["bytes"] / 1e9)]
+        for stage, found in figures["work"].items()
+    ]
+    totals = [sum(found[key] for found in figures["work"].values()) / 1e9 for key in ("flops", "bytes")]
+    rows.append(["all", *map(three_digits, totals)])
+    print_table(f"Work of a step of a family{each}, counted", ["", "GFLOP", "GB"], rows)
+    write(f"At its peak rates {machine} takes {format_seconds(figures['step_seconds'])} for a step of a family.")
+
+
+def print_times(figures: dict) -> None:
+    """Print what a block of experts took here."""
+    if figures["seconds"] is None:
+        write("The memory that is free here does not hold the atoms of one expert, so nothing was timed.")
+        return
+    write(
+        f"Here a step of a family takes about {format_seconds(figures['step_seconds'])} and the fit "
+        f"{format_seconds(figures['seconds'])}, by a block of {figures['experts']} experts that was timed."
+    )
 
 
 def print_plan(figures: dict) -> None:
@@ -182,15 +210,19 @@ def print_sweep_estimate(title: str, rows: list[dict], disk_bytes: int) -> None:
     """Print the figures of `globe sweep --dry-run`."""
     write(f"{title}.")
     header, table = _size_columns(rows)
-    times = ["", *("finished" if row["finished"] else format_seconds(row["seconds"]) for row in rows)]
+    times = ["", *("finished" if row["finished"] else _about(row["seconds"]) for row in rows)]
     print_table("Bytes and time", [*header, "fit"], [[*cells, time] for cells, time in zip(table, times, strict=True)])
     _say_what_sizes_mean([row["sizes"] for row in rows])
     total = sum(row["bytes"]["globe_on_disk"] for row in rows)
     write(
         f"\nAll points take {format_bytes(total)} on disk. The fits that are left take at most "
         f"{format_bytes(disk_bytes)} more meanwhile, with their snapshots, and about "
-        f"{format_seconds(sum(row['seconds'] for row in rows))}."
+        f"{_about(None if any(row['seconds'] is None for row in rows) else sum(row['seconds'] for row in rows))}."
     )
+
+
+def _about(seconds: float | None) -> str:
+    return "an unknown time" if seconds is None else format_seconds(seconds)
 
 
 def _size_columns(points: list[dict]) -> tuple[list[str], list[list[str]]]:

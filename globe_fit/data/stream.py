@@ -12,13 +12,18 @@ A calibrated fit measures errors in the metric of each layer l, and weights row 
 expert i by sqrt(d_ik). The row weights do not change the best A_i for a basis, because each row is a separate
 least-squares problem.
 
-Each of several ranks (globe_fit.run.distributed) holds its columns of every W_i.
+Each of several ranks (globe_fit.run.distributed) holds its columns of every W_i. A column of W_i L_l needs all columns
+of W_i, so in a calibrated fit every rank gets the whole matrices of a block and computes its columns of the product. A
+rank sends its columns of the E matrices of a block, in fp32: for each block one message of the weights, E P D / ranks
+values, and two of E R D / ranks, of the bases and of their gradient. No exact way sends less: sums of the partial
+products W_i[:, columns] L_l[columns] are of the size of whole products.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -131,14 +136,17 @@ class FamilyWeights:
         measured = cls(source, family, device, Statistics(mean, scale or 1.0, energy), metric, float(count), ranks)
         if metric is None:
             return measured
-        in_metric = sum(
-            measured.weighted(block, block.weights).square().sum().item() for block in measured.normalised()
+        (in_metric,) = ranks.sums(
+            sum(measured.weighted(block, block.weights).square().sum().item() for block in measured.normalised())
         )
         return replace(measured, normalised_energy=in_metric or float(count))
 
     def in_metric(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
         """Bring the columns of `matrices` (..., D), of the experts of a block, into the metric."""
-        return matrices if self.metric is None else matrices @ self.metric.roots[block.layer.layer]
+        if self.metric is None:
+            return matrices
+        root = self.metric.roots[block.layer.layer]
+        return matrices @ root if self.ranks.world == 1 else _Columns.apply(matrices, root, self.ranks)
 
     def weighted(self, block: Block, matrices: torch.Tensor) -> torch.Tensor:
         """Bring the columns and rows of `matrices` (E, P, D), of the experts of a block, into the metric."""
@@ -185,6 +193,26 @@ class FamilyWeights:
                 last = min(first + size, stop)
                 experts = range(first - of_layer.start, last - of_layer.start)
                 yield Block(layer, experts, slice(first, last), read(layer, self.family, experts, columns))
+
+
+class _Columns(torch.autograd.Function):
+    """The columns of this rank of X L (..., D), from its columns of X and the whole of L (D, D).
+
+    Their gradient is the columns of this rank of dY L^T, for the gradient dY of the product: the same with L^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, matrices: torch.Tensor, root: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+        ctx.root, ctx.ranks = root, ranks
+        return _columns_of_product(matrices, root, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _columns_of_product(gradients[0], ctx.root.mT, ctx.ranks), None, None
+
+
+def _columns_of_product(matrices: torch.Tensor, root: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    return ranks.whole(matrices, len(root)) @ root[:, ranks.part(len(root))]
 
 
 class Upload:

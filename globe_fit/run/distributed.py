@@ -3,7 +3,8 @@
 Rank k holds a contiguous part of the D columns of every W_i and of every atom. Products over the columns are sums over
 the ranks: the Grams Bhat_i Bhat_i^T (R, R), the products W_i Bhat_i^T (P, R), norms, errors and the gradient of the
 codes. So adapters and codes are bitwise the same on every rank, and no message of a step has the size of a bank. Work
-on whole experts is dealt out by experts.
+on whole experts is dealt out by experts. A calibrated fit mixes columns, so its ranks also send each other the columns
+of a block (`globe_fit.data.stream`).
 """
 
 import os
@@ -12,14 +13,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
 from globe_fit.run import display
+from globe_fit.run.stopping import interrupt
 from globe_kernels.errors import GlobeError, RequestError
 
 # A rank that dies is noticed at once; the timeout ends a fit of which a rank hangs. The longest work between two
@@ -28,6 +30,8 @@ _TIMEOUT = timedelta(minutes=30)
 _TO_SPEAK = timedelta(seconds=5)
 _SPOKEN = "globe/spoken"
 _MOST_SECONDS = 20  # between two messages after SIGTERM; torchrun kills after 30
+
+Result = TypeVar("Result")
 
 _terminated = threading.Event()
 _messages = 0  # of this rank
@@ -87,13 +91,47 @@ class Ranks:
         return [sum(column) for column in zip(*self.every(*values), strict=True)]
 
     def whole(self, part: torch.Tensor, width: int) -> torch.Tensor:
-        """Join the columns of all ranks: (..., D) from the part of each rank."""
+        """Join the columns of all ranks: (..., D) from the part of each rank. A message has the bytes of a part."""
         if self.world == 1:
             return part
-        full = part.new_zeros(*part.shape[:-1], width)
-        full[..., self.part(width)] = part
-        self.all_sum(full)
-        return full
+        spans = [replace(self, rank=rank).part(width) for rank in range(self.world)]
+        widths = [span.stop - span.start for span in spans]
+        message = part.new_zeros(*part.shape[:-1], max(widths))  # parts may differ by a column, messages may not
+        message[..., : part.shape[-1]] = part
+        parts = [torch.empty_like(message) for _ in spans]
+        _collective(distributed.all_gather, parts, message)
+        return torch.cat([found[..., :size] for found, size in zip(parts, widths, strict=True)], dim=-1)
+
+    def on_first(self, work: Callable[[Callable[[], object]], Result]) -> Result | None:
+        """Return the result of `work` on the first rank, and None on the others, which wait.
+
+        `work` gets a function that it calls from time to time, within the timeout of a message. That call raises
+        KeyboardInterrupt on all ranks once torchrun has sent SIGTERM to one of them.
+        """
+        if self.world == 1:
+            return work(lambda: None)
+        if self.leads:
+            result = work(lambda: self._meet(False))
+            self._meet(True)
+            return result
+        while not self._meet(False):
+            pass
+        return None
+
+    def _meet(self, done: bool) -> bool:
+        """Wait for all ranks; whether the first of them is done."""
+        found = self.every(done, was_terminated())
+        if any(terminated for _, terminated in found):
+            raise interrupt(signal.SIGTERM)
+        return bool(found[0][0])
+
+    def from_first(self, tensor: torch.Tensor) -> None:
+        """Give `tensor`, on any device, the values that it has on the first rank, in one message."""
+        if self.world == 1:
+            return
+        message = tensor.to(self.device)
+        _collective(distributed.broadcast, message, src=0)
+        tensor.copy_(message)
 
 
 ALONE = Ranks()

@@ -10,7 +10,7 @@ import shutil
 import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from globe_fit.config import SNAPSHOT_MINUTES
 from globe_fit.run.distributed import ALONE, Ranks, was_terminated
+from globe_fit.run.pieces import pieces, save_file
 from globe_fit.run.progress import SILENT
 from globe_fit.run.stopping import in_main_thread, interrupt, interrupt_behind
 from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.files import inner_file
 from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTORY
-from globe_kernels.format.writing import replacing_file
+from globe_kernels.format.writing import mapped_tensor, replacing_file
 
 _ABSENT = object()
 
@@ -92,15 +92,18 @@ class Snapshots:
             )
 
     def load(self, family: str) -> tuple[dict[str, torch.Tensor], dict] | None:
-        """Load (tensors, facts) that this rank saved of a family; None when there is no snapshot."""
+        """Load (tensors, facts) that this rank saved of a family; None when there is no snapshot.
+
+        The tensors are in the file, whose pages give way when memory is short. Copy a tensor before you compute with
+        it: the rounding of a product may depend on where in a cache line a tensor begins.
+        """
         parts = self._parts(family)
         if not parts:
             return None
         (path,) = parts
         facts = self._facts(path)
         with safe_open(path, framework="pt") as handle:
-            # copies: the rounding of a product may depend on where in a cache line a tensor begins
-            tensors = {key: handle.get_tensor(key).clone() for key in handle.keys()}  # noqa: SIM118
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
         if facts["tensors"] != {name: _checksum(tensor) for name, tensor in tensors.items()}:
             raise self._damaged(path, "its tensors are not the tensors that were saved")
         return tensors, facts
@@ -114,7 +117,7 @@ class Snapshots:
         except (SafetensorError, OSError) as error:
             raise self._damaged(path, error) from error
         facts = metadata.get("facts", "")
-        if metadata.get("checksum") != _checksum_of(facts.encode()):
+        if metadata.get("checksum") != _checksum_of([facts.encode()]):
             raise self._damaged(path, "its facts are not the facts that were saved")
         return json.loads(facts)
 
@@ -130,18 +133,27 @@ class Snapshots:
         Raises GlobeError for a full disk; the snapshot before is kept then.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        checksums = {name: _checksum(tensor.cpu()) for name, tensor in tensors.items()}
+        checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
         text = json.dumps(facts | {"identity": self._identity, "tensors": checksums})
-        metadata = {"facts": text, "checksum": _checksum_of(text.encode())}
+        metadata = {"facts": text, "checksum": _checksum_of([text.encode()])}
         try:
             with replacing_file(self.directory / f"{family}-{step}-{self._ranks.rank}.safetensors") as path:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+                save_file(tensors, path, metadata=metadata)
         finally:
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
         self._ranks.every(0)  # all ranks have written
         self._remove(family, but=step)
         self._last = time.monotonic()
+
+    def room(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a tensor on the disk of the snapshots, which takes no memory that others need."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            return mapped_tensor(self.directory, shape, dtype)
+        finally:
+            if not any(self.directory.iterdir()):
+                self.directory.rmdir()
 
     def due(self) -> bool:
         """Whether it is time for the next snapshot, on any rank."""
@@ -244,11 +256,14 @@ def differences(found: dict, wanted: dict) -> str:
 
 
 def _checksum(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)} {_checksum_of(tensor.flatten().view(torch.uint8).numpy().data)}"
+    return f"{tensor.dtype} {list(tensor.shape)} {_checksum_of(pieces(tensor))}"
 
 
-def _checksum_of(data: bytes | memoryview) -> str:
-    return f"{zlib.crc32(data):08x}"
+def _checksum_of(parts: Iterable[bytes | memoryview]) -> str:
+    checksum = 0
+    for part in parts:
+        checksum = zlib.crc32(part, checksum)
+    return f"{checksum:08x}"
 
 
 def _step(path: Path) -> int:

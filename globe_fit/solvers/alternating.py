@@ -20,7 +20,7 @@ import torch
 
 from globe_fit.config import AlternatingConfig
 from globe_fit.data.stream import Block, FamilyWeights
-from globe_fit.linalg import SingularBasisError, solve_spd, truncated_svd
+from globe_fit.linalg import SingularBasisError, solve_spd
 from globe_fit.solvers.base import BankState, Pass, code_index, steps_before_fixing, support_index
 from globe_fit.solvers.coding import (
     entmax,
@@ -45,7 +45,7 @@ from globe_fit.solvers.dictionary import (
     project,
 )
 from globe_fit.solvers.objective import backward_block, eliminated_error
-from globe_fit.solvers.start import allowed_atoms
+from globe_fit.solvers.start import allowed_atoms, separate_factors
 from globe_fit.solvers.support import fix_support
 from globe_kernels.format.checkpoint import GlobeConfig
 
@@ -77,7 +77,7 @@ class Alternating:
             self._adam = torch.optim.Adam([self._scores], lr=config.entmax.lr, fused=True)
 
     def _fix(self) -> None:
-        self._allowed = fix_support(self.state, self._allowed, self._sizes)
+        self._allowed = fix_support(self.state, self._allowed, self._sizes, self._weights.ranks)
         self._fixed = True
 
     def evaluate(self) -> float:
@@ -113,7 +113,7 @@ class Alternating:
                 self._round_on_targets()
             else:
                 self._round_in_the_metric()
-            factors = normalise_atoms(self.state)
+            factors = normalise_atoms(self.state, self._weights.ranks)
         if self._soft and not self._fixed:
             self._scale *= factors
             if (self._step + 1) % entmax_config.every == 0:
@@ -125,18 +125,23 @@ class Alternating:
     def _targets(self, block: Block) -> tuple[slice, torch.Tensor]:
         """Return the span of a block and the targets (E, R, D) of its mixtures."""
         if self._config.targets == "aligned":
-            left, _, right = torch.linalg.svd(block.weights @ self.state.basis(block.span).mT, full_matrices=False)
+            cross = block.weights @ self.state.basis(block.span).mT
+            self._weights.ranks.all_sum(cross)
+            left, _, right = torch.linalg.svd(cross, full_matrices=False)
             return block.span, (left @ right).mT @ block.weights
         if self._step == 0:
-            return block.span, truncated_svd(block.weights, self._sizes.rank)[1]
-        seen = project(block, self.state)
+            return block.span, separate_factors(self._weights, block.weights, self._sizes.rank)
+        seen = self._project(block)
         return block.span, solve_spd(seen.gram, seen.cross)[0]
+
+    def _project(self, block: Block) -> Projected:
+        return project(block, self.state, self._weights.ranks)
 
     def _target_passes(self) -> Iterable[tuple[slice, torch.Tensor]]:
         return map(self._targets, self._weights.normalised())
 
     def _metric_passes(self) -> Iterable[Projected]:
-        return map(lambda block: project(block, self.state), self._weights.normalised())
+        return map(self._project, self._weights.normalised())
 
     @torch.no_grad()
     def _initial_codes(self) -> None:
@@ -147,11 +152,13 @@ class Alternating:
             cross = torch.zeros_like(state.codes)
             for span, targets in self._target_passes():
                 cross[span] = targets.flatten(1) @ atoms.mT
+            gram = self._atom_gram()
+            self._weights.ranks.all_sum(cross)
             if coding.initial == "nnls":
                 l1 = coding.l1 * cross.amax(1, keepdim=True)
-                codes, slack = non_negative(atoms @ atoms.mT, cross, self._allowed, l1)
+                codes, slack = non_negative(gram, cross, self._allowed, l1)
             else:
-                codes, slack = on_simplex(atoms @ atoms.mT, cross, self._allowed)
+                codes, slack = on_simplex(gram, cross, self._allowed)
             state.codes.copy_(self._pruned(codes))
         if self._soft:
             self._scores.copy_(entmax_scores(state.codes.clamp_min(0), slack, self._config.entmax.alpha))
@@ -178,9 +185,7 @@ class Alternating:
         self.state.codes.copy_(self._soft_codes().detach())
 
     def _round_on_targets(self) -> None:
-        directions = OptimalDirections(self.state)
-        atoms = self.state.bank.flatten(1)
-        gram = atoms @ atoms.mT
+        directions, gram = OptimalDirections(self.state), self._atom_gram()
         for span, targets in self._target_passes():
             self._code_on_targets(span, targets, gram)
             directions.add(span, targets)
@@ -188,23 +193,31 @@ class Alternating:
         self.extras["ridge_raised"] += raised
 
     def _round_in_the_metric(self) -> None:
-        config, atoms = self._config, self.state.bank.flatten(1)
+        config, ranks = self._config, self._weights.ranks
         if config.coding.method == "omp" and not self._fixed:
-            gram = atoms @ atoms.mT
+            gram = self._atom_gram()
             for span, targets in self._target_passes():
                 self._code_on_targets(span, targets, gram)
         elif not self._soft or self._fixed:
             for seen in self._metric_passes():
                 self._code_in_the_metric(seen)
         if config.dictionary == "exact":
-            self.extras["ridge_raised"] += exact_step(self.state, self._metric_passes, config.cg_steps)
+            self.extras["ridge_raised"] += exact_step(self.state, self._metric_passes, config.cg_steps, ranks)
         else:
             self.extras["ridge_raised"] += atom_by_atom(self.state, self._metric_passes)
+
+    def _atom_gram(self) -> torch.Tensor:
+        """Return <B_j, B_k> (M, M)."""
+        atoms = self.state.bank.flatten(1)
+        gram = atoms @ atoms.mT
+        self._weights.ranks.all_sum(gram)
+        return gram
 
     def _code_on_targets(self, span: slice, targets: torch.Tensor, gram: torch.Tensor) -> None:
         if self._soft and not self._fixed:
             return
         cross = targets.flatten(1) @ self.state.bank.flatten(1).mT
+        self._weights.ranks.all_sum(cross)
         if self._config.coding.method == "omp" and not self._fixed:
             codes = matching_pursuit(gram, cross, self._allowed[span], self._sizes.support)
         else:
@@ -222,6 +235,7 @@ class Alternating:
             atoms = self.state.bank[support]
             gram[expert] = atoms.flatten(1) @ (seen.gram[expert] @ atoms).flatten(1).mT
             cross[expert] = atoms.flatten(1) @ seen.cross[expert].flatten()
+        self._weights.ranks.all_sum(gram, cross)
         self.state.codes[seen.span] = self._least_squares(gram, cross, seen.span, index, valid)
 
     def _kept(self, span: slice) -> torch.Tensor:
@@ -270,16 +284,22 @@ class Alternating:
         if config.coding.method == "omp" and not self._fixed:
             yield Pass(rounds, lambda block: self._code_on_targets(*self._targets(block), gram))
         elif not soft:
-            yield Pass(rounds, lambda block: self._code_in_the_metric(project(block, state)))
+            yield Pass(rounds, lambda block: self._code_in_the_metric(self._project(block)))
         exact, batches = config.dictionary == "exact", independent(state.codes != 0)
         codes = state.codes if exact else state.codes[:, batches[0]]
         residual = torch.zeros_like(state.bank[: codes.shape[1]])
         curvature = residual.new_zeros(len(residual), residual.shape[1], residual.shape[1])
         count = rounds if exact else rounds * len(batches)
-        yield Pass(count, lambda block: add_gradient(project(block, state), state, codes, residual, curvature))
+        yield Pass(
+            count,
+            lambda block: add_gradient(self._project(block), state, codes, residual, curvature),
+        )
         if exact:
             step = state.bank
-            yield Pass(rounds * config.cg_steps, lambda block: add_image(project(block, state), codes, step, residual))
+            yield Pass(
+                rounds * config.cg_steps,
+                lambda block: add_image(self._project(block), codes, step, residual),
+            )
 
     def _evaluation(self, state: BankState) -> Callable[[Block], torch.Tensor]:
         index = code_index(state.codes.detach() != 0)

@@ -53,9 +53,9 @@ class BankState:
         ranks.all_sum(squares)
         return squares.sqrt().float()
 
-    def copy(self) -> "BankState":
-        """Copy the values, without gradients."""
-        return BankState(self.bank.detach().clone(), self.codes.detach().clone(), self.phi)
+    def copy(self, dtype: torch.dtype | None = None) -> "BankState":
+        """Copy the values, without gradients; the atoms in `dtype`, by default their own."""
+        return BankState(self.bank.detach().to(dtype, copy=True), self.codes.detach().clone(), self.phi)
 
     @torch.no_grad()
     def copy_(self, other: "BankState") -> None:

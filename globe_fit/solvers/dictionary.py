@@ -15,6 +15,7 @@ import torch
 
 from globe_fit.data.stream import Block
 from globe_fit.linalg import factorise, solve_adapters
+from globe_fit.run.distributed import ALONE, Ranks
 from globe_fit.solvers.base import BankState
 
 RIDGE = 1e-6  # of the mean diagonal of each Gram matrix
@@ -27,19 +28,19 @@ class Projected:
 
     span: slice  # among all n experts
     gram: torch.Tensor  # (E, R, R) A^T A
-    cross: torch.Tensor  # (E, R, D) A^T W
+    cross: torch.Tensor  # (E, R, D) A^T W; of several ranks the columns of this rank
 
 
 Passes = Callable[[], Iterable[Projected]]
 
 
-def project(block: Block, state: BankState) -> Projected:
+def project(block: Block, state: BankState, ranks: Ranks = ALONE) -> Projected:
     """Project a block by the best adapters for the state, into the coordinates of the present bases."""
-    adapters = solve_adapters(block.weights, state.basis(block.span), RIDGE)
+    adapters = solve_adapters(block.weights, state.basis(block.span), RIDGE, ranks)
     return Projected(block.span, adapters.mT @ adapters, adapters.mT @ block.weights)
 
 
-def exact_step(state: BankState, passes: Passes, iterations: int) -> int:
+def exact_step(state: BankState, passes: Passes, iterations: int, ranks: Ranks = ALONE) -> int:
     """Lower the objective in the bank at the present adapters; return how often a ridge was raised.
 
     Takes `iterations` steps of preconditioned conjugate gradients (Hestenes and Stiefel, 1952) on the normal equations
@@ -48,7 +49,7 @@ def exact_step(state: BankState, passes: Passes, iterations: int) -> int:
 
     from the present bank on, so that stopping early is safe. The preconditioner is the diagonal block of each atom,
     sum_i a_ij^2 G_i (R, R). The right side takes a pass, and so does each iteration. Memory: four times the bank, and
-    the preconditioner.
+    the preconditioner. Of several ranks each steps in its columns of the bank, and their inner products are summed.
     """
     bank, codes = state.bank, state.codes
     residual, curvature = _gradient(state, passes, torch.ones(len(bank), dtype=torch.bool, device=bank.device))
@@ -56,25 +57,31 @@ def exact_step(state: BankState, passes: Passes, iterations: int) -> int:
     del curvature
     change, image = torch.zeros_like(bank), torch.empty_like(bank)
     step = _precondition(residual, chol, torch.empty_like(bank))
-    level = first = torch.dot(residual.flatten(), step.flatten())
+    level = first = _dot(residual, step, ranks)
     for _ in range(iterations):
         image.zero_()
         for seen in passes():
             add_image(seen, codes, step, image)
             del seen  # before the next block is read
-        bend = torch.dot(step.flatten(), image.flatten())
+        bend = _dot(step, image, ranks)
         if bend <= 0:
             break
         length = level / bend
         change.addcmul_(step, length)
         residual.sub_(image.mul_(length))
         _precondition(residual, chol, image)
-        before, level = level, torch.dot(residual.flatten(), image.flatten())
+        before, level = level, _dot(residual, image, ranks)
         if level <= 1e-10 * first:  # the resolution of fp32; further steps would amplify rounding
             break
         step.mul_(level / before).add_(image)
     bank.add_(change)
     return raised
+
+
+def _dot(first: torch.Tensor, second: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    total = torch.dot(first.flatten(), second.flatten())
+    ranks.all_sum(total)
+    return total
 
 
 def _precondition(residual: torch.Tensor, chol: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -172,9 +179,10 @@ class OptimalDirections:
         return raised, (spectrum[-1] / spectrum[0].clamp_min(1e-16 * spectrum[-1])).item()
 
 
-def normalise_atoms(state: BankState) -> torch.Tensor:
+def normalise_atoms(state: BankState, ranks: Ranks = ALONE) -> torch.Tensor:
     """Give every atom RMS 1 and its codes the factor, so that no product changes; return the factors (M,)."""
-    rms = torch.linalg.vector_norm(state.bank, dim=(1, 2)) / state.bank[0].numel() ** 0.5
+    (values,) = ranks.sums(state.bank[0].numel())
+    rms = state.atom_norms(ranks) / values**0.5
     rms = torch.where(rms > 0, rms, 1.0)
     state.bank.div_(rms[:, None, None])
     state.codes.mul_(rms)

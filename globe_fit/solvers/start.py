@@ -90,20 +90,30 @@ def initial_codes(sizes: GlobeConfig, generator: torch.Generator) -> torch.Tenso
     return codes * allowed
 
 
+def separate_factors(weights: FamilyWeights, matrices: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the right factors (E, rank, D) of the truncated SVD of each of the `matrices` (E, P, D).
+
+    Of several ranks each gives its columns and gets its columns: whole experts are decomposed, on every rank.
+    """
+    whole = weights.ranks.whole(matrices, weights.source.base.hidden_size)
+    return truncated_svd(whole, rank)[1][..., weights.columns]
+
+
 def separate_svd(weights: FamilyWeights, sizes: GlobeConfig) -> BankState:
     """Start from the SVD factors of the first expert of each group as atoms, and each expert on the atom of its group.
 
     The coordinates of these factors have nothing in common; the alternating solver with targets "svd" begins here.
     """
     groups = group_of_experts(sizes.base, sizes.num_atoms, sizes.scope)
-    bank = torch.zeros(sizes.bank_shape(), device=weights.device)
+    columns = weights.columns
+    bank = torch.zeros(*sizes.bank_shape()[:2], columns.stop - columns.start, device=weights.device)
     started: set[int] = set()
     for block in weights.normalised():
         for offset, expert in enumerate(range(block.span.start, block.span.stop)):
             group = int(groups[expert])
             if group not in started:
                 started.add(group)
-                bank[group] = truncated_svd(block.weights[offset : offset + 1], sizes.rank)[1][0]
+                bank[group] = separate_factors(weights, block.weights[offset : offset + 1], sizes.rank)[0]
         del block  # before the next block is read
     codes = torch.nn.functional.one_hot(groups, sizes.num_atoms).float()
     return BankState(bank, codes.to(weights.device), sizes.phi)

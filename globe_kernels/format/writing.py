@@ -5,9 +5,12 @@ set does not have, so the old set stays whole until the new switch takes the pla
 """
 
 import errno
+import math
+import mmap
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from filecmp import cmp
@@ -200,6 +203,25 @@ def require_room(target: Path, needed: int) -> None:
             f"Writing to {target} needs {format_bytes(needed)} and {format_bytes(free)} are free; free some space or "
             "give another output directory."
         )
+
+
+def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in a file without a name on the disk of `folder`: its pages give way when memory is short.
+
+    The file goes with the tensor, or with the process. Raises GlobeError for a full disk.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            if hasattr(os, "posix_fallocate"):  # a write into a hole of a full disk would be a signal, no error
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+            return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=dtype).view(shape)
+    except OSError as error:
+        raise _as_user_error(error, folder) from error
 
 
 class ShardWriter:

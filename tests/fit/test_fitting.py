@@ -93,7 +93,7 @@ def test_the_best_state_is_kept(planted):
     start = BankState(planted.bank, planted.codes, "identity").copy()
     config = FitConfig(support=2, varpro=VarProConfig(steps=8, lr=5.0, warmup_steps=0))
     sizes = GlobeConfig(planted.source.base, rank=6, num_atoms=5, support=2)
-    run = _Run(planted.family(), VarPro(planted.family(), start, sizes, config.varpro), config)
+    run = _Run(planted.family(), VarPro(planted.family(), start, sizes, config.varpro), config, torch.float32)
     assert run.to_the_end(None, None)
     assert run.history[-1]["relative_error"] > run.history[0]["relative_error"]
     assert run.best is not None and torch.equal(run.best.bank, planted.bank)

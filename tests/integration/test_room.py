@@ -68,7 +68,7 @@ def test_ranks_keep_their_codes_each(model):
     plan = plan_fit(model, "out", SETTINGS["varpro"])
     codes = plan.sizes.base.total_experts * plan.sizes.num_atoms * (4 * 4 + 1)
     grown = disk_bytes(plan.sizes, plan.config, 3) - plan.disk_bytes
-    assert 2 * 2 * codes <= grown <= 4 * 2 * codes
+    assert 2 * codes <= grown <= 4 * 2 * codes
 
 
 def test_a_sweep_takes_the_bytes_that_it_asks_for(globe, model, tmp_path, peak):

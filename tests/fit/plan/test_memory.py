@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
+from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.calibration.metric import Calibration
 from globe_fit.calibration.moments import Sums
 from globe_fit.calibration.offload import plan_run
 from globe_fit.cli.demo import shipped_model
 from globe_fit.config import AlternatingConfig, CodingConfig
 from globe_fit.data import stream as objective
+from globe_fit.fitting import open_snapshots
 from globe_fit.measure.diagnostics import SAMPLED_EXPERTS
 from globe_fit.plan.fitting import estimate
 from globe_fit.sizes import resolve_sizes
@@ -119,12 +120,15 @@ def measure_growth(
 def fit_once(
     model_dir: str, rank: int, atoms: int, solver: str = "varpro", steps: int = 1, calibrated: bool = False
 ) -> None:
-    """What `measure_growth` runs in a process of its own."""
+    """What `measure_growth` runs in a process of its own: a fit with snapshots, and its checkpoint."""
     source = ExpertSource(model_dir)
     turns = AlternatingConfig(steps=2, cg_steps=2)
     sizes = FitConfig(rank=rank, atoms=atoms, support=2, solver=solver)
     calibration = planted_calibration(source) if calibrated else None
-    fit(source, replace(sizes, varpro=VarProConfig(steps=steps), alternating=turns), calibration=calibration)
+    config = replace(sizes, varpro=VarProConfig(steps=steps), alternating=turns)
+    out = Path(model_dir).with_name(f"{Path(model_dir).name}-{rank}-{atoms}-{solver}-{calibrated}")
+    snapshots = open_snapshots(out, source, config, minutes=0)
+    save_fit(fit(source, config, calibration=calibration, snapshots=snapshots), source, out)
 
 
 def planted_calibration(source: ExpertSource) -> Calibration:
@@ -149,30 +153,43 @@ def test_resident_memory_stays_below_one_layer(own_process, small_blocks, tmp_pa
     tiny_model("qwen3_moe", num_experts=64, **sizes).save_pretrained(tmp_path / "model", max_shard_size="5MB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 10
     layer = 64 * 128 * 512 * 4  # of one family, fp32
-    factors = 2 * (6 * 16 * 512 * 4 * 5 + 192 * 128 * 16 * 2)  # bank, its gradient, Adam state, best; adapters
+    banks = 6 * 16 * 512 * 4 * 5  # bank, its gradient, Adam state, best
     grown = measure_growth(own_process, tmp_path, rank=16, atoms=6)
-    print(f"grown by {grown} bytes; one layer of one family is {layer}, factors {factors}")
-    assert factors < grown < layer + factors
+    print(f"grown by {grown} bytes; one layer of one family is {layer}, banks {banks}")
+    assert banks < grown < layer + banks
     assert grown == pytest.approx(predicted(tmp_path, rank=16, atoms=6), rel=0.15)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("solver", ["varpro", "alternating"])
-def test_resident_memory_is_six_banks(own_process, small_blocks, tmp_path, solver):
-    """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, the best state; with
-    the alternating solver four of conjugate gradients instead, a preconditioner and a projected block."""
+def test_resident_memory_is_that_of_the_banks(own_process, small_blocks, tmp_path, solver):
+    """A bank far larger than a block: itself, its gradient and what is added to it, two of Adam, half for the best
+    state; with the alternating solver four of conjugate gradients instead, a preconditioner and a projected block."""
     sizes = {"hidden_size": 512, "moe_intermediate_size": 128, "num_hidden_layers": 2}
     tiny_model("qwen3_moe", num_experts=4, **sizes).save_pretrained(tmp_path / "warm-up")
     tiny_model("qwen3_moe", num_experts=32, **sizes).save_pretrained(tmp_path / "model")
     bank = 60 * 128 * 512 * 4
-    stored = bank // 2 + 64 * 128 * 128 * 2  # the factors of the other family, bf16
     grown = measure_growth(own_process, tmp_path, 128, 60, solver)
-    print(f"grown by {grown} bytes, {grown / bank:.2f} banks; factors in bf16 {stored}")
+    print(f"grown by {grown} bytes, {grown / bank:.2f} banks")
     blocks = 6 * objective._MIN_BLOCK_BYTES  # the weights and their temporaries
     own = {"varpro": 0, "alternating": 60 * 128 * 128 * 4 + 2 * objective._MIN_BLOCK_BYTES}[solver]
-    assert 5 * bank < grown < 6 * bank + stored + blocks + own
+    assert 5 * bank < grown < 5.5 * bank + blocks + own
     if solver == "varpro":
         assert grown == pytest.approx(predicted(tmp_path, rank=128, atoms=60), rel=0.15)
+
+
+@pytest.mark.slow
+def test_factors_are_on_the_disk(own_process, small_blocks, tmp_path):
+    """Adapters far larger than the bank and a block."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256}
+    tiny_model("qwen3_moe", num_experts=4, **sizes).bfloat16().save_pretrained(tmp_path / "warm-up")
+    many = tiny_model("qwen3_moe", num_experts=32, num_hidden_layers=8, **sizes)
+    many.bfloat16().save_pretrained(tmp_path / "model")
+    adapters = 8 * 32 * 256 * 256 * 2  # of one family
+    grown = measure_growth(own_process, tmp_path, rank=256, atoms=4)
+    print(f"grown by {grown} bytes; the adapters of a family are {adapters}")
+    assert grown < adapters
+    assert grown == pytest.approx(predicted(tmp_path, rank=256, atoms=4), rel=0.15)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from globe_fit import ExpertSource, FitConfig, VarProConfig, fit
 from globe_fit.cli.demo import shipped_model
 from globe_fit.config import AlternatingConfig, CodingConfig
 from globe_fit.data.stream import FamilyWeights
-from globe_fit.plan.fitting import estimate_seconds
+from globe_fit.plan.timing import time_fit
 from globe_fit.sizes import resolve_sizes
 from globe_fit.solvers.base import BankState
 from globe_fit.solvers.registry import make_solver
@@ -85,12 +85,13 @@ def test_the_prediction_is_within_a_factor_of_two(monkeypatch, config):
     """By the processor time of this process, which other processes hardly change; of three trials the best."""
     source, config = ExpertSource(shipped_model()), replace(config, device="cpu")
     sizes = resolve_sizes(source.base, config)
-    monkeypatch.setattr("globe_fit.plan.fitting.time", SimpleNamespace(perf_counter=time.process_time))
+    monkeypatch.setattr("globe_fit.plan.timing.time", SimpleNamespace(perf_counter=time.process_time))
     ratios = []
     for _ in range(3):
-        predicted, began = estimate_seconds(source, sizes, config), time.process_time()
+        predicted, began = time_fit(source, sizes, config), time.process_time()
+        assert predicted is not None
         fit(source, config)
-        ratios.append(predicted / (time.process_time() - began))
+        ratios.append(predicted.seconds / (time.process_time() - began))
         if 0.5 < ratios[-1] < 2:
             return
     raise AssertionError(f"predicted / taken: {ratios}")

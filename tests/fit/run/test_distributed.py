@@ -1,9 +1,11 @@
 """A fit over two ranks on the CPU: the result of one, half of the bank in each, and what the death of one leaves."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,18 @@ from torch import distributed
 
 from globe_fit import ExpertSource, FitConfig, VarProConfig, fit, save_fit
 from globe_fit.__main__ import _run
+from globe_fit.calibration import metric
+from globe_fit.calibration.metric import calibrate
+from globe_fit.calibration.self_text import sample_windows
+from globe_fit.cli.demo import shipped_model
+from globe_fit.config import SELF, AlternatingConfig, CodingConfig
 from globe_fit.fitting import open_snapshots
-from globe_fit.plan.fitting import estimate, require_supported
-from globe_fit.run.distributed import Ranks, join, say
+from globe_fit.plan.fitting import estimate
+from globe_fit.run.distributed import ALONE, Ranks, join, say
 from globe_fit.run.snapshots import Snapshots
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import RequestError
-from globe_kernels.testing import assert_close
+from globe_kernels.testing import assert_close, tiny_model
 from tests.warm import WarmPython
 
 CONFIG = FitConfig(ratio=0.8, support=4, varpro=VarProConfig(steps=12, warmup_steps=2))
@@ -46,6 +53,54 @@ snapshots.save_file = save_file
 main()
 """
 
+# Before the command: the model does not run over a text again.
+NOT_AGAIN = "from globe_fit.calibration import metric; metric.collect = None"
+
+
+# Every variant of a fit beside the default: {name: (settings, text to calibrate on)}.
+ROUNDS = {"steps": 3, "support_at": 0.4, "patience": 99}
+TURNS = {
+    "exact": AlternatingConfig(**ROUNDS),
+    "atoms": AlternatingConfig(**ROUNDS, dictionary="atoms"),
+    "mod": AlternatingConfig(**ROUNDS, dictionary="mod"),
+    "svd": AlternatingConfig(**ROUNDS, dictionary="mod", targets="svd", coding=CodingConfig(initial="given")),
+    "omp": AlternatingConfig(**ROUNDS, coding=CodingConfig(method="omp")),
+    "entmax": AlternatingConfig(**ROUNDS, coding=CodingConfig(method="entmax", initial="simplex")),
+}
+VARIANTS: dict[str, tuple[FitConfig, str | None]] = {
+    name: (replace(CONFIG, solver="alternating", alternating=turns), None) for name, turns in TURNS.items()
+}
+VARIANTS |= {text: (CONFIG, text) for text in ("text.txt", SELF)}
+
+
+def fit_variants(model: str, out: str, ranks: Ranks = ALONE) -> None:
+    """Fit each variant into `out`/its name."""
+    source = ExpertSource(model)
+    for name, (config, text) in VARIANTS.items():
+        given = None if text is None else calibrate(source, text if text == SELF else Path(model) / text, ranks=ranks)
+        result = fit(source, config, ranks=ranks, calibration=given)
+        if ranks.leads:
+            save_fit(result, source, Path(out) / name)
+
+
+# What both ranks run, and what no rank alone shows: parts of unequal widths.
+BOTH_FIT = """
+import sys
+import torch
+from globe_fit.run.distributed import join
+from tests.fit.run.test_distributed import fit_variants, write_little
+write_little(setattr)
+joined, numbers = join("cpu"), torch.arange(14.0).view(2, 7)
+assert torch.equal(joined.whole(numbers[:, joined.part(7)], 7), numbers)
+fit_variants(*sys.argv[1:], joined)
+sys.exit()
+"""
+
+
+def write_little(patch) -> None:
+    """Let a model write a text of four windows."""
+    patch(metric, "sample_windows", partial(sample_windows, count=4))
+
 
 # What torchrun does while no rank fails: two processes that know their rank and where the first of them listens.
 BOTH = """
@@ -65,13 +120,25 @@ sys.exit(any([os.waitpid(rank, 0)[1] for rank in ranks]))
 """
 
 
-def arguments(directory: Path, model: Path) -> list[str]:
+def arguments(directory: Path, model: Path, *more: object) -> list[str]:
     """Of a fit into `directory`/out, which command.py runs."""
     directory.mkdir(exist_ok=True)
     (directory / "command.py").write_text(COMMAND)
     (directory / "fit.toml").write_text("[varpro]\nsteps = 12\nwarmup_steps = 2\n")
     sizes = ["--ratio", "0.8", "--support", "4", "--config", "fit.toml"]
-    return ["fit", str(model), "-o", "out", *sizes, "--json", "--device", "cpu", "--snapshot-minutes", "0"]
+    return [
+        "fit",
+        str(model),
+        "-o",
+        "out",
+        *sizes,
+        "--json",
+        "--device",
+        "cpu",
+        "--snapshot-minutes",
+        "0",
+        *map(str, more),
+    ]
 
 
 def run(python: WarmPython, directory: Path, model: Path) -> None:
@@ -106,7 +173,12 @@ def two_ranks(save_tiny, warm_python, tmp_path_factory) -> Path:
 def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
     source = ExpertSource(save_tiny("qwen3_moe"))
     save_fit(fit(source, CONFIG), source, tmp_path)
-    one, two = load_file(tmp_path / "globe.safetensors"), load_file(two_ranks)
+    assert_alike(tmp_path / "globe.safetensors", two_ranks)
+
+
+def assert_alike(of_one: Path, of_two: Path) -> None:
+    """The factors of two ranks are the factors of one but for the order of sums."""
+    one, two = load_file(of_one), load_file(of_two)
     assert one.keys() == two.keys()
     for name, expected in one.items():
         if name.endswith("index"):
@@ -115,6 +187,48 @@ def test_two_ranks_come_to_the_result_of_one(save_tiny, two_ranks, tmp_path):
             assert_close(two[name], expected, rms=1e-3, peak=1e-3)
         else:  # bf16, in which what differs by the rounding of a sum may round to the next number
             assert_close(two[name].float(), expected.float(), rms=3e-3, peak=1e-2)
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory, warm_python) -> tuple[Path, Path]:
+    """(the model, the checkpoints of its variants from two ranks)"""
+    model, out = (tmp_path_factory.mktemp(name) for name in ("model", "variants"))
+    tiny_model("qwen3_moe", vocab_size=2048).save_pretrained(model)
+    for file in shipped_model().glob("tokenizer*"):
+        shutil.copy(file, model)
+    text = (shipped_model() / "heldout.txt").read_text(encoding="utf-8")
+    (model / "text.txt").write_text(text[:5000], encoding="utf-8")
+    (out / "command.py").write_text(BOTH_FIT)
+    done = warm_python.run("-c", BOTH, model, out, cwd=out)
+    assert done.returncode == 0, done.stderr
+    return model, out
+
+
+@pytest.fixture(scope="module")
+def one_rank(variants, tmp_path_factory) -> Path:
+    """The checkpoints of the variants from one rank."""
+    out = tmp_path_factory.mktemp("one-rank")
+    with pytest.MonkeyPatch.context() as patched:
+        write_little(patched.setattr)
+        fit_variants(str(variants[0]), str(out))
+    return out
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_come_to_the_result_of_one_in_every_variant(variants, one_rank, name):
+    assert_alike(one_rank / name / "globe.safetensors", variants[1] / name / "globe.safetensors")
+
+
+def test_the_sums_over_a_text_outlive_a_rank(variants, warm_python, tmp_path):
+    model, out = variants
+    command = arguments(tmp_path, model, "--calibrate", model / "text.txt")
+    killed = warm_python.run("-c", BOTH, *command, cwd=tmp_path, KILL_AT="1")
+    assert killed.returncode != 0 and "Another rank of the fit stopped" in killed.stderr
+    (tmp_path / "command.py").write_text(NOT_AGAIN + COMMAND)
+    resumed = warm_python.run("-c", BOTH, *command, cwd=tmp_path, KILL_AT="0")
+    assert resumed.returncode == 0, resumed.stderr
+    one, two = (load_file(path / "globe.safetensors") for path in (tmp_path / "out", out / "text.txt"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, warm_python, tmp_path):
@@ -148,10 +262,6 @@ def test_a_killed_rank_ends_the_fit_which_then_goes_on(save_tiny, two_ranks, war
 
 def test_what_several_ranks_cannot_do_is_refused(save_tiny):
     source = ExpertSource(save_tiny("qwen3_moe"))
-    with pytest.raises(RequestError, match="The solver alternating runs on one rank and torchrun started 2; run it"):
-        fit(source, replace(CONFIG, solver="alternating"), ranks=Ranks(0, 2))
-    with pytest.raises(RequestError, match="A calibrated fit runs on one rank and torchrun started 2; run it"):
-        require_supported(source.base, CONFIG, True, Ranks(0, 2))
     with pytest.raises(RequestError, match="have 64 columns to split and torchrun started 65 ranks"):
         fit(source, CONFIG, ranks=Ranks(0, 65))
 
@@ -199,8 +309,10 @@ def test_a_rank_takes_half_of_what_is_split(save_tiny):
     sizes = resolve_sizes(ExpertSource(save_tiny("qwen3_moe")).base, CONFIG)
     one, two = estimate(sizes), estimate(sizes, 2)
     codes = 6 * sizes.base.total_experts * sizes.num_atoms * 4
-    assert two.ranks == 2 and two.factor_bytes == one.factor_bytes
+    assert two.ranks == 2
     assert two.solver_bytes - codes == (one.solver_bytes - codes) / 2 and two.block_bytes == one.block_bytes / 2
+    calibrated = estimate(sizes, 2, calibrated=True)  # the columns of all ranks arrive and are joined
+    assert calibrated.block_bytes > two.block_bytes + one.block_bytes / 6
 
 
 @pytest.mark.parametrize(("mine", "others", "left"), [([4, 5], 4, [4]), ([5], 5, [5]), ([5], -1, []), ([], 3, [])])
