@@ -153,7 +153,14 @@ def _fit_family(
     family, ranks = weights.family, weights.ranks
     if torch.device(config.device).type == "cuda":
         calibrated, stored = weights.metric is not None, weights.source.stored_bytes(family)
-        needs = estimate(sizes, ranks.world, calibrated=calibrated, device=config.device, stored_bytes=stored)
+        needs = estimate(
+            sizes,
+            ranks.world,
+            calibrated=calibrated,
+            device=config.device,
+            stored_bytes=stored,
+            solver=config.solver,
+        )
         weights = replace(weights, kept=[] if needs.kept_bytes else None)
     saved = None if snapshots is None else snapshots.load(family)
     if saved is not None and saved[1]["done"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from globe_fit.calibration.offload import RunPlan, plan_run
-from globe_fit.config import SELF, FitConfig, resolve_device
+from globe_fit.config import SELF, SOLVERS, FitConfig, resolve_device
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import block_experts
 from globe_fit.plan.footprint import footprint
@@ -24,6 +24,7 @@ from globe_kernels.units import format_bytes, parse_bytes
 _BANK, _GRADIENT = 4, 4
 ADAM_BYTES = 2 * 2  # its two moments, in bf16
 _ADDITION = 4  # to the gradient, on a CPU: the kernels of a GPU add in place
+_CONJUGATE_GRADIENTS = 4 * 4  # of the alternating solver, in place of gradient and moments: four tensors
 # Tensors that are alive at once. Of the size of the codes: codes, gradient, addition to it, two of Adam, best state. Of
 # the size of a block of weights: two blocks, the product of adapters and bases, the residual, its square, its gradient.
 # Of the size of the bases of a block: mixture, gradient, product with the weights.
@@ -132,6 +133,7 @@ def plan_fit(
         run_bytes=0 if run is None else run.peak_bytes,
         device=config.device,
         stored_bytes=source.stored_bytes(FAMILIES[0]),
+        solver=config.solver,
     )
     if limit is not None and needs.least_bytes > limit:
         raise RequestError(
@@ -169,6 +171,7 @@ def estimate(
     device: str = "cpu",
     stored_bytes: int = 0,
     memory_bytes: float | None = None,
+    solver: str = SOLVERS[0],
 ) -> Estimate:
     """Predict the bytes of a fit by its sizes alone: nothing is read and nothing is allocated.
 
@@ -178,12 +181,12 @@ def estimate(
     base, on_gpu = sizes.base, torch.device(device).type == "cuda"
     columns = -(-base.hidden_size // ranks)  # of the rank that has most
     experts = block_experts(max(base.num_experts.values()), base.intermediate_size, base.hidden_size)
-    solver, block = step_bytes(sizes, experts, ranks, calibrated=calibrated, on_gpu=on_gpu)
+    of_solver, block = step_bytes(sizes, experts, ranks, calibrated=calibrated, on_gpu=on_gpu, solver=solver)
     matrices = len(base.num_experts) * base.hidden_size**2 * 4  # C or L of every layer
     rows = len(FAMILIES) * base.total_experts * base.intermediate_size * 4
     staged = _STAGED * experts * base.intermediate_size * columns * 4
     needs = Estimate(
-        solver_bytes=solver,
+        solver_bytes=of_solver,
         block_bytes=block,
         host_bytes=(staged if on_gpu else 0) + (matrices + rows if calibrated else 0),
         ranks=ranks,
@@ -197,7 +200,13 @@ def estimate(
 
 
 def step_bytes(
-    sizes: GlobeConfig, experts: int, ranks: int = 1, *, calibrated: bool = False, on_gpu: bool = False
+    sizes: GlobeConfig,
+    experts: int,
+    ranks: int = 1,
+    *,
+    calibrated: bool = False,
+    on_gpu: bool = False,
+    solver: str = SOLVERS[0],
 ) -> tuple[int, int]:
     """Return the bytes of a solver and of its blocks of `experts` experts, on the device of the fit."""
     base = sizes.base
@@ -206,7 +215,8 @@ def step_bytes(
     codes = base.total_experts * sizes.num_atoms * 4
     weights = experts * base.intermediate_size * columns * 4
     bases = experts * sizes.rank * columns * 4
-    of_bank = _BANK + _GRADIENT + ADAM_BYTES + (0 if on_gpu else _ADDITION) + sizes.torch_dtype.itemsize
+    of_varpro = _GRADIENT + ADAM_BYTES + (0 if on_gpu else _ADDITION)
+    of_bank = _BANK + (of_varpro if solver == "varpro" else _CONJUGATE_GRADIENTS) + sizes.torch_dtype.itemsize
     of_blocks = _BLOCKS * weights + _BASES * bases
     if calibrated:
         of_blocks += _BLOCKS_IN_METRIC * weights + _BASES_IN_METRIC * bases

@@ -54,7 +54,8 @@ def time_fit(
     """
     device = resolve_device(config.device)
     stored = source.stored_bytes(FAMILIES[0]) if device != "cpu" else 0
-    kept = [] if estimate(sizes, ranks.world, device=device, stored_bytes=stored).kept_bytes else None
+    needs = estimate(sizes, ranks.world, device=device, stored_bytes=stored, solver=config.solver)
+    kept = [] if needs.kept_bytes else None
     free = available_bytes(device) / (ranks.world if device == "cpu" else 1)
     room = min(of_rank for (of_rank,) in ranks.every(_SHARE * free))
     chosen = _choose(sizes, config, ranks.world, calibrated, device, room)
@@ -97,7 +98,8 @@ def _choose(
     root = 4 * base.hidden_size**2 if calibrated else 0
     while experts:
         small = _of_block(sizes, config, experts) if config.solver == "varpro" else sizes
-        parts = step_bytes(small, experts, ranks, calibrated=calibrated, on_gpu=torch.device(device).type == "cuda")
+        on_gpu, solver = torch.device(device).type == "cuda", config.solver
+        parts = step_bytes(small, experts, ranks, calibrated=calibrated, on_gpu=on_gpu, solver=solver)
         if sum(parts) + root <= room:
             return experts, small
         experts //= 2

@@ -103,6 +103,7 @@ def on_machine(plan: FitPlan, machine: Machine) -> dict:
         device="cuda" if is_gpu else "cpu",
         stored_bytes=stored_bytes,
         memory_bytes=memory,
+        solver=plan.config.solver,
     )
     least = needs.device_bytes - needs.kept_bytes
     figures = {
