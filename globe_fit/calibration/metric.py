@@ -22,12 +22,13 @@ never averaged over layers.
 Where the user has no text, the model writes it (globe_fit.calibration.self_text), which takes no data at all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 
@@ -49,6 +50,11 @@ _NAME = "calibration"
 _SHRINKAGE = 0.1  # of C_l
 _LEAST_ROW_WEIGHT = 0.1
 _OFFLOADED = "offload-"
+_TEXT = "text"  # that the model wrote: tokens (N, WINDOW)
+
+Result = TypeVar("Result")
+# model, source, batches of windows, device, on_batch -> result
+Collector = Callable[[Any, ExpertSource, Sequence[torch.Tensor], str, OnBatch | None], Result]
 
 
 @dataclass(frozen=True)
@@ -97,11 +103,9 @@ def calibrate(
             for layer in facts["layers"]
         }
         return Calibration(**facts["calibration"], sums=sums)
-    if text == SELF:
-        sums, tokens = _run_over_self_text(source, device, memory_limit, on_batch)
-    else:
-        windows = token_windows(source.model_dir, text)
-        sums, tokens = _run(source, windows, device, memory_limit, snapshots, on_batch, say), windows.numel()
+    sums, tokens = run_over(
+        source, text, device, collect, memory_limit=memory_limit, snapshots=snapshots, on_batch=on_batch, say=say
+    )
     for layer, of_layer in sums.items():
         if not all(torch.isfinite(tensor).all() for tensor in (of_layer.moment, *of_layer.rows.values())):
             raise GlobeError(
@@ -113,6 +117,30 @@ def calibrate(
         tensors |= {f"{layer}.{f}": of_layer.rows[f] for layer, of_layer in sums.items() for f in FAMILIES}
         snapshots.save(_NAME, 0, tensors, {"calibration": result.facts, "layers": list(sums)})
     return result
+
+
+def run_over(
+    source: ExpertSource,
+    text: str | Path,
+    device: str,
+    collector: Collector[Result],
+    *,
+    most_windows: int | None = None,
+    memory_limit: float | None = None,
+    snapshots: Snapshots | None = None,
+    on_batch: OnBatch | None = None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Result, int]:
+    """Run the dense model once over a text as `calibrate` does; return what `collector` collects, and the tokens.
+
+    Of a text file with more than `most_windows` windows, so many of them, spread evenly, are taken.
+    """
+    if text == SELF:
+        return _run_over_self_text(source, device, collector, memory_limit, snapshots, on_batch)
+    windows = token_windows(source.model_dir, text)
+    if most_windows is not None and len(windows) > most_windows:
+        windows = windows[torch.linspace(0, len(windows) - 1, most_windows).long()]
+    return _run(source, windows, device, collector, memory_limit, snapshots, on_batch, say), windows.numel()
 
 
 def require_text(text: str | Path) -> None:
@@ -134,9 +162,14 @@ def _sha256(text: str | Path) -> str | None:
 
 
 def _run_over_self_text(
-    source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch | None
-) -> tuple[dict[int, Sums], int]:
-    """Let the model write a text; return the sums over it and its number of tokens."""
+    source: ExpertSource,
+    device: str,
+    collector: Collector[Result],
+    memory_limit: float | None,
+    snapshots: Snapshots | None,
+    on_batch: OnBatch | None,
+) -> tuple[Result, int]:
+    """Let the model write a text, unless the snapshots have it; return the result over it and its number of tokens."""
     plan = plan_run(source, device, memory_limit, writes=True)
     model = load_model(source.model_dir, device)
     done = 0  # batches that were written; collecting them counts as much again
@@ -149,26 +182,30 @@ def _run_over_self_text(
 
     def on_collected(number: int, total: int) -> None:
         if on_batch is not None:
-            on_batch(done + done * number // total, 2 * done)
+            on_batch(done + done * number // total, 2 * done) if done else on_batch(number, total)
 
-    windows = sample_windows(model, WINDOW, device, on_batch=on_written)
-    return collect(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
+    saved = None if snapshots is None else snapshots.load(_TEXT)
+    windows = sample_windows(model, WINDOW, device, on_batch=on_written) if saved is None else saved[0][_TEXT]
+    if snapshots is not None and saved is None:
+        snapshots.save(_TEXT, 0, {_TEXT: windows}, {})
+    return collector(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
 
 
 def _run(
     source: ExpertSource,
     windows: torch.Tensor,
     device: str,
+    collector: Collector[Result],
     memory_limit: float | None,
     snapshots: Snapshots | None,
     on_batch: OnBatch | None,
     say: Callable[[str], None],
-) -> dict[int, Sums]:
-    """Return the sums over the windows of a text, in memory or from disk as the memory allows."""
+) -> Result:
+    """Return the result over the windows of a text, in memory or from disk as the memory allows."""
     plan = plan_run(source, device, memory_limit)
     batches = windows.split(plan.windows)
     if not plan.offload:
-        return collect(load_model(source.model_dir, device), source, batches, device, on_batch)
+        return collector(load_model(source.model_dir, device), source, batches, device, on_batch)
     say(
         f"Running {source.base.name} over the text in memory needs {format_bytes(plan.in_memory_bytes)} and "
         f"{format_bytes(plan.available_bytes)} may be used; its layers are read from disk, once per batch "
@@ -177,7 +214,7 @@ def _run(
     with _offload_folder(snapshots) as folder:
         require_room(folder, plan.rewritten_bytes)
         model = load_model(source.model_dir, device, offload_folder=folder)
-        return collect(model, source, batches, device, on_batch)
+        return collector(model, source, batches, device, on_batch)
 
 
 @contextmanager
