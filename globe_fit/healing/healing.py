@@ -1,8 +1,8 @@
 """Heal all layers of a fit, one after the other.
 
 The dense model runs once over the text, and the routed inputs of every layer go to disk. A layer then heals by itself
-(globe_fit.healing.layer): its inputs, its down experts and one dense expert at a time are in memory. A snapshot keeps each
-layer that is healed.
+(globe_fit.healing.layer): its inputs, its down experts and one dense expert at a time are in memory. A snapshot keeps
+each layer that is healed.
 """
 
 import json
@@ -14,6 +14,7 @@ import torch
 
 from globe_fit.calibration.metric import Calibration, identity, run_over
 from globe_fit.calibration.self_text import WINDOWS
+from globe_fit.config import SELF
 from globe_fit.data.model import WINDOW
 from globe_fit.data.source import ExpertLayer, ExpertSource
 from globe_fit.data.stream import FamilyWeights, share
@@ -23,7 +24,7 @@ from globe_fit.measure.diagnostics import spot_checks
 from globe_fit.measure.errors import stored_errors
 from globe_fit.result import FamilyFactors, FitResult
 from globe_fit.run.progress import SILENT, Progress
-from globe_fit.run.snapshots import Snapshots
+from globe_fit.run.snapshots import HEALED, Snapshots
 from globe_kernels.errors import RequestError, warn
 from globe_kernels.format.checkpoint import GlobeConfig
 from globe_kernels.format.names import FAMILIES
@@ -33,7 +34,7 @@ from globe_kernels.ops.compose_basis import compose_basis_ref
 from globe_kernels.units import format_bytes
 
 MOST_WINDOWS = WINDOWS  # of a text file: healing reads as many tokens as a model writes
-_INPUTS, _LAYER = "inputs", "healed"  # names of snapshots
+_INPUTS = "inputs"  # name of a snapshot
 
 
 def heal_fit(
@@ -60,7 +61,7 @@ def heal_fit(
     progress.begin("heal", len(source.layers))
     layers: dict[str, dict] = {}
     for number, (layer, span) in enumerate(source.layer_spans):
-        name = f"{_LAYER}{layer.layer}"
+        name = f"{HEALED}{layer.layer}"
         saved = snapshots.load(name)
         if saved is None:
             inputs = read_inputs(source, snapshots.directory, layer.layer, facts["inputs"][str(layer.layer)])
@@ -117,8 +118,8 @@ def _recorded(
         on_batch=lambda done, total: progress.advance(done / total),
         say=progress.say,
     )
-    known = {"text": Path(text).name, "sha256": None if identity(text) == str(text) else identity(text)}
-    facts = {"inputs": inputs, "text": known | {"tokens": tokens}}
+    digest = None if text == SELF else identity(text)
+    facts = {"inputs": inputs, "text": {"text": Path(text).name, "sha256": digest, "tokens": tokens}}
     snapshots.save(_INPUTS, 0, {}, facts)
     return facts
 
@@ -204,6 +205,6 @@ def require_memory(source: ExpertSource, sizes: GlobeConfig, limit: float | None
     """Raise RequestError when a healing needs more than `limit` bytes."""
     if limit is not None and (needed := healing_bytes(source, sizes)) > limit:
         raise RequestError(
-            f"Healing needs {format_bytes(needed)} at its peak and the memory limit is {format_bytes(limit)}; raise the "
-            "limit, or fit without it (--no-heal)."
+            f"Healing needs {format_bytes(needed)} at its peak and the memory limit is {format_bytes(limit)}; raise "
+            "the limit, or fit without it (--no-heal)."
         )

@@ -41,7 +41,7 @@ class RoutedInputs:
 
 @dataclass
 class _Stream:
-    """The rows of one layer. `hear` takes them inside of the model; `write` runs outside: a full disk is no fault of it."""
+    """The rows of one layer: `hear` takes them in the model, `write` runs outside, where a full disk has its sentence."""
 
     file: BinaryIO
     checksum: int = 0

@@ -51,7 +51,7 @@ class HealedLayer:
     FACTS = ("before", "after", "steps")
 
     adapters: Adapters  # in the dtype in which they are stored
-    before: float
+    before: float  # NaN where an output is not finite
     after: float
     steps: int  # of Adam
     diverged: bool = False  # the adapters are the best from before
@@ -59,7 +59,8 @@ class HealedLayer:
     @property
     def facts(self) -> dict:
         """Return the figures in JSON types."""
-        return {name: getattr(self, name) for name in self.FACTS}
+        values = {name: getattr(self, name) for name in self.FACTS}
+        return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,9 @@ def _relative_error(experts: LayerExperts, inputs: RoutedInputs, target: torch.T
         part = slice(start, start + CHUNK)
         lost += (experts.outputs(inputs[part], project) - target[part]).square().sum(dtype=torch.float64).item()
     energy = target.square().sum(dtype=torch.float64).item()
-    return lost / energy if energy and math.isfinite(lost) else math.nan
+    if not math.isfinite(lost):
+        return math.nan
+    return lost / energy if energy else 0.0
 
 
 @torch.no_grad()
