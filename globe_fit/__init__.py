@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from globe_fit.data.source import ExpertSource
     from globe_fit.export import export_dense, export_globe, save_fit
     from globe_fit.fitting import fit
+    from globe_fit.healing.checkpoint import heal
     from globe_fit.result import FitResult
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "export_dense",
     "export_globe",
     "fit",
+    "heal",
     "save_fit",
 ]
 
@@ -36,6 +38,7 @@ __getattr__, __dir__ = lazy_names(
         "export_dense": "export",
         "export_globe": "export",
         "fit": "fitting",
+        "heal": "healing.checkpoint",
         "save_fit": "export",
     },
 )

@@ -9,8 +9,9 @@ from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
 from globe_fit.config import SNAPSHOT_MINUTES, SOLVERS, FitConfig
 from globe_fit.data.source import ExpertSource
-from globe_fit.export import require_same_weights, save_fit
+from globe_fit.export import remove_figures, require_same_weights, save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
+from globe_fit.healing.healing import heal_fit, healing_disk_bytes, require_memory
 from globe_fit.plan.fitting import plan_fit
 from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import FitResult, StoredFactors, stored_fit
@@ -21,10 +22,10 @@ from globe_fit.run.reports import read_report
 from globe_fit.run.snapshots import differences, discard_snapshots
 from globe_fit.run.stopping import terminating
 from globe_fit.sizes import left_dense_note
-from globe_kernels.errors import RequestError, tolerating, warn
+from globe_kernels.errors import RequestError, warn
 from globe_kernels.format.checkpoint import GlobeCheckpoint, GlobeConfig
 from globe_kernels.format.directories import adapter_note, holds_checkpoint, holds_unfinished_fit
-from globe_kernels.format.names import CONFIG_NAME, EVALUATION_NAME, METRICS_NAME, PAGE_NAME, REPORT_NAME
+from globe_kernels.format.names import CONFIG_NAME, METRICS_NAME, REPORT_NAME
 from globe_kernels.format.typed import checked
 from globe_kernels.format.writing import only_writer
 
@@ -36,6 +37,7 @@ def compress(
     config: FitConfig,
     *,
     calibrate: str | Path | None = None,
+    heal: bool = True,
     memory_limit: float | str | None = None,
     resume: bool = True,
     on_step: OnStep | None = None,
@@ -55,6 +57,8 @@ def compress(
 
     calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
                       text that the model writes; None: minimise the error of the weights
+    heal              after a calibrated fit train the adapters of each layer on the outputs of the dense layer
+                      (globe_fit.healing); of several ranks none heals
     memory_limit      bytes, or a text such as "20GB": refuse a fit that needs more; a calibrated fit reads a model
                       that is larger layer by layer from disk
     resume            False: begin again, whatever fit `out` holds; a finished fit stays until the new fit is finished
@@ -83,6 +87,9 @@ def compress(
         require_text(calibrate)
     plan = plan_fit(model_dir, out, config, calibrate=calibrate, memory_limit=memory_limit)
     source, config, ranks = plan.source, plan.config, plan.ranks
+    heals = heal and calibrate is not None and ranks.world == 1
+    if heals:
+        require_memory(source, plan.sizes, plan.memory_limit)
     is_shown = progress is True and ranks.leads
     shown = progress if isinstance(progress, Progress) and ranks.leads else Progress(say=say) if is_shown else SILENT
     if source.base.left_dense:
@@ -91,14 +98,14 @@ def compress(
         warn(note)
     calibrated_on = None if calibrate is None else identity(calibrate)
     with only_writer(Path(out)) if ranks.leads else nullcontext():
-        done = finished_fit(out, source, plan.sizes, config, calibrated_on) if resume else None
+        done = finished_fit(out, source, plan.sizes, config, calibrated_on, heals) if resume else None
         if done is not None:
             discard_snapshots(out)  # a kill has left a part of them
             shown.say(f"{out} holds this fit already, finished; --restart (in Python resume=False) begins again.")
             result = stored_fit(done)
             result.report["sizes"] = footprint_of(done)
             return result
-        plan.require_room(out)
+        plan.require_room(out, beside=healing_disk_bytes(source, plan.sizes) if heals else 0)
         if not resume:
             discard_snapshots(out)
             ranks.every(0)  # before a rank writes there
@@ -129,6 +136,23 @@ def compress(
                 )
             stages.begin()
             result = fit(source, config, on_step=stream, snapshots=snapshots, calibration=calibration, ranks=ranks)
+            if heals:
+                assert calibrate is not None
+                result = heal_fit(
+                    result,
+                    source,
+                    calibrate,
+                    config.device,
+                    snapshots=snapshots,
+                    seed=config.seed,
+                    calibration=calibration,
+                    memory_limit=plan.memory_limit,
+                    progress=shown,
+                )
+            elif heal and calibrate is not None:
+                shown.say(
+                    f"Healing runs on one rank; run `globe heal {out}` without torchrun when the fit is finished."
+                )
             if ranks.leads:  # on the disk before the loggers end
                 provenance = result.config.provenance | {"weights_sha256": source.weights_sha256}
                 result = replace(result, config=replace(result.config, provenance=provenance))
@@ -136,9 +160,7 @@ def compress(
                 save_fit(result, source, out)
                 result = replace(result, families=StoredFactors(GlobeCheckpoint(out, verify=False)))
         if ranks.leads:
-            with tolerating("Removing the figures of the fit before", f"the checkpoint in {out} is complete"):
-                for name in (EVALUATION_NAME, PAGE_NAME):
-                    (Path(out) / name).unlink(missing_ok=True)
+            remove_figures(out)
             if all((Path(out) / name).is_file() for name in (REPORT_NAME, METRICS_NAME)):
                 discard_snapshots(out)  # otherwise the same call can write these files from them
             result.report["sizes"] = footprint_of(GlobeCheckpoint(out, verify=False))  # just written
@@ -146,7 +168,12 @@ def compress(
 
 
 def finished_fit(
-    out: str | Path, source: ExpertSource, sizes: GlobeConfig, config: FitConfig, calibrated_on: str | None = None
+    out: str | Path,
+    source: ExpertSource,
+    sizes: GlobeConfig,
+    config: FitConfig,
+    calibrated_on: str | None = None,
+    heals: bool = False,
 ) -> GlobeCheckpoint | None:
     """Open the checkpoint in `out` if it is the finished fit of this request; None when `out` holds no checkpoint.
 
@@ -167,7 +194,8 @@ def finished_fit(
     provenance = checked(_Provenance, checkpoint.config.provenance, where, "restore the file or fit again")
     calibration = provenance.get("calibration") or {}
     found = provenance.get("fit", {}), checkpoint.config, calibration.get("sha256") or calibration.get("text")
-    wanted = asdict(config), sizes, calibrated_on
+    found = *found, provenance.get("healing") is not None
+    wanted = asdict(config), sizes, calibrated_on, heals
     if differences(_identity(*found), _identity(*wanted)):
         changes = differences(*({"ratio": each[0].get("ratio"), **_identity(*each)} for each in (found, wanted)))
         raise RequestError(
@@ -190,11 +218,12 @@ class _Text(TypedDict, total=False):
 class _Provenance(TypedDict, total=False):
     fit: _FitSettings
     calibration: _Text | None
+    healing: dict | None
 
 
-def _identity(settings: dict, sizes: GlobeConfig, calibrated_on: str | None) -> dict:
+def _identity(settings: dict, sizes: GlobeConfig, calibrated_on: str | None, heals: bool) -> dict:
     """Collect the settings that decide the result. Ratio, rank and atoms count as the sizes that follow from them."""
     unused = {"device", "ratio", *SOLVERS} - {settings.get("solver")}
     decided = {name: value for name, value in settings.items() if name not in unused}
     resolved = {"rank": sizes.rank, "atoms": sizes.num_atoms}
-    return decided | resolved | {"model": asdict(sizes.base), "calibration": calibrated_on}
+    return decided | resolved | {"model": asdict(sizes.base), "calibration": calibrated_on, "healed": heals}

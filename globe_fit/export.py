@@ -30,11 +30,13 @@ from globe_kernels.format.layout import BIASES, GATE_UP
 from globe_kernels.format.names import (
     CARD_MARK,
     CARD_NAME,
+    EVALUATION_NAME,
     EXPORT_GUARD,
     FAMILIES,
     GUARD_KEY,
     INDEX_NAME,
     MODEL_CONFIG_NAME,
+    PAGE_NAME,
     QUANT_METHOD,
     SINGLE_NAME,
 )
@@ -61,6 +63,13 @@ def save_fit(result: FitResult, source: ExpertSource, path: str | Path) -> None:
             for family, factors in result.families.items():
                 writer.add_layer(layer.layer, family, factors.at(span))
         writer.finish(result.report, result.history)
+
+
+def remove_figures(path: str | Path) -> None:
+    """Remove the figures of the checkpoint that was in `path` before: its evaluation and its page."""
+    with tolerating("Removing the figures of the fit before", f"the checkpoint in {path} is complete"):
+        for name in (EVALUATION_NAME, PAGE_NAME):
+            (Path(path) / name).unlink(missing_ok=True)
 
 
 def export_globe(

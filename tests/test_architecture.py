@@ -37,7 +37,7 @@ ROOMS = {
         ("measure", "plan"),
         ("model_card",),
         ("export",),
-        ("finish",),
+        ("finish", "healing"),
         ("fitting",),
         ("compression",),
         ("cli",),

@@ -25,12 +25,13 @@ Of several ranks the first runs the model and sends the sums, a layer in three m
 values of each family.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 import torch
 
@@ -53,6 +54,11 @@ _NAME = "calibration"
 _SHRINKAGE = 0.1  # of C_l
 _LEAST_ROW_WEIGHT = 0.1
 _OFFLOADED = "offload-"
+_TEXT = "text"  # that the model wrote: tokens (N, WINDOW)
+
+Result = TypeVar("Result")
+# model, source, batches of windows, device, on_batch -> result
+Collector = Callable[[Any, ExpertSource, Sequence[torch.Tensor], str, OnBatch | None], Result]
 
 
 @dataclass(frozen=True)
@@ -124,11 +130,9 @@ def _collected(
     say: Callable[[str], None],
 ) -> Calibration:
     """Run the dense model over the text, and require finite sums."""
-    if text == SELF:
-        sums, tokens = _run_over_self_text(source, device, memory_limit, on_batch)
-    else:
-        windows = token_windows(source.model_dir, text)
-        sums, tokens = _run(source, windows, device, memory_limit, snapshots, on_batch, say), windows.numel()
+    sums, tokens = run_over(
+        source, text, device, collect, memory_limit=memory_limit, snapshots=snapshots, on_batch=on_batch, say=say
+    )
     for layer, of_layer in sums.items():
         if not all(torch.isfinite(tensor).all() for tensor in (of_layer.moment, *of_layer.rows.values())):
             raise GlobeError(
@@ -173,6 +177,30 @@ def _sent(found: Calibration | None, source: ExpertSource, text: str, digest: st
     return replace(found, tokens=int(tokens))
 
 
+def run_over(
+    source: ExpertSource,
+    text: str | Path,
+    device: str,
+    collector: Collector[Result],
+    *,
+    most_windows: int | None = None,
+    memory_limit: float | None = None,
+    snapshots: Snapshots | None = None,
+    on_batch: OnBatch = lambda number, total: None,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Result, int]:
+    """Run the dense model once over a text as `calibrate` does; return what `collector` collects, and the tokens.
+
+    Of a text file with more than `most_windows` windows, so many of them, spread evenly, are taken.
+    """
+    if text == SELF:
+        return _run_over_self_text(source, device, collector, memory_limit, snapshots, on_batch)
+    windows = token_windows(source.model_dir, text)
+    if most_windows is not None and len(windows) > most_windows:
+        windows = windows[torch.linspace(0, len(windows) - 1, most_windows).long()]
+    return _run(source, windows, device, collector, memory_limit, snapshots, on_batch, say), windows.numel()
+
+
 def require_text(text: str | Path) -> None:
     """Require a file or SELF; raise RequestError otherwise."""
     if text != SELF and not Path(text).is_file():
@@ -192,9 +220,14 @@ def _sha256(text: str | Path) -> str | None:
 
 
 def _run_over_self_text(
-    source: ExpertSource, device: str, memory_limit: float | None, on_batch: OnBatch
-) -> tuple[dict[int, Sums], int]:
-    """Let the model write a text; return the sums over it and its number of tokens."""
+    source: ExpertSource,
+    device: str,
+    collector: Collector[Result],
+    memory_limit: float | None,
+    snapshots: Snapshots | None,
+    on_batch: OnBatch,
+) -> tuple[Result, int]:
+    """Let the model write a text, unless the snapshots have it; return the result over it and its number of tokens."""
     plan = plan_run(source, device, memory_limit, writes=True)
     model = load_model(source.model_dir, device)
     done = 0  # batches that were written; collecting them counts as much again
@@ -205,26 +238,30 @@ def _run_over_self_text(
         on_batch(number, 2 * total)
 
     def on_collected(number: int, total: int) -> None:
-        on_batch(done + done * number // total, 2 * done)
+        on_batch(done + done * number // total, 2 * done) if done else on_batch(number, total)
 
-    windows = sample_windows(model, WINDOW, device, on_batch=on_written)
-    return collect(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
+    saved = None if snapshots is None else snapshots.load(_TEXT)
+    windows = sample_windows(model, WINDOW, device, on_batch=on_written) if saved is None else saved[0][_TEXT]
+    if snapshots is not None and saved is None and snapshots.of_one_rank:  # healing, on one rank, runs over it again
+        snapshots.save(_TEXT, 0, {_TEXT: windows}, {})
+    return collector(model, source, windows.split(plan.windows), device, on_collected), windows.numel()
 
 
 def _run(
     source: ExpertSource,
     windows: torch.Tensor,
     device: str,
+    collector: Collector[Result],
     memory_limit: float | None,
     snapshots: Snapshots | None,
     on_batch: OnBatch,
     say: Callable[[str], None],
-) -> dict[int, Sums]:
-    """Return the sums over the windows of a text, in memory or from disk as the memory allows."""
+) -> Result:
+    """Return the result over the windows of a text, in memory or from disk as the memory allows."""
     plan = plan_run(source, device, memory_limit)
     batches = windows.split(plan.windows)
     if not plan.offload:
-        return collect(load_model(source.model_dir, device), source, batches, device, on_batch)
+        return collector(load_model(source.model_dir, device), source, batches, device, on_batch)
     say(
         f"Running {source.base.name} over the text in memory needs {format_bytes(plan.in_memory_bytes)} and "
         f"{format_bytes(plan.available_bytes)} may be used; its layers are read from disk, once per batch "
@@ -233,7 +270,7 @@ def _run(
     with _offload_folder(snapshots) as folder:
         require_room(folder, plan.rewritten_bytes)
         model = load_model(source.model_dir, device, offload_folder=folder)
-        return collect(model, source, batches, device, on_batch)
+        return collector(model, source, batches, device, on_batch)
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dic
             _add_moment(total.moment, hidden)
             _add_sensitivities(total.rows, dense, spec, hidden, index, router_weight)
 
-        removers.append(_before_forward(dense.module, add))
+        removers.append(before_forward(dense.module, add))
     try:
         yield totals
     finally:
@@ -81,7 +81,7 @@ def _accumulating(model: Any, source: ExpertSource, device: str) -> Iterator[dic
             remove()
 
 
-def _before_forward(experts: Any, action: Callable[[tuple], None]) -> Callable[[], object]:
+def before_forward(experts: Any, action: Callable[[tuple], None]) -> Callable[[], object]:
     """Call `action` with the inputs before every call of a module, its weights loaded; return a remover."""
     if not hasattr(experts, "_hf_hook"):
         return experts.register_forward_pre_hook(lambda _, inputs: action(inputs)).remove

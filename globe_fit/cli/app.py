@@ -143,6 +143,9 @@ def fit(
         str | None,
         typer.Option(help=f"UTF-8 text: fit the outputs of the experts on it; {SELF}: the model writes the text."),
     ] = None,
+    heal: Annotated[
+        bool, typer.Option("--heal/--no-heal", help="After a calibrated fit train the adapters on the dense outputs.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, memory and time, and stop.")] = False,
     memory_limit: Annotated[
         str | None,
@@ -158,6 +161,27 @@ def fit(
     After an interruption repeat the command: the fit goes on from its last snapshot.
     """
     _run("fit", locals())
+
+
+@app.command()
+def heal(
+    globe_dir: Annotated[Path, typer.Argument(help="GloBE checkpoint: a directory, which gets the healed checkpoint.")],
+    base: Annotated[str, typer.Option(help="The dense model on which it was fitted: a directory or a Hub id.")],
+    revision: Revision = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help=f"UTF-8 text to heal on, or {SELF}: the model writes it (the text of the fit, else {SELF})."),
+    ] = None,
+    device: Device = None,
+    memory_limit: Annotated[str | None, typer.Option(help="Refuse a healing that needs more, such as 20GB.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin an unfinished healing again.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train the adapters of a checkpoint on the outputs of its dense model.
+
+    The checkpoint is replaced and keeps its size. After an interruption repeat the command.
+    """
+    _run("heal", locals())
 
 
 @app.command()

@@ -24,6 +24,7 @@ from globe_fit.cli.tables import (
     print_evaluation,
     print_export,
     print_fit,
+    print_heal,
     print_inspection,
     print_plan,
     print_sweep,
@@ -35,6 +36,8 @@ from globe_fit.config import FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
+from globe_fit.healing.checkpoint import heal as heal_checkpoint
+from globe_fit.healing.healing import healing_bytes, healing_disk_bytes
 from globe_fit.measure.evaluate import evaluate, record_evaluation
 from globe_fit.measure.harness import load_tasks, run_tasks
 from globe_fit.measure.inspection import inspect_checkpoint
@@ -141,6 +144,7 @@ def _fit(
     machine: str,
     config: Path | None,
     calibrate: str | None,
+    heal: bool,
     dry_run: bool,
     memory_limit: str | None,
     restart: bool,
@@ -160,6 +164,9 @@ def _fit(
         planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
         planned.require_room(out)
         figures = planned.figures() | {"on": on_machine(planned, planner.machine), "verdict": speed}
+        if heal and calibrate is not None:
+            figures["healing_bytes"] = healing_bytes(planned.source, planned.sizes)
+            figures["healing_disk_bytes"] = healing_disk_bytes(planned.source, planned.sizes)
         if leads():
             _say_left_dense(planned.source.base)
             if not as_json:  # before anything is allocated
@@ -175,6 +182,7 @@ def _fit(
             out,
             wanted,
             calibrate=calibrate,
+            heal=heal,
             memory_limit=memory_limit,
             resume=not restart,
             snapshot_minutes=snapshot_minutes,
@@ -195,6 +203,31 @@ def _fit(
     _show(figures, as_json, lambda _: print_fit(figures, out, result.status.advice), on_disk=out)
     if not result.status.completed:
         raise GlobeError(f"{result.status.advice} The checkpoint is in {out}.")
+
+
+def _heal(
+    globe_dir: Path,
+    base: str,
+    revision: str | None,
+    text: str | None,
+    device: str | None,
+    memory_limit: str | None,
+    restart: bool,
+    as_json: bool,
+) -> None:
+    refuse_swapped(globe_dir, Path(base), holds_checkpoint, f"globe heal {base} --base {globe_dir}")
+    with show_progress(as_json) as shown:
+        result = heal_checkpoint(
+            globe_dir,
+            _local(base, revision),
+            text=text,
+            device=device or "auto",
+            memory_limit=memory_limit,
+            resume=not restart,
+            progress=shown,
+        )
+    figures = {**result.report, "out": str(globe_dir), "healing": result.config.provenance["healing"]}
+    _show(figures, as_json, print_heal, on_disk=globe_dir)
 
 
 def _sweep(
@@ -367,6 +400,7 @@ def _demo(out: Path | None, as_json: bool) -> None:
 _COMMANDS = {
     "plan": _plan,
     "fit": _fit,
+    "heal": _heal,
     "sweep": _sweep,
     "export": _export,
     "eval": _eval,

@@ -12,6 +12,7 @@ from globe_fit.plan.footprint import quantized_note
 from globe_fit.plan.serving import CONTEXT
 from globe_fit.result import error_table, sizes_table
 from globe_fit.run.display import write
+from globe_fit.run.reports import healed_on
 from globe_fit.sizes import left_dense_note
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
@@ -62,6 +63,11 @@ def print_estimate(figures: dict) -> None:
     write(f"The directory of the fit takes {format_bytes(figures['disk_bytes'])} at its peak, with its snapshots.")
     if figures["run_bytes"]:
         write(f"Before the fit the model runs over the text in at most {format_bytes(figures['run_bytes'])}.")
+    if "healing_bytes" in figures:
+        write(
+            f"Healing after the fit takes {format_bytes(figures['healing_bytes'])} beside the factors at its peak, and "
+            f"{format_bytes(figures['healing_disk_bytes'])} more on disk."
+        )
     _print_machine(figures["on"], figures["ranks"])
     write(figures["verdict"])
 
@@ -248,13 +254,18 @@ _QUALITY: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", "{:.3f}".format),
     "kl": ("KL to dense", "{:.5f}".format),
     "top1": ("same top-1", lambda share: f"{100 * share:.2f} %"),
+    "router_agreement": ("same experts", lambda share: f"{100 * share:.2f} %"),
     "tokens_per_s": ("tokens/s", format_count),
 }
 
 
 def _quality(figures: dict) -> dict[str, str]:
     """Write the figures of an evaluation that are there: {name of the column: number}."""
-    return {title: write_number(figures[key]) for key, (title, write_number) in _QUALITY.items() if key in figures}
+    return {
+        title: write_number(figures[key])
+        for key, (title, write_number) in _QUALITY.items()
+        if figures.get(key) is not None
+    }
 
 
 def print_evaluation(figures: dict, text: Path | None) -> None:
@@ -295,6 +306,28 @@ def _score(scores: dict[str, float | None], metric: str) -> str:
     return "-" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
+def print_heal(figures: dict) -> None:
+    """Print the figures of `globe heal`."""
+    _print_healing(figures["healing"], all_layers=True)
+    write(f"The checkpoint is in {figures['out']}.")
+
+
+def _print_healing(healing: dict, all_layers: bool) -> None:
+    """Print on which text a checkpoint was healed, and the errors before and after; of the layers a summary, or all."""
+    layers = healing["layers"]
+    write(healed_on(healing))
+    names = ("before", "after")
+    rows = [[layer, *(_error(found[name]) for name in names)] for layer, found in layers.items()]
+    if not all_layers:
+        known = [[found[name] for found in layers.values() if found[name] is not None] for name in names]
+        rows = [[pick.__name__, *(_error(pick(values, default=None)) for values in known)] for pick in (min, max)]
+    print_table("Relative squared error of the outputs of a layer, on tokens held out", ["", *names], rows)
+
+
+def _error(value: float | None) -> str:
+    return "-" if value is None else f"{value:.6f}"
+
+
 def print_inspection(figures: dict, all_layers: bool = False) -> None:
     """Print the figures of `globe inspect`; of the layers a summary, or every layer."""
     inner, width = figures["shape"]
@@ -313,6 +346,8 @@ def print_inspection(figures: dict, all_layers: bool = False) -> None:
     routed = format_count(figures["bytes"]["peak_rows"])
     title = f"Gate and up by strategy; the peak is of a call with {routed} routed rows"
     print_table(title, ["", "in memory", "at the peak"], rows)
+    if figures["healing"] is not None:
+        _print_healing(figures["healing"], all_layers)
     families = figures["families"]
     names = {
         "relative error": "relative_error",

@@ -24,7 +24,7 @@ from globe_kernels.errors import GlobeError, RequestError
 from globe_kernels.format.directories import holds_export, holds_model, no_weights, not_a_model, weights_entry
 from globe_kernels.format.files import inner_file, read_json
 from globe_kernels.format.hub import index_of, local_directory
-from globe_kernels.format.layout import GATE_UP
+from globe_kernels.format.layout import BIASES, DOWN, GATE_UP
 from globe_kernels.format.names import FAMILIES, MODEL_CONFIG_NAME
 
 _READABLE = (torch.bfloat16, torch.float16, torch.float32)
@@ -300,6 +300,20 @@ class ExpertSource:
         for number, matrix in enumerate(self._matrices(layer, family, experts, columns, out.device)):
             out[number] = matrix
         return out
+
+    def read_kept(self, layer: ExpertLayer, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """Read the tensors of the experts of one layer that no factors stand for, as stored.
+
+        Returns {name in GlobeMoEFFN: tensor}: down_proj (E, D, P), and of experts with biases {family}_bias (E, P) and
+        down_bias (E, D).
+        """
+        if "down" in layer.keys:
+            return {DOWN: torch.stack([self.files.read(key, device=device) for key in layer.keys["down"]])}
+        found: dict[str, torch.Tensor] = {}
+        for (key,) in (keys for matrix, keys in layer.keys.items() if matrix in (DOWN, *BIASES.values())):
+            parsed = self.expert_keys[key]
+            found |= parsed.layout.kept(parsed.matrix, self.files.read(key, device=device))
+        return found
 
     def stored_dtype(self, layer: ExpertLayer, family: str) -> torch.dtype:
         """Return the dtype of the experts of one layer and family, which `read` keeps; float32 where they differ."""

@@ -1,15 +1,18 @@
-"""Measure the effect of compression on a model: perplexity, KL(dense || compressed), top-1 agreement, throughput."""
+"""Measure the effect of compression: perplexity, KL(dense || compressed), agreement of tokens and routes, speed."""
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from globe_fit.data.model import load_tokenizer, predictor, running
 from globe_kernels.errors import GlobeError, RequestError
@@ -19,9 +22,12 @@ from globe_kernels.format.json_text import to_json
 from globe_kernels.format.names import EVALUATION_NAME
 from globe_kernels.format.typed import Above, checked
 from globe_kernels.format.writing import replacing_file
+from globe_kernels.model.discovery import routed_experts
+from globe_kernels.model.targets import globe_modules
 
 _BATCH = 16
 
+Chosen = dict[int, torch.Tensor]
 OnBatch = Callable[[int, int], None]  # batches done, batches in all
 
 
@@ -34,6 +40,8 @@ class Quality:
     top1: float  # share of positions where both models prefer the same next token
     tokens_per_s: float
     timed_batches: int
+    # share of (token, layer, choice) where both models route the token to the same expert; None without routed experts
+    router_agreement: float | None
 
 
 @torch.inference_mode()
@@ -55,15 +63,18 @@ def evaluate(
             "compare a model with its own base and tokenizer."
         )
     batches = windows.split(_BATCH)
-    totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0} for name in models}
+    routes = {name: _Routes(model) for name, model in models.items()}
+    totals = {name: {"nll": 0.0, "kl": 0.0, "top1": 0.0, "same_experts": 0.0, "choices": 0.0} for name in models}
     speeds: dict[str, list[float]] = {name: [] for name in models}
     count = windows.shape[0] * (windows.shape[1] - 1)
     for number, batch in enumerate(batches):
         reference: torch.Tensor | None = None
+        expected: Chosen = {}
         for name, model in models.items():
             device = next(model.parameters()).device
             began = time.perf_counter()
-            logits = _run(model, batch.to(device), name)
+            with routes[name].listening() as chosen:
+                logits = _run(model, batch.to(device), name)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             total = totals[name]
@@ -73,7 +84,11 @@ def evaluate(
             for key, value in compared.items():
                 total[key] += value
             if reference is None:
-                reference = logits[:, :-1]
+                reference, expected = logits[:, :-1], chosen
+            for layer in expected.keys() & chosen.keys():
+                same = _same_experts(expected[layer], chosen[layer])
+                total["same_experts"] += int(same.sum())
+                total["choices"] += same.numel()
         if on_batch is not None:
             on_batch(number + 1, len(batches))
     for name, total in totals.items():
@@ -86,9 +101,39 @@ def evaluate(
             top1=total["top1"] / count,
             tokens_per_s=median(speeds[name]),
             timed_batches=len(speeds[name]),
+            router_agreement=total["same_experts"] / total["choices"] if total["choices"] else None,
         )
         for name, total in totals.items()
     }
+
+
+class _Routes:
+    """Hears to which experts a model routes its tokens, dense or compressed."""
+
+    def __init__(self, model: nn.Module):
+        self._experts: dict[int, nn.Module] = {module.layer: module for module in globe_modules(model).values()}
+        with suppress(RequestError):  # a model whose experts are all compressed, or that has none
+            self._experts = {layer: dense.module for layer, dense in routed_experts(model).items()} | self._experts
+
+    @contextmanager
+    def listening(self) -> Iterator[Chosen]:
+        """Yield {layer id: ids (T, K)} of the experts that the calls inside choose."""
+        chosen: Chosen = {}
+
+        def hear(layer: int, _: nn.Module, inputs: tuple) -> None:
+            chosen[layer] = inputs[1]
+
+        hooks = [module.register_forward_pre_hook(partial(hear, layer)) for layer, module in self._experts.items()]
+        try:
+            yield chosen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _same_experts(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Mark the choices of `found` (T, K) that `expected` (T, K) has for the same token."""
+    return (found[:, :, None] == expected.to(found.device)[:, None, :]).any(-1)
 
 
 def _run(model: Any, tokens: torch.Tensor, name: str) -> torch.Tensor:
@@ -130,6 +175,7 @@ class _Globe(_Dense):
     kl: float
     top1: float
     timed_batches: NotRequired[int]
+    router_agreement: NotRequired[float | None]
 
 
 class _Evaluation(TypedDict):

@@ -5,7 +5,7 @@ import torch
 from globe_fit.measure.diagnostics import dense_codes, effective_rank, sparsity, spectrum
 from globe_fit.plan.footprint import footprint_of, running_item_size
 from globe_fit.result import reconstruct, slice_experts
-from globe_fit.run.reports import read_report
+from globe_fit.run.reports import read_healing, read_report
 from globe_kernels.format.checkpoint import GlobeCheckpoint, LayerFactors
 from globe_kernels.format.names import FAMILIES
 from globe_kernels.model.patching import PEAK_TOKENS
@@ -39,6 +39,7 @@ def inspect_checkpoint(checkpoint: GlobeCheckpoint) -> dict:
             family: _inspect_family(checkpoint, family, report.get("families", {}).get(family, {}))
             for family in FAMILIES
         },
+        "healing": read_healing(checkpoint),
         "provenance": sizes.provenance,
     }
 

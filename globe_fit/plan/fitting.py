@@ -90,9 +90,12 @@ class FitPlan:
     disk_bytes: int  # in the directory of the fit, at its peak, beside an older fit
     calibrated: bool
 
-    def require_room(self, out: str | Path) -> None:
-        """Require room for the fit in `out`, where snapshots of it may be. Raises GlobeError for a full disk."""
-        require_room(Path(out), self.disk_bytes - snapshot_bytes(out))
+    def require_room(self, out: str | Path, beside: int = 0) -> None:
+        """Require room for the fit in `out`, where snapshots of it may be, and for `beside` more bytes.
+
+        Raises GlobeError for a full disk.
+        """
+        require_room(Path(out), self.disk_bytes + beside - snapshot_bytes(out))
 
     def figures(self) -> dict:
         """Predict the sizes and bytes of the fit; JSON types only. Nothing is read and nothing is allocated."""

@@ -6,8 +6,9 @@ from globe_fit.run.metrics import METRICS
 from globe_kernels.errors import GlobeError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.files import parse_json
-from globe_kernels.format.names import FAMILIES, REPORT_NAME
+from globe_kernels.format.names import CONFIG_NAME, FAMILIES, REPORT_NAME
 from globe_kernels.format.typed import Bytes, Size, checked
+from globe_kernels.units import format_count
 
 _REMEDY = "restore the file or fit again"
 _Metrics = TypedDict("_Metrics", {name: row.kind for name, row in METRICS.items()}, total=False)  # pyright: ignore
@@ -50,6 +51,22 @@ class _Base(TypedDict):
     weights_sha256: NotRequired[str]
 
 
+class _HealedLayer(TypedDict):
+    """Relative squared errors of the outputs of a layer on tokens held out; None where they are not finite."""
+
+    before: float | None
+    after: float | None
+    steps: int
+
+
+class _Healing(TypedDict):
+    text: str
+    sha256: str | None
+    tokens: int
+    seed: int
+    layers: dict[str, _HealedLayer]
+
+
 class _Report(TypedDict, total=False):
     families: _Families
     status: _Status
@@ -76,6 +93,18 @@ def read_report(checkpoint: GlobeCheckpoint) -> dict[str, Any]:
                 f"{base['top_k']} of {experts} experts per token, which no model has; {_REMEDY}."
             )
     return report
+
+
+def read_healing(checkpoint: GlobeCheckpoint) -> dict[str, Any] | None:
+    """Return how a checkpoint was healed, as its configuration says; None of a checkpoint that was not."""
+    found = checkpoint.config.provenance.get("healing")
+    return None if found is None else checked(_Healing, found, f"healing in {checkpoint.path / CONFIG_NAME}", _REMEDY)
+
+
+def healed_on(healing: dict[str, Any]) -> str:
+    """Say on which text a checkpoint was healed."""
+    text = "a text that the model wrote" if healing["sha256"] is None else healing["text"]
+    return f"Healed on {text}, {format_count(healing['tokens'])} tokens, seed {healing['seed']}."
 
 
 def read_record(line: str) -> dict[str, Any]:

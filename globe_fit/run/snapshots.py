@@ -30,6 +30,7 @@ from globe_kernels.format.names import FAMILIES, METRICS_NAME, SNAPSHOT_DIRECTOR
 from globe_kernels.format.writing import mapped_tensor, replacing_file
 
 _ABSENT = object()
+HEALED = "healed"  # begins the names of the snapshots of layers that are healed
 
 
 class Snapshots:
@@ -82,6 +83,11 @@ class Snapshots:
         """Return {family: the step from which its fit continues, infinite when it is finished}."""
         facts = {family: self._facts(path) for family in FAMILIES for path in self._parts(family)}
         return {family: math.inf if found["done"] else found["step"] for family, found in facts.items()}
+
+    @property
+    def healed_layers(self) -> int:
+        """The layers that are healed."""
+        return len(self._parts(f"{HEALED}*"))
 
     def _require_same(self, path: Path) -> None:
         if changes := differences(self._facts(path)["identity"], self._identity):
@@ -155,6 +161,10 @@ class Snapshots:
             if not any(self.directory.iterdir()):
                 self.directory.rmdir()
 
+    @property
+    def of_one_rank(self) -> bool:
+        return self._ranks.world == 1
+
     def due(self) -> bool:
         """Whether it is time for the next snapshot, on any rank."""
         return self._largest(self._asked or time.monotonic() - self._last >= self._seconds) > 0
@@ -189,7 +199,8 @@ class Snapshots:
             if self._parts():
                 reached = self.reached()
                 family = next((name for name in FAMILIES if reached.get(name) != math.inf), FAMILIES[-1])
-                at = "its end" if reached.get(family) == math.inf else f"step {reached.get(family, 0)} of {family}"
+                end = f"its healing, with {self.healed_layers} layers healed" if self.healed_layers else "its end"
+                at = end if reached.get(family) == math.inf else f"step {reached.get(family, 0)} of {family}"
                 why = f"interrupted; {again} goes on from {at} (snapshot in {self.directory})"
             elif self.directory.exists():
                 why = "interrupted before the first snapshot; the same command begins from the start"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from globe_fit.cli.report import figures
 from globe_fit.cli.report.facts import Facts
 from globe_fit.run.metrics import METRICS
+from globe_fit.run.reports import healed_on
 from globe_kernels.table import Table
 from globe_kernels.units import format_bytes, format_seconds
 
@@ -69,8 +70,22 @@ def error_group(facts: Facts) -> Group:
 
 def diagnostic_groups(facts: Facts) -> list[Group]:
     """Return all groups that have something to show."""
-    groups = [_layers(facts), _atoms(facts), _spectra(facts), _course(facts), _metrics(facts)]
+    groups = [_healing(facts), _layers(facts), _atoms(facts), _spectra(facts), _course(facts), _metrics(facts)]
     return [group for group in groups if not group.is_empty]
+
+
+def _healing(facts: Facts) -> Group:
+    """Show the error of the outputs of every layer before and after it was healed."""
+    group = Group("Healing")
+    if facts.healing is not None:
+        group.sentences.append(healed_on(facts.healing))
+        rows = [
+            [layer, *(number(found[name]) for name in ("before", "after"))]
+            for layer, found in facts.healing["layers"].items()
+        ]
+        title = "Relative squared error of the outputs, on tokens held out"
+        group.tables.append(Table(title, ["layer", "before", "after"], rows))
+    return group
 
 
 def _of(facts: Facts, name: str) -> dict[str, Any]:

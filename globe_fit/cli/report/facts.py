@@ -11,7 +11,7 @@ from globe_fit.measure.inspection import stored_codes
 from globe_fit.plan.footprint import footprint_of
 from globe_fit.result import reconstruct, slice_experts
 from globe_fit.run.loggers import read_stream, records_of
-from globe_fit.run.reports import read_report
+from globe_fit.run.reports import read_healing, read_report
 from globe_fit.run.snapshots import stream_path
 from globe_kernels.format.checkpoint import GlobeCheckpoint
 from globe_kernels.format.names import CONFIG_NAME, FAMILIES
@@ -32,6 +32,7 @@ class Facts:
     report: dict
     sizes: dict | None
     evaluation: dict | None
+    healing: dict | None
     use: dict[str, list[int]]  # experts that use each atom
 
 
@@ -48,7 +49,7 @@ def collect(directory: Path, base: Path | None) -> Facts:
     history = {family: found for family, found in history.items() if found}
     newest = {family: {name: each[name] for each in found for name in each} for family, found in history.items()}
     if checkpoint is None:
-        return Facts(directory, base, history, newest, None, {}, None, None, {})
+        return Facts(directory, base, history, newest, None, {}, None, None, None, {})
     report, config, use = read_report(checkpoint), checkpoint.config, {}
     source = None if base is None else ExpertSource(base)
     if source is not None:
@@ -60,8 +61,8 @@ def collect(directory: Path, base: Path | None) -> Facts:
         newest[family] |= sparsity(codes, config.base) | {"palette_sizes": palette_sizes(codes, config.base)}
         if source is not None:
             newest[family]["spot_checks"] = _spot_checks(checkpoint, source, family)
-    measured = read_evaluation(checkpoint)
-    return Facts(directory, base, history, newest, checkpoint, report, footprint_of(checkpoint), measured, use)
+    sizes, measured, healing = footprint_of(checkpoint), read_evaluation(checkpoint), read_healing(checkpoint)
+    return Facts(directory, base, history, newest, checkpoint, report, sizes, measured, healing, use)
 
 
 def _spot_checks(checkpoint: GlobeCheckpoint, source: ExpertSource, family: str) -> list[dict]:
