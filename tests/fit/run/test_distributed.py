@@ -24,6 +24,7 @@ from globe_fit.fitting import open_snapshots
 from globe_fit.plan.fitting import estimate
 from globe_fit.run.distributed import ALONE, Ranks, join, say
 from globe_fit.run.snapshots import Snapshots
+from globe_fit.run.stopping import Terminated
 from globe_fit.sizes import resolve_sizes
 from globe_kernels.errors import RequestError
 from globe_kernels.testing import assert_close, tiny_model
@@ -303,6 +304,15 @@ def test_the_parts_of_the_ranks_are_everything_once():
         parts = [Ranks(rank, world).part(10) for rank in range(world)]
         assert [place for part in parts for place in range(part.start, part.stop)] == list(range(10))
         assert {part.stop - part.start for part in parts} <= {10 // world, -(-10 // world)}
+
+
+def test_the_others_wait_for_the_first_rank(monkeypatch):
+    met = iter([[[0.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    monkeypatch.setattr(Ranks, "every", lambda self, *values: next(met))
+    assert Ranks(1, 2).on_first(lambda beat: beat()) is None
+    with pytest.raises(Terminated):  # torchrun has sent SIGTERM to the second rank
+        Ranks(0, 2).on_first(lambda beat: beat())
+    assert next(met, None) is None
 
 
 def test_a_rank_takes_half_of_what_is_split(save_tiny):
