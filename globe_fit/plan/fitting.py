@@ -29,6 +29,7 @@ _CONJUGATE_GRADIENTS = 4 * 4  # of the alternating solver, in place of gradient 
 # the size of a block of weights: two blocks, the product of adapters and bases, the residual, its square, its gradient.
 # Of the size of the bases of a block: mixture, gradient, product with the weights.
 _CODES, _BLOCKS, _BASES = 6, 6, 3
+_BLOCKS_OF_ADDITION, _BASES_OF_ADDITION = 2, 1
 # A calibrated fit holds a block and its bases in the metric too. Of several ranks it holds the larger of both with the
 # columns of all ranks: as they arrive, and joined.
 _BLOCKS_IN_METRIC, _BASES_IN_METRIC, _WHOLE = 1, 2, 2
@@ -218,12 +219,14 @@ def step_bytes(
     codes = base.total_experts * sizes.num_atoms * 4
     weights = experts * base.intermediate_size * columns * 4
     bases = experts * sizes.rank * columns * 4
-    of_varpro = _GRADIENT + ADAM_BYTES + (0 if on_gpu else _ADDITION)
+    of_varpro = _GRADIENT + ADAM_BYTES
     of_bank = _BANK + (of_varpro if solver == "varpro" else _CONJUGATE_GRADIENTS) + sizes.torch_dtype.itemsize
     of_blocks = _BLOCKS * weights + _BASES * bases
     if calibrated:
         of_blocks += _BLOCKS_IN_METRIC * weights + _BASES_IN_METRIC * bases
         of_blocks += _WHOLE * ranks * max(weights, bases) if ranks > 1 else 0
+    if solver == "varpro" and not on_gpu:  # most temporaries are gone when the gradient is added to
+        of_blocks = max(of_blocks, _ADDITION * bank + _BLOCKS_OF_ADDITION * weights + _BASES_OF_ADDITION * bases)
     return of_bank * bank + _CODES * codes, of_blocks
 
 

@@ -60,9 +60,9 @@ def large():
 
 def test_a_large_fit_on_a_card_that_is_not_here(large):
     found = on_machine(large, machine_named("h100"))
-    assert found["fits"] and found["host_bytes"] < 16e9 and found["device_bytes"] - found["kept_bytes"] < 50e9
+    assert found["fits"] and found["host_bytes"] < 16e9 and found["device_bytes"] - found["kept_bytes"] < 40e9
     assert found["kept_bytes"] == large.source.stored_bytes("gate")
-    smaller = on_machine(large, replace(machine_named("h100"), memory_gb=64))
+    smaller = on_machine(large, replace(machine_named("h100"), memory_gb=48))
     assert smaller["fits"] and smaller["kept_bytes"] == 0
     assert smaller["device_bytes"] < estimate(large.sizes, calibrated=True).device_bytes, "kernels add in place"
     assert not on_machine(large, machine_named("rtx4090"))["fits"]
