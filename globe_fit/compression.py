@@ -7,7 +7,7 @@ from typing import TypedDict
 
 from globe_fit.calibration.metric import calibrate as run_calibration
 from globe_fit.calibration.metric import identity, require_text
-from globe_fit.config import SNAPSHOT_MINUTES, SOLVERS, FitConfig
+from globe_fit.config import AUTO, SNAPSHOT_MINUTES, SOLVERS, FitConfig
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import remove_figures, require_same_weights, save_fit
 from globe_fit.fitting import OnStep, fit, open_snapshots
@@ -36,7 +36,7 @@ def compress(
     out: str | Path,
     config: FitConfig,
     *,
-    calibrate: str | Path | None = None,
+    calibrate: str | Path | None = AUTO,
     heal: bool = True,
     memory_limit: float | str | None = None,
     resume: bool = True,
@@ -56,7 +56,8 @@ def compress(
     same call and the first rank writes.
 
     calibrate         a UTF-8 text file: minimise the error of the outputs of the experts on this text; "self": on a
-                      text that the model writes; None: minimise the error of the weights
+                      text that the model writes; "auto": the same where the model fits into memory; None: minimise the
+                      error of the weights
     heal              after a calibrated fit train the adapters of each layer on the outputs of the dense layer
                       (globe_fit.healing); of several ranks none heals
     memory_limit      bytes, or a text such as "20GB": refuse a fit that needs more; a calibrated fit reads a model
@@ -86,7 +87,7 @@ def compress(
     if calibrate is not None:
         require_text(calibrate)
     plan = plan_fit(model_dir, out, config, calibrate=calibrate, memory_limit=memory_limit)
-    source, config, ranks = plan.source, plan.config, plan.ranks
+    source, config, ranks, calibrate = plan.source, plan.config, plan.ranks, plan.calibrate
     heals = heal and calibrate is not None and ranks.world == 1
     if heals:
         require_memory(source, plan.sizes, plan.memory_limit)
@@ -94,6 +95,8 @@ def compress(
     shown = progress if isinstance(progress, Progress) and ranks.leads else Progress(say=say) if is_shown else SILENT
     if source.base.left_dense:
         shown.say(left_dense_note((source.base.intermediate_size, source.base.hidden_size), source.base.left_dense))
+    if plan.note is not None:
+        shown.say(plan.note)
     if note := adapter_note(source.model_dir):
         warn(note)
     calibrated_on = None if calibrate is None else identity(calibrate)

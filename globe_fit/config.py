@@ -14,6 +14,7 @@ DEFAULT_RATIO = 0.625
 PRESETS = SMALL, FAST = "small", "fast"  # sizes for a purpose (globe_fit.plan.presets)
 _PERCENT_FROM = 2  # a larger ratio was meant in percent
 SELF = "self"  # in place of a text to calibrate on: the model writes the text
+AUTO = "auto"  # the same where the model can write, and no text where it cannot
 SNAPSHOT_MINUTES = 5.0  # between two snapshots
 
 

@@ -223,7 +223,8 @@ def _loaded(out: Path) -> Any:
 
 
 def _fit(home: Path, *more: object) -> tuple:
-    return "fit", home / "model", "-o", home / "out", *_QUICK, *more
+    text = () if "--calibrate" in more else ("--no-calibrate",)
+    return "fit", home / "model", "-o", home / "out", *_QUICK, *text, *more
 
 
 def _export(home: Path, *more: object, of: str = "fit") -> tuple:
@@ -347,7 +348,7 @@ class Victim:
         _warm_up()
         _save_model(home / "model")
         for fit in self.case.fits:
-            _old(home, self.out, "fit", home / "model", "-o", home / fit, *_QUICK, "--seed", len(fit))
+            _old(home, self.out, "fit", home / "model", "-o", home / fit, *_QUICK, "--no-calibrate", "--seed", len(fit))
         self.case.before(home, self.out)
         if self.out.exists():
             self.out.rename(home / "before")

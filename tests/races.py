@@ -47,7 +47,7 @@ def race(folder: Path, seconds: float, writers: int, readers: int, *, export: bo
     tiny_model("qwen3_moe").save_pretrained(folder / "model")
     for seed in _SEEDS:
         config = FitConfig(ratio=0.8, support=4, seed=seed, varpro=VarProConfig(steps=1, warmup_steps=0))
-        compress(folder / "model", folder / f"fit{seed}", config)
+        compress(folder / "model", folder / f"fit{seed}", config, calibrate=None)
     write, read = (_write_export, _read_export) if export else (_write_checkpoint, _read_checkpoint)
     write(folder, 0)
     context, until = get_context("fork"), time.time() + seconds

@@ -126,9 +126,8 @@ def test_the_code_of_the_guides_runs(warm_python, tmp_path):
     commands.sort(key=lambda command: command not in README.read_text(encoding="utf-8"))
     words = [command.split("#")[0].split()[1:] for command in commands]
     words = [[*one, "--config", "fit.toml"] if one[0] in ("fit", "sweep") else one for one in words]
-    words = [
-        ["TEXT" if word == "self" else word for word in one] for one in words
-    ]  # the model would write for a minute
+    # the model would write for a minute
+    words = [[*one, "--calibrate", "TEXT"] if one[0] == "fit" else one for one in words]
     pages = ["\n".join(blocks("python", [page])) for page in GUIDES if blocks("python", [page])]
     assert len(pages) >= 4
     done = warm_python.run("-c", RUN_ALL, cwd=tmp_path, stdin=json.dumps([words, pages]))

@@ -38,7 +38,7 @@ import torch
 from globe_fit.calibration.moments import OnBatch, Sums, collect
 from globe_fit.calibration.offload import plan_run
 from globe_fit.calibration.self_text import sample_windows
-from globe_fit.config import SELF
+from globe_fit.config import AUTO, SELF
 from globe_fit.data.model import WINDOW, load_model, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import ErrorMetric
@@ -203,7 +203,7 @@ def run_over(
 
 def require_text(text: str | Path) -> None:
     """Require a file or SELF; raise RequestError otherwise."""
-    if text != SELF and not Path(text).is_file():
+    if text not in (SELF, AUTO) and not Path(text).is_file():
         raise RequestError(
             f'{text} is not a file; give a text file to calibrate on, or "{SELF}" for a text that the model writes.'
         )

@@ -13,7 +13,7 @@ import torch
 from globe_fit.data.model import predictor, running
 
 WINDOWS = 320  # of evaluate.WINDOW tokens: about as many as docs/log.md has figures of; other numbers were not tried
-AT_ONCE = 64  # windows of a batch, whose keys and values stay in memory
+AT_ONCE = 160  # windows of a batch, whose keys and values stay in memory
 
 
 @torch.inference_mode()

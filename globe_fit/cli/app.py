@@ -141,8 +141,9 @@ def fit(
     config: Annotated[Path | None, typer.Option(help="TOML file of these settings; options win.")] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(help=f"UTF-8 text: fit the outputs of the experts on it; {SELF}: the model writes the text."),
+        typer.Option(help=f"UTF-8 text: fit the outputs of the experts on it ({SELF}: the model writes the text)."),
     ] = None,
+    no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Fit the weights, without a text.")] = False,
     heal: Annotated[
         bool, typer.Option("--heal/--no-heal", help="After a calibrated fit train the adapters on the dense outputs.")
     ] = True,

@@ -32,7 +32,7 @@ from globe_fit.cli.tables import (
     print_times,
 )
 from globe_fit.compression import compress
-from globe_fit.config import FitConfig, resolve_device
+from globe_fit.config import AUTO, FitConfig, resolve_device
 from globe_fit.data.model import load_model, shared_copy, token_windows
 from globe_fit.data.source import ExpertSource
 from globe_fit.export import export_dense, export_globe
@@ -144,6 +144,7 @@ def _fit(
     machine: str,
     config: Path | None,
     calibrate: str | None,
+    no_calibrate: bool,
     heal: bool,
     dry_run: bool,
     memory_limit: str | None,
@@ -155,20 +156,25 @@ def _fit(
 ) -> None:
     refuse_swapped(Path(model_dir), out, holds_model, f"globe fit {out} -o {model_dir}")
     wanted = FitConfig.from_options(config, settings)
+    if no_calibrate and calibrate is not None:
+        raise RequestError("--calibrate and --no-calibrate are both given; give one of them.")
+    text = None if no_calibrate else calibrate or AUTO
     found = _local(model_dir, revision)
     planner = Planner(read_model(found), machine_named(machine), None, None)
     if preset is not None:
         wanted = with_preset(planner, preset, wanted)
     speed = verdict(planner, planner.plan(resolve_sizes(planner.model.base, wanted)))
     if dry_run:
-        planned = plan_fit(found, out, wanted, calibrate=calibrate, memory_limit=memory_limit)
+        planned = plan_fit(found, out, wanted, calibrate=text, memory_limit=memory_limit)
         planned.require_room(out)
         figures = planned.figures() | {"on": on_machine(planned, planner.machine), "verdict": speed}
-        if heal and calibrate is not None:
+        if heal and planned.calibrated:
             figures["healing_bytes"] = healing_bytes(planned.source, planned.sizes)
             figures["healing_disk_bytes"] = healing_disk_bytes(planned.source, planned.sizes)
         if leads():
             _say_left_dense(planned.source.base)
+            if planned.note is not None:
+                say(planned.note)
             if not as_json:  # before anything is allocated
                 _show(figures, as_json, print_estimate)
         timed = times(planned)  # by all ranks together
@@ -181,7 +187,7 @@ def _fit(
             found,
             out,
             wanted,
-            calibrate=calibrate,
+            calibrate=text,
             heal=heal,
             memory_limit=memory_limit,
             resume=not restart,

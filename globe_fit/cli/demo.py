@@ -56,7 +56,7 @@ def run_demo(out: Path | None, progress: Progress) -> dict:
 def _run(out: Path, progress: Progress) -> dict:
     model_dir = shipped_model()
     source = ExpertSource(model_dir)
-    result = compress(model_dir, out / "globe", DEMO_CONFIG, progress=progress)
+    result = compress(model_dir, out / "globe", DEMO_CONFIG, calibrate=None, progress=progress)
     checkpoint = GlobeCheckpoint(out / "globe")
     progress.begin("export", 1)
     export_globe(checkpoint, source, out / "globe-hf", on_tensor=lambda done, total: progress.advance(done / total))

@@ -195,7 +195,7 @@ class Sweep:
         of_point = replace(progress, say=SILENT.say)  # the command has said its sentences about the model already
         model_dir, out = self._source.model_dir, self._out / point.name
         try:
-            options = {"resume": not self._restart, "snapshot_minutes": self._minutes}
+            options = {"calibrate": None, "resume": not self._restart, "snapshot_minutes": self._minutes}
             compress(model_dir, out, point.config, progress=of_point, **options)
         except GlobeError as error:
             raise type(error)(f"Point {point.name}: {error}") from error

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from globe_fit.calibration.offload import RunPlan, plan_run
-from globe_fit.config import SELF, SOLVERS, FitConfig, resolve_device
+from globe_fit.config import AUTO, SELF, SOLVERS, FitConfig, resolve_device
+from globe_fit.data.model import predictor
 from globe_fit.data.source import ExpertSource
 from globe_fit.data.stream import block_experts
 from globe_fit.plan.footprint import footprint
@@ -89,7 +90,13 @@ class FitPlan:
     memory_limit: int | None  # bytes
     needs: Estimate
     disk_bytes: int  # in the directory of the fit, at its peak, beside an older fit
-    calibrated: bool
+    calibrate: str | Path | None  # the text, as of `compress`; AUTO is resolved
+    note: str | None  # why there is no text by default
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the fit minimises the error of the outputs of the experts on a text."""
+        return self.calibrate is not None
 
     def require_room(self, out: str | Path, beside: int = 0) -> None:
         """Require room for the fit in `out`, where snapshots of it may be, and for `beside` more bytes.
@@ -116,7 +123,7 @@ def plan_fit(
     out: str | Path,
     config: FitConfig,
     *,
-    calibrate: str | Path | None = None,
+    calibrate: str | Path | None = AUTO,
     memory_limit: float | str | None = None,
 ) -> FitPlan:
     """Check a fit by the headers of its model alone, and join the ranks of torchrun; arguments as of `compress`.
@@ -126,9 +133,11 @@ def plan_fit(
     """
     source, config = ExpertSource(model_dir), replace(config, device=resolve_device(config.device))
     sizes, ranks = resolve_sizes(source.base, config), join(config.device)
+    limit, note = None if memory_limit is None else parse_bytes(memory_limit), None
+    if calibrate == AUTO:
+        calibrate, note = _text_by_default(source, config, limit)
     require_supported(source.base, config, calibrate is not None, ranks)
     require_place(out, holds_fit, "fit")
-    limit = None if memory_limit is None else parse_bytes(memory_limit)
     run = None if calibrate is None else plan_run(source, config.device, limit, writes=calibrate == SELF)
     needs = estimate(
         sizes,
@@ -145,7 +154,19 @@ def plan_fit(
             f"is {format_bytes(limit)}; give a smaller ratio, fewer atoms or a smaller rank."
         )
     disk = disk_bytes(sizes, config, ranks.world, run)
-    return FitPlan(source, config, sizes, ranks, limit, needs, disk, run is not None)
+    return FitPlan(source, config, sizes, ranks, limit, needs, disk, calibrate, note)
+
+
+def _text_by_default(source: ExpertSource, config: FitConfig, limit: int | None) -> tuple[str | None, str | None]:
+    """Return SELF where the model can write a text; otherwise None, and for a person the reason."""
+    if config.solver != "varpro":
+        return None, None
+    try:
+        predictor(source.outline.model)
+        plan_run(source, config.device, limit, writes=True)
+    except RequestError as reason:
+        return None, f"The fit is not calibrated and lowers the error of the weights alone. {reason}"
+    return SELF, None
 
 
 def per_rank(ranks: int) -> str:

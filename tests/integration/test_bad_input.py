@@ -89,7 +89,7 @@ def test_a_model_that_cannot_be_fitted(globe, model_dir, out, tmp_path, damage, 
     damage(model_dir)
     before = contents(tmp_path)
     for directory in (out, tmp_path / "new"):
-        result = globe("fit", model_dir, "-o", directory, *QUICK, "--restart")
+        result = globe("fit", "--no-calibrate", model_dir, "-o", directory, *QUICK, "--restart")
         for sentence in sentences:
             assert_refused(result, code, sentence)
     assert contents(tmp_path) == before
@@ -115,8 +115,8 @@ def test_a_model_that_cannot_be_fitted(globe, model_dir, out, tmp_path, damage, 
 )
 def test_sizes_that_cannot_be_had(globe, model_dir, out, tmp_path, options, sentence):
     before = contents(tmp_path)
-    assert_refused(globe("fit", model_dir, "-o", out, *options), 2, sentence)
-    assert_refused(globe("fit", model_dir, "-o", tmp_path / "new", *options), 2, sentence)
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", out, *options), 2, sentence)
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "new", *options), 2, sentence)
     assert contents(tmp_path) == before and not (tmp_path / "new").exists()
 
 
@@ -158,7 +158,7 @@ def test_a_metric_of_a_solver_that_is_infinite_is_null(globe, model_dir, tmp_pat
     (tmp_path / "fit.toml").write_text('[alternating]\ndictionary = "mod"\n')
     out = tmp_path / "out"
     options = ("--solver", "alternating", "--config", tmp_path / "fit.toml", "--json")
-    code, stdout, _ = globe("fit", model_dir, "-o", out, *QUICK, *options)
+    code, stdout, _ = globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, *options)
     assert code == 0 and "Infinity" not in stdout
     records = (out / "metrics.jsonl").read_text()
     assert '"dictionary_condition": null' in records and "Infinity" not in records
@@ -173,12 +173,12 @@ def test_a_full_disk_keeps_the_old_checkpoint(globe, model_dir, out, monkeypatch
 
     with monkeypatch.context() as patched:
         patched.setattr(step, full)
-        result = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")
+        result = globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")
     assert_refused(result, 1, "has no room for the new files")
     assert "nothing was written and the old files are unchanged; free some space" in result[2]
     assert contents(out) == before
     assert globe("inspect", out, "--verify")[0] == 0
-    assert globe("fit", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")[0] == 0
+    assert globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "1", "--restart")[0] == 0
     assert len(contents(out, snapshots=True)) == len(before)
 
 
@@ -190,14 +190,14 @@ def test_the_unfinished_fit_of_other_settings(globe, model_dir, save_tiny, tmp_p
 
     with monkeypatch.context() as patched:
         patched.setattr(Snapshots, "stop_if_asked", interrupted)
-        assert globe("fit", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")[0] == 130
+        assert globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")[0] == 130
     before = contents(out, snapshots=True)
     assert any(name.startswith(f"{out}/.snapshot/gate-") for name in before)
     (tmp_path / "fit.toml").write_text("[varpro]\nlr = 0.5\n")
-    other = ("fit", model_dir, "-o", out, *QUICK, "--seed", "7", "--config", tmp_path / "fit.toml")
+    other = ("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "7", "--config", tmp_path / "fit.toml")
     sentence = f"{out} holds an unfinished fit with other settings (seed was 0 and is 7, varpro.lr was 1.0 and is 0.5);"
     assert_refused(globe(*other), 2, sentence)
-    result = globe("fit", save_tiny("olmoe"), "-o", out, *QUICK)
+    result = globe("fit", "--no-calibrate", save_tiny("olmoe"), "-o", out, *QUICK)
     assert_refused(result, 2, "model.model_type was qwen3_moe and is olmoe")
     assert contents(out, snapshots=True) == before
     assert globe(*other, "--restart")[0] == 0

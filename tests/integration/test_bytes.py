@@ -38,7 +38,7 @@ def fitted(tmp_path_factory):
                 if name.endswith("e_score_correction_bias"):
                     buffer.data = buffer.float()  # as it is published
             model.save_pretrained(path / "model", save_original_format=not fused)
-            compress(path / "model", path / "fit", CONFIG)
+            compress(path / "model", path / "fit", CONFIG, calibrate=None)
             made[model_type, dtype, fused] = path / "model", path / "fit"
         return made[model_type, dtype, fused]
 

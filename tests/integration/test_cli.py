@@ -22,14 +22,14 @@ from tests.integration.conftest import QUICK, assert_refused
 @pytest.mark.parametrize("model_dir", ["qwen3_moe", "gpt_oss"], indirect=True)
 def test_the_whole_way(globe, with_tokenizer, tmp_path):
     out, hf, dense = tmp_path / "globe", tmp_path / "hf", tmp_path / "dense"
-    code, stdout, stderr = globe("fit", with_tokenizer, "-o", out, *QUICK)
+    code, stdout, stderr = globe("fit", "--no-calibrate", with_tokenizer, "-o", out, *QUICK)
     assert (
         code == 0
         and "SVD, equal bytes" in stdout
         and "fit gate step 3 of 3, error 0." in stderr
         and "fit up step 3 of 3, error 0." in stderr
     )
-    code, stdout, stderr = globe("fit", with_tokenizer, "-o", out, *QUICK, "--json")
+    code, stdout, stderr = globe("fit", "--no-calibrate", with_tokenizer, "-o", out, *QUICK, "--json")
     fitted = json.loads(stdout)
     assert code == 0 and "holds this fit already, finished" in stderr
     assert 0 < fitted["families"]["up"]["relative_error"] < 0.5
@@ -94,7 +94,16 @@ def test_the_dense_model_is_loaded_once_and_stays_as_it_is(globe, with_tokenizer
 def test_settings_from_a_file(globe, model_dir, tmp_path):
     (tmp_path / "fit.toml").write_text("ratio = 0.7\nsupport = 3\n[varpro]\nsteps = 1\n")
     code, stdout, _ = globe(
-        "fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--support", "2", "--json"
+        "fit",
+        "--no-calibrate",
+        model_dir,
+        "-o",
+        tmp_path / "out",
+        "--config",
+        tmp_path / "fit.toml",
+        "--support",
+        "2",
+        "--json",
     )
     assert code == 0
     config = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())
@@ -103,11 +112,11 @@ def test_settings_from_a_file(globe, model_dir, tmp_path):
 
 def test_the_solver_can_be_chosen(globe, model_dir, tmp_path):
     sizes = ("--ratio", "0.8", "--support", "4", "--steps", "2", "--json")
-    code, _, _ = globe("fit", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "alternating")
+    code, _, _ = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "alternating")
     assert code == 0
     fitted = json.loads((tmp_path / "out" / CONFIG_NAME).read_text())["provenance"]["fit"]
     assert fitted["solver"] == "alternating" and fitted["alternating"]["steps"] == 2
-    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "als")
+    code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *sizes, "--solver", "als")
     assert code == 2 and "solver is 'als'; expected one of varpro, alternating." in stderr
 
 
@@ -124,13 +133,13 @@ def test_the_solver_can_be_chosen(globe, model_dir, tmp_path):
     ids=str,
 )
 def test_a_request_that_cannot_be_met(globe, model_dir, tmp_path, options, sentence):
-    assert_refused(globe("fit", model_dir, "-o", tmp_path / "out", *options), 2, sentence)
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *options), 2, sentence)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(globe, model_dir, tmp_path):
-    result = globe("fit", model_dir, "-o", tmp_path / "out", "--device", "cuda")
+    result = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", "--device", "cuda")
     assert_refused(result, 2, "torch sees no CUDA device; use cpu")
 
 
@@ -202,7 +211,9 @@ def test_a_damaged_model_cannot_be_evaluated(globe, with_tokenizer):
 
 def test_a_fit_that_diverges_saves_the_best_state_and_exits_1(globe, model_dir, tmp_path):
     (tmp_path / "fit.toml").write_text("ratio = 0.8\nsupport = 4\n[varpro]\nlr = 1e30\nsteps = 12\nwarmup_steps = 0\n")
-    code, stdout, stderr = globe("fit", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--json")
+    code, stdout, stderr = globe(
+        "fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", "--config", tmp_path / "fit.toml", "--json"
+    )
     assert code == 1 and "diverged and its best state is kept; lower the lr. The checkpoint is in" in stderr
     assert json.loads(stdout)["status"]["completed"] is False
     assert globe("inspect", tmp_path / "out", "--verify")[0] == 0
@@ -236,7 +247,7 @@ def test_a_report_that_cannot_be_written(globe, fit_tiny, save_tiny, tmp_path, m
 
 def test_wandb_that_is_not_installed(globe, model_dir, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    result = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--wandb", "mine")
+    result = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK, "--wandb", "mine")
     assert_refused(result, 2, "wandb is not installed; run `pip install wandb`, or fit without --wandb")
     assert not (tmp_path / "out").exists()
 
@@ -255,7 +266,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("globe_fit.compression.fit", interrupt)
-    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
+    code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK)
     assert code == 130 and stderr.endswith("globe: interrupted; nothing was written.\n")
     assert not (tmp_path / "out").exists()
 
@@ -263,7 +274,7 @@ def test_an_interrupt_writes_nothing(globe, model_dir, tmp_path, monkeypatch):
 def test_an_interrupt_of_a_fit_that_began_again(globe, model_dir, tmp_path, monkeypatch):
     """--restart again would discard the snapshot."""
     out = tmp_path / "out"
-    command = ("fit", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")
+    command = ("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--snapshot-minutes", "0")
 
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -280,24 +291,24 @@ def test_an_interrupt_of_a_fit_that_began_again(globe, model_dir, tmp_path, monk
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for command in ("fit", "sweep", "export", "eval", "inspect", "report", "demo"):
+    for command in ("fit", "--no-calibrate", "sweep", "export", "eval", "inspect", "report", "demo"):
         assert command in done.stdout
 
 
 def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tmp_path):
-    code, out, _ = globe("fit", model_dir, "-o", tmp_path / "out", "--dry-run", "--json", *QUICK)
+    code, out, _ = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", "--dry-run", "--json", *QUICK)
     figures = json.loads(out)
     assert code == 0 and not (tmp_path / "out").exists()
     parts = (figures[name] for name in ("solver_bytes", "block_bytes", "host_bytes"))
     assert figures["peak_bytes"] == sum(parts) > figures["bytes"]["globe_on_disk"] / 2
     assert figures["seconds"] > 0 and figures["rank"] > 0
-    refused = globe("fit", model_dir, "-o", tmp_path / "out", "--memory-limit", "100kB", *QUICK)
+    refused = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", "--memory-limit", "100kB", *QUICK)
     assert_refused(refused, 2, "at its peak and the memory limit is 100 kB; give a smaller ratio")
 
 
 def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
     model, text = shipped_model(), shipped_model() / "heldout.txt"
-    options = ("fit", model, "-o", tmp_path / "out", "--dry-run")
+    options = ("fit", "--no-calibrate", model, "-o", tmp_path / "out", "--dry-run")
     free, calibrated = (
         json.loads(globe(*options, "--json", *more)[1])
         for more in ((), ("--calibrate", text, "--memory-limit", "97MB"))

@@ -24,9 +24,9 @@ TENSORS = "globe.safetensors"
 
 def test_the_whole_run_writes_the_bytes_of_the_command_line(globe, model_dir, tmp_path):
     records: list[dict] = []
-    result = compress(model_dir, tmp_path / "python", CONFIG, on_step=records.append)
+    result = compress(model_dir, tmp_path / "python", CONFIG, on_step=records.append, calibrate=None)
     assert [(record["family"], record["step"]) for record in records] == STEPS
-    assert globe("fit", model_dir, "-o", tmp_path / "shell", *QUICK)[0] == 0
+    assert globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "shell", *QUICK)[0] == 0
     for name in (TENSORS, "globe_config.json"):
         assert (tmp_path / "python" / name).read_bytes() == (tmp_path / "shell" / name).read_bytes()
 
@@ -47,18 +47,18 @@ def stop_at(family: str, step: int):
 
 
 def test_a_fit_continues_where_it_was_interrupted(model_dir, tmp_path):
-    compress(model_dir, tmp_path / "whole", CONFIG)
+    compress(model_dir, tmp_path / "whole", CONFIG, calibrate=None)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, out, CONFIG, on_step=stop_at("up", 1), snapshot_minutes=0)
+        compress(model_dir, out, CONFIG, on_step=stop_at("up", 1), snapshot_minutes=0, calibrate=None)
     assert not (out / TENSORS).exists() and (out / ".snapshot" / "metrics.jsonl").is_file()
 
     with pytest.raises(
         RequestError, match="unfinished fit with other settings .seed was 0 and is 1.; run the fit with"
     ):
-        compress(model_dir, out, replace(CONFIG, seed=1))
+        compress(model_dir, out, replace(CONFIG, seed=1), calibrate=None)
     records, seconds = [], json.loads((out / ".snapshot" / "metrics.jsonl").read_text().splitlines()[0])["seconds"]
-    compress(model_dir, out, CONFIG, on_step=records.append)
+    compress(model_dir, out, CONFIG, on_step=records.append, calibrate=None)
     assert [(record["family"], record["step"]) for record in records] == STEPS
     assert records[0]["seconds"] == seconds, "the records before the interruption are given again, not taken again"
     assert (out / TENSORS).read_bytes() == (tmp_path / "whole" / TENSORS).read_bytes()
@@ -66,8 +66,8 @@ def test_a_fit_continues_where_it_was_interrupted(model_dir, tmp_path):
 
 def test_without_resume_a_fit_begins_again(model_dir, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, tmp_path / "out", CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0)
-    compress(model_dir, tmp_path / "out", replace(CONFIG, seed=1), resume=False)
+        compress(model_dir, tmp_path / "out", CONFIG, on_step=stop_at("gate", 2), snapshot_minutes=0, calibrate=None)
+    compress(model_dir, tmp_path / "out", replace(CONFIG, seed=1), resume=False, calibrate=None)
     assert GlobeCheckpoint(tmp_path / "out").config.provenance["seed"] == 1
 
 
@@ -103,17 +103,23 @@ def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monk
 )
 def test_a_request_that_cannot_be_met(model_dir, tmp_path, options, sentence):
     with pytest.raises(RequestError, match=sentence):
-        compress(model_dir, tmp_path / "out", **({"config": CONFIG} | options))
+        compress(model_dir, tmp_path / "out", **({"config": CONFIG, "calibrate": None} | options))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_fit_that_diverges_is_saved(model_dir, tmp_path):
     wild = replace(CONFIG, varpro=VarProConfig(steps=12, lr=1e30, warmup_steps=0))
-    result = compress(model_dir, tmp_path / "out", wild)
+    result = compress(model_dir, tmp_path / "out", wild, calibrate=None)
     assert not result.status.completed and "diverged" in result.status.advice
     assert GlobeCheckpoint(tmp_path / "out", verify=True).report()["status"]["completed"] is False
     with pytest.raises(GlobeError, match="diverged at step .* before its support was fixed"):
-        compress(model_dir, tmp_path / "out", replace(wild, varpro=replace(wild.varpro, warmup_steps=20)), resume=False)
+        compress(
+            model_dir,
+            tmp_path / "out",
+            replace(wild, varpro=replace(wild.varpro, warmup_steps=20)),
+            resume=False,
+            calibrate=None,
+        )
 
 
 def test_the_verb_is_public():

@@ -24,30 +24,30 @@ def contents(directory) -> dict:
 
 def test_a_finished_fit_is_done_or_refused(globe, model_dir, tmp_path):
     out = tmp_path / "out"
-    first = compress(model_dir, out, CONFIG)
+    first = compress(model_dir, out, CONFIG, calibrate=None)
     before = contents(out)
     steps: list[dict] = []
-    again = compress(model_dir, out, CONFIG, on_step=steps.append)
+    again = compress(model_dir, out, CONFIG, on_step=steps.append, calibrate=None)
     assert not steps and contents(out) == before
     assert again.report == first.report | {"base": again.report["base"], "command": None}
     assert again.status == first.status and again.config.rank == first.config.rank
     assert again.families["up"].adapter.equal(first.families["up"].adapter)
     assert again.families["gate"].code.index.equal(first.families["gate"].code.index)
 
-    code, _, stderr = globe("fit", model_dir, "-o", out, *QUICK)
+    code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK)
     assert code == 0 and f"{out} holds this fit already, finished; --restart" in stderr
     sentence = "holds a finished fit with other settings (seed was 0 and is 9); give another directory, or fit over it"
-    assert_refused(globe("fit", model_dir, "-o", out, *QUICK, "--seed", "9"), 2, sentence)
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "9"), 2, sentence)
     assert contents(out) == before
-    code, _, _ = globe("fit", model_dir, "-o", out, *QUICK, "--seed", "9", "--restart")
+    code, _, _ = globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "9", "--restart")
     assert code == 0 and GlobeCheckpoint(out).config.provenance["seed"] == 9
 
 
 def test_the_size_that_a_ratio_leads_to_is_the_same_fit(model_dir, tmp_path):
-    done = compress(model_dir, tmp_path / "out", CONFIG)
+    done = compress(model_dir, tmp_path / "out", CONFIG, calibrate=None)
     sizes = FitConfig(rank=done.config.rank, atoms=done.config.num_atoms, support=4, device="cpu", varpro=CONFIG.varpro)
     steps: list[dict] = []
-    compress(model_dir, tmp_path / "out", sizes, on_step=steps.append)
+    compress(model_dir, tmp_path / "out", sizes, on_step=steps.append, calibrate=None)
     assert not steps
 
 
@@ -59,7 +59,7 @@ def test_a_foreign_directory_is_left_alone(globe, command, model_dir, fit_tiny, 
     checkpoint = fit_tiny()[0]
     page = foreign / "chapter.tex"
     arguments = {
-        "fit": ("fit", model_dir, "-o", foreign, *QUICK),
+        "fit": ("fit", "--no-calibrate", model_dir, "-o", foreign, *QUICK),
         "sweep": ("sweep", model_dir, "-o", foreign, "--ratio", "0.8"),
         "report": ("report", checkpoint, "-o", page),
         "export": ("export", checkpoint, "--base", model_dir, "-o", foreign),
@@ -78,7 +78,7 @@ def test_a_foreign_directory_is_left_alone(globe, command, model_dir, fit_tiny, 
 def test_the_directory_of_the_model_is_left_alone(globe, command, model_dir, fit_tiny):
     before = contents(model_dir)
     arguments = {
-        "fit": ("fit", model_dir, "-o", model_dir, *QUICK),
+        "fit": ("fit", "--no-calibrate", model_dir, "-o", model_dir, *QUICK),
         "sweep": ("sweep", model_dir, "-o", model_dir, "--ratio", "0.8"),
         "export": ("export", fit_tiny()[0], "--base", model_dir, "-o", model_dir),
     }
@@ -92,7 +92,7 @@ def test_the_directory_of_the_model_is_left_alone(globe, command, model_dir, fit
 def test_a_link_that_leads_nowhere(globe, model_dir, tmp_path, inner):
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "gone")
-    result = globe("fit", model_dir, "-o", link / inner, *QUICK)
+    result = globe("fit", "--no-calibrate", model_dir, "-o", link / inner, *QUICK)
     sentence = f"{link} is a link to {tmp_path / 'gone'}, which does not exist; make that directory, or give another."
     assert_refused(result, 2, sentence)
     assert not (tmp_path / "gone").exists()
@@ -101,7 +101,7 @@ def test_a_link_that_leads_nowhere(globe, model_dir, tmp_path, inner):
 def test_hidden_files_are_no_work_of_others(globe, model_dir, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / ".DS_Store").touch()
-    assert globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)[0] == 0
+    assert globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK)[0] == 0
 
 
 def named(tmp_path, name, **files):
@@ -130,9 +130,9 @@ def test_what_is_no_model_is_named(globe, export_tiny, fit_tiny, model_dir, tmp_
         named(tmp_path, "nothing"): "is empty; give the local directory",
     }
     for path, sentence in sentences.items():
-        assert_refused(globe("fit", path, "-o", tmp_path / "new", *QUICK), 2, sentence)
+        assert_refused(globe("fit", "--no-calibrate", path, "-o", tmp_path / "new", *QUICK), 2, sentence)
     with pytest.raises(RequestError, match="is a model that GloBE compressed already"):
-        compress(export_tiny(), tmp_path / "new", CONFIG)
+        compress(export_tiny(), tmp_path / "new", CONFIG, calibrate=None)
     assert not (tmp_path / "new").exists()
 
 
@@ -160,7 +160,7 @@ def test_what_is_no_checkpoint_is_named(globe, export_tiny, fit_tiny, model_dir,
 def test_arguments_in_the_wrong_order(globe, fit_tiny, model_dir, tmp_path):
     checkpoint, new = fit_tiny()[0], tmp_path / "new"
     for arguments, right in (
-        (("fit", new, "-o", model_dir, *QUICK), f"globe fit {model_dir} -o {new}"),
+        (("fit", "--no-calibrate", new, "-o", model_dir, *QUICK), f"globe fit {model_dir} -o {new}"),
         (("sweep", new, "-o", model_dir, "--rank", "16"), f"globe sweep {model_dir} -o {new}"),
         (("export", model_dir, "--base", checkpoint, "-o", new), f"globe export {checkpoint} --base {model_dir}"),
         (("eval", model_dir, "--base", checkpoint, "--text", new), f"globe eval {checkpoint} --base {model_dir}"),
@@ -174,7 +174,7 @@ def test_a_directory_that_may_not_be_read(globe, model_dir, tmp_path, monkeypatc
         raise PermissionError(13, "Permission denied", str(model_dir / "config.json"))
 
     monkeypatch.setattr(directories.Path, "read_text", denied)
-    assert_refused(globe("fit", model_dir, "-o", tmp_path / "new", *QUICK), 2, "permission denied")
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "new", *QUICK), 2, "permission denied")
 
 
 def test_the_evaluation_stays_beside_the_checkpoint(globe, fit_tiny, with_tokenizer, tmp_path):
@@ -196,57 +196,65 @@ def test_the_evaluation_stays_beside_the_checkpoint(globe, fit_tiny, with_tokeni
 
 def test_a_checkpoint_without_its_report_is_not_overwritten(globe, model_dir, tmp_path):
     out = tmp_path / "out"
-    compress(model_dir, out, CONFIG)
+    compress(model_dir, out, CONFIG, calibrate=None)
     (out / "metrics.jsonl").unlink()
     before = contents(out)
-    assert_refused(globe("fit", model_dir, "-o", out, *QUICK), 2, "holds a checkpoint without its metrics.jsonl")
+    assert_refused(
+        globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK), 2, "holds a checkpoint without its metrics.jsonl"
+    )
     assert contents(out) == before
-    assert globe("fit", model_dir, "-o", out, *QUICK, "--restart")[0] == 0
+    assert globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--restart")[0] == 0
 
 
 def test_a_fit_that_was_killed_early_does_not_unlock_a_finished_fit(globe, model_dir, tmp_path):
     """--restart over a finished fit, killed before its first snapshot; then another fit without --restart."""
     out = tmp_path / "out"
-    compress(model_dir, out, CONFIG)
+    compress(model_dir, out, CONFIG, calibrate=None)
     (out / ".snapshot").mkdir()
     (out / ".snapshot" / "metrics.jsonl").write_text("")
     before = contents(out)
-    assert_refused(globe("fit", model_dir, "-o", out, *QUICK, "--seed", "5"), 2, "holds a finished fit with other")
+    assert_refused(
+        globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--seed", "5"),
+        2,
+        "holds a finished fit with other",
+    )
     assert contents(out) == before
 
 
 def test_experts_that_changed_are_another_model(globe, model_dir, tmp_path):
     """The same shapes and the same name, as after a fine-tune in place."""
     out, unfinished = tmp_path / "out", tmp_path / "unfinished"
-    assert globe("fit", model_dir, "-o", out, *QUICK)[0] == 0
+    assert globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK)[0] == 0
 
     def stop(record):
         if (record["family"], record["step"]) == ("up", 1):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, unfinished, CONFIG, on_step=stop, snapshot_minutes=0)
+        compress(model_dir, unfinished, CONFIG, on_step=stop, snapshot_minutes=0, calibrate=None)
     for shard in model_dir.glob("*.safetensors"):
         tensors = {name: tensor * 1.01 for name, tensor in load_file(shard).items()}
         save_file(tensors, shard, {"format": "pt"})
     before = contents(out)
     sentence = "the experts have changed since"
-    assert_refused(globe("fit", model_dir, "-o", out, *QUICK), 2, sentence)
+    assert_refused(globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK), 2, sentence)
     assert_refused(globe("export", out, "--base", model_dir, "-o", tmp_path / "hf"), 2, sentence)
     assert_refused(
-        globe("fit", model_dir, "-o", unfinished, *QUICK), 2, "holds an unfinished fit with other settings (we"
+        globe("fit", "--no-calibrate", model_dir, "-o", unfinished, *QUICK),
+        2,
+        "holds an unfinished fit with other settings (we",
     )
     assert contents(out) == before and not (tmp_path / "hf").exists()
 
 
 def test_an_evaluation_belongs_to_its_fit(globe, with_tokenizer, tmp_path):
     out, text = tmp_path / "out", with_tokenizer / "text.txt"
-    assert globe("fit", with_tokenizer, "-o", out, *QUICK)[0] == 0
+    assert globe("fit", "--no-calibrate", with_tokenizer, "-o", out, *QUICK)[0] == 0
     assert globe("eval", out, "--base", with_tokenizer, "--text", text, "--device", "cpu")[0] == 0
     old = (out / "evaluation.json").read_text()
     assert read_evaluation(GlobeCheckpoint(out)) is not None
     assert globe("report", out)[0] == 0 and (out / "report.html").is_file()
-    assert globe("fit", with_tokenizer, "-o", out, *QUICK, "--seed", "4", "--restart")[0] == 0
+    assert globe("fit", "--no-calibrate", with_tokenizer, "-o", out, *QUICK, "--seed", "4", "--restart")[0] == 0
     assert not (out / "evaluation.json").exists() and not (out / "report.html").exists()
     for text in (old, "{", "{}"):
         (out / "evaluation.json").write_text(text)
@@ -288,7 +296,7 @@ def test_what_a_killed_writer_left_opens_no_directory_of_others(globe, fit_tiny,
     (mine / left).parent.mkdir(parents=True)
     (mine / left).touch()
     (mine / "model-00001-of-00002.safetensors").write_text("mine")
-    for command in (("fit", model_dir, *QUICK), ("export", fit_tiny()[0], "--base", model_dir)):
+    for command in (("fit", "--no-calibrate", model_dir, *QUICK), ("export", fit_tiny()[0], "--base", model_dir)):
         assert_refused(globe(*command, "-o", mine), 2, f"{mine} holds other files")
     assert (mine / "model-00001-of-00002.safetensors").read_text() == "mine"
 

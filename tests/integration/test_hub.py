@@ -85,7 +85,7 @@ def test_a_plan_downloads_the_configuration_alone(hub, repository, globe):
 
 def test_fit_export_and_load_by_ids(hub, repository, globe, tmp_path):
     hub.models["Org/My-MoE"] = repository
-    code, _, stderr = globe("fit", "Org/My-MoE", "-o", "globe", *QUICK)
+    code, _, stderr = globe("fit", "--no-calibrate", "Org/My-MoE", "-o", "globe", *QUICK)
     assert code == 0, stderr
     hub.models["Me/globe"] = tmp_path / "globe"
     assert globe("inspect", "Me/globe")[0] == 0
@@ -101,7 +101,9 @@ def test_fit_export_and_load_by_ids(hub, repository, globe, tmp_path):
     refused = globe("report", "Me/globe")
     assert_refused(refused, 2, "Me/globe comes from the Hub, whose cache takes no page; give a file with -o")
     assert not (GlobeCheckpoint("Me/globe").path / "report.html").exists()
-    assert_refused(globe("fit", "Me/export", "-o", "new", *QUICK), 2, "is a model that GloBE compressed already")
+    assert_refused(
+        globe("fit", "--no-calibrate", "Me/export", "-o", "new", *QUICK), 2, "is a model that GloBE compressed already"
+    )
 
 
 def test_a_checkpoint_beside_its_model(hub, repository, fit_tiny):
@@ -125,8 +127,8 @@ def test_a_revision(hub, repository, globe):
     assert globe("plan", "Org/My-MoE", "--revision", "v2", "--support", "4")[0] == 0
     assert local_directory("Org/My-MoE@v2", weights=False).name == hub.commit("Org/My-MoE")
     sentence = "Org/My-MoE has no revision 'v3' on the Hugging Face Hub; give a branch"
-    assert_refused(globe("fit", "Org/My-MoE", "--revision", "v3", "-o", "new", *QUICK), 2, sentence)
-    refused = globe("fit", repository, "--revision", "v2", "-o", "new", *QUICK)
+    assert_refused(globe("fit", "--no-calibrate", "Org/My-MoE", "--revision", "v3", "-o", "new", *QUICK), 2, sentence)
+    refused = globe("fit", "--no-calibrate", repository, "--revision", "v2", "-o", "new", *QUICK)
     assert_refused(refused, 2, "--revision v2 names a version of a model on the Hugging Face Hub and")
 
 
@@ -154,7 +156,7 @@ def test_the_weights_are_of_the_commit_of_the_configuration(hub, repository, mon
 )
 def test_a_model_that_the_hub_refuses(hub, globe, status, code, sentence):
     hub.refused["Org/secret"] = (status, code)
-    for command in (("plan",), ("fit", "-o", "new", *QUICK), ("inspect",), ("sweep", "-o", "new")):
+    for command in (("plan",), ("fit", "--no-calibrate", "-o", "new", *QUICK), ("inspect",), ("sweep", "-o", "new")):
         assert_refused(globe(command[0], "Org/secret", *command[1:]), 2, sentence)
     with pytest.raises(RequestError, match="Org/secret"):
         globe_kernels.patch(tiny_model("qwen3_moe"), "Org/secret")
@@ -182,7 +184,11 @@ def test_a_repository_of_pickles(hub, repository, globe):
         path.unlink()
     (repository / "pytorch_model.bin.index.json").write_text("{}")
     hub.models["Org/old"] = repository
-    assert_refused(globe("fit", "Org/old", "-o", "new", *QUICK), 2, "in a format of pickled files; load the model with")
+    assert_refused(
+        globe("fit", "--no-calibrate", "Org/old", "-o", "new", *QUICK),
+        2,
+        "in a format of pickled files; load the model with",
+    )
 
 
 def test_a_download_that_breaks(hub, repository, monkeypatch):
@@ -201,7 +207,7 @@ def test_the_cache_without_a_network(cache, repository, globe, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     snapshot = cached(repository, cache, "Org/My-MoE")
     assert local_directory("Org/My-MoE") == snapshot
-    result = compress("Org/My-MoE", tmp_path / "globe", CONFIG)
+    result = compress("Org/My-MoE", tmp_path / "globe", CONFIG, calibrate=None)
     assert result.config.base.name == "Org/My-MoE"
     code, _, stderr = globe("export", "globe", "--base", "Org/My-MoE", "-o", "hf")
     assert code == 0, stderr
@@ -211,10 +217,12 @@ def test_the_cache_without_a_network(cache, repository, globe, tmp_path, monkeyp
     loaded = AutoModelForCausalLM.from_pretrained("Me/export", dtype=torch.float32)
     assert not any("gate_up" in name for name, _ in loaded.named_parameters())
     missing = "Org/another is no directory here, and a model of the Hugging Face Hub of this name is not, or not whole"
-    assert_refused(globe("fit", "Org/another", "-o", "new", *QUICK), 2, missing)
-    sentence = globe("fit", "Org/another", "-o", "new", *QUICK)[2]
+    assert_refused(globe("fit", "--no-calibrate", "Org/another", "-o", "new", *QUICK), 2, missing)
+    sentence = globe("fit", "--no-calibrate", "Org/another", "-o", "new", *QUICK)[2]
     assert "while HF_HUB_OFFLINE is set; check the spelling of the path" in sentence
-    assert_refused(globe("fit", "Org/My-MoE@v9", "-o", "new", *QUICK), 2, "Org/My-MoE at v9 is no directory here")
+    assert_refused(
+        globe("fit", "--no-calibrate", "Org/My-MoE@v9", "-o", "new", *QUICK), 2, "Org/My-MoE at v9 is no directory here"
+    )
 
 
 @pytest.mark.parametrize("left", ["config.json", "all but a shard"])
@@ -225,7 +233,9 @@ def test_a_part_of_a_model_in_the_cache_without_a_network(cache, repository, glo
     for path in [*shards, snapshot / "model.safetensors.index.json"] if left == "config.json" else shards[2:3]:
         path.unlink()
     assert globe("plan", "Org/My-MoE", "--support", "4")[0] == 0
-    assert_refused(globe("fit", "Org/My-MoE", "-o", "new", *QUICK), 2, "is not, or not whole, in the cache")
+    assert_refused(
+        globe("fit", "--no-calibrate", "Org/My-MoE", "-o", "new", *QUICK), 2, "is not, or not whole, in the cache"
+    )
 
 
 def snapshot_itself(snapshot: Path, tmp_path: Path) -> Path:
@@ -297,7 +307,9 @@ def test_ids_and_paths(tmp_path, monkeypatch, text, is_id):
 def test_a_path_that_is_not_there_says_both(globe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert_refused(
-        globe("fit", "modle", "-o", "new", *QUICK), 2, "give the local directory of a Hugging Face model, or its id"
+        globe("fit", "--no-calibrate", "modle", "-o", "new", *QUICK),
+        2,
+        "give the local directory of a Hugging Face model, or its id",
     )
     assert_refused(
         globe("inspect", "./out/globe"), 2, "out/globe does not exist; give the directory that `globe fit -o`"

@@ -107,21 +107,23 @@ def test_one_bar_on_a_terminal():
 
 
 def test_progress_in_python(save_tiny, tmp_path, capsys):
-    compress(save_tiny("qwen3_moe"), tmp_path / "silent", CONFIG)
+    compress(save_tiny("qwen3_moe"), tmp_path / "silent", CONFIG, calibrate=None)
     assert capsys.readouterr() == ("", "")
-    compress(save_tiny("qwen3_moe"), tmp_path / "shown", CONFIG, progress=True)
+    compress(save_tiny("qwen3_moe"), tmp_path / "shown", CONFIG, progress=True, calibrate=None)
     lines = capsys.readouterr().err.splitlines()
     assert [re.sub(r"\d\d:\d\d |0\.\d+", "", line) for line in lines] == [
         "fit gate", "fit gate step 3 of 3, error ", "fit up", "fit up step 3 of 3, error "
     ]  # fmt: skip
     steps: list[float] = []
-    compress(save_tiny("qwen3_moe"), tmp_path / "object", CONFIG, progress=Progress(advance=steps.append))
+    compress(
+        save_tiny("qwen3_moe"), tmp_path / "object", CONFIG, progress=Progress(advance=steps.append), calibrate=None
+    )
     assert steps == [0, 1, 2, 3, 0, 1, 2, 3]
 
 
 def test_an_interrupted_fit_says_where_it_goes_on(globe, model_dir, tmp_path, monkeypatch):
     options = ("--ratio", "0.8", "--support", "4", "--steps", "3", "--device", "cpu", "--snapshot-minutes", "0")
-    command, advance = ("fit", model_dir, "-o", tmp_path / "out", *options), FitStages.advance
+    command, advance = ("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *options), FitStages.advance
 
     def stop(self, record):
         advance(self, record)

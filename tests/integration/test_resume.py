@@ -215,7 +215,18 @@ def test_ctrl_c_leaves_a_state_to_go_on_from(save_tiny, tmp_path):
     config = tmp_path / "fit.toml"
     config.write_text("[varpro]\nsteps = 3000\n")
     model, out = save_tiny("qwen3_moe"), tmp_path / "out"
-    command = [sys.executable, "-c", ALL_LINES, "fit", str(model), "-o", str(out), "--config", str(config)]
+    command = [
+        sys.executable,
+        "-c",
+        ALL_LINES,
+        "fit",
+        "--no-calibrate",
+        str(model),
+        "-o",
+        str(out),
+        "--config",
+        str(config),
+    ]
     command += ["--ratio", "0.8", "--support", "4"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

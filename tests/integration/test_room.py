@@ -59,13 +59,13 @@ def held(folder: Path) -> int:
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_a_fit_takes_the_bytes_that_it_asks_for(model, tmp_path, peak, settings):
     config, taken = SETTINGS[settings], peak(tmp_path)
-    stated = plan_fit(model, tmp_path / "out", config).disk_bytes
-    compress(model, tmp_path / "out", config, snapshot_minutes=0)
+    stated = plan_fit(model, tmp_path / "out", config, calibrate=None).disk_bytes
+    compress(model, tmp_path / "out", config, snapshot_minutes=0, calibrate=None)
     assert taken() <= stated <= MOST * taken()
 
 
 def test_ranks_keep_their_codes_each(model):
-    plan = plan_fit(model, "out", SETTINGS["varpro"])
+    plan = plan_fit(model, "out", SETTINGS["varpro"], calibrate=None)
     codes = plan.sizes.base.total_experts * plan.sizes.num_atoms * (4 * 4 + 1)
     grown = disk_bytes(plan.sizes, plan.config, 3) - plan.disk_bytes
     assert 2 * codes <= grown <= 4 * 2 * codes
@@ -80,7 +80,7 @@ def test_a_sweep_takes_the_bytes_that_it_asks_for(globe, model, tmp_path, peak):
 
 
 def test_a_fit_without_room_is_refused_before_its_work(globe, model, tmp_path, monkeypatch):
-    command = ("fit", model, "-o", tmp_path / "out", "--rank", "64", *QUICK)
+    command = ("fit", "--no-calibrate", model, "-o", tmp_path / "out", "--rank", "64", *QUICK)
     stated = json.loads(globe(*command, "--dry-run", "--json")[1])["disk_bytes"]
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, stated - 1))
@@ -90,7 +90,9 @@ def test_a_fit_without_room_is_refused_before_its_work(globe, model, tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda _: usage(10**12, 0, stated))
         with pytest.raises(GlobeError, match="stop"):
-            compress(model, tmp_path / "out", SETTINGS["varpro"], on_step=refuse_late, snapshot_minutes=0)
+            compress(
+                model, tmp_path / "out", SETTINGS["varpro"], on_step=refuse_late, snapshot_minutes=0, calibrate=None
+            )
     # the snapshots that are there need no room again
     assert globe(*command)[0] == 0
 

@@ -51,7 +51,9 @@ class Unlucky:
 def test_wandb_fails_while_a_fit_runs(globe, model_dir, tmp_path, monkeypatch, member, at, error):
     broken = Unlucky(error, at)
     wandb_that_fails(monkeypatch, **{member: broken})
-    code, stdout, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--wandb", "p", "--json")
+    code, stdout, stderr = globe(
+        "fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK, "--wandb", "p", "--json"
+    )
     assert code == 0 and json.loads(stdout)["rank"] == GlobeCheckpoint(tmp_path / "out", verify=True).config.rank
     lines = stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("globe: ") and "wandb failed (" in lines[0]
@@ -68,16 +70,21 @@ def test_the_checkpoint_is_on_the_disk_before_wandb_ends(model_dir, tmp_path, mo
 
     wandb_that_fails(monkeypatch, finish=hangs)
     with pytest.raises(KeyboardInterrupt):
-        compress(model_dir, tmp_path / "out", CONFIG, wandb_project="p")
+        compress(model_dir, tmp_path / "out", CONFIG, wandb_project="p", calibrate=None)
     steps: list[dict] = []
-    assert compress(model_dir, tmp_path / "out", CONFIG, on_step=steps.append).status.completed
+    assert compress(model_dir, tmp_path / "out", CONFIG, on_step=steps.append, calibrate=None).status.completed
     assert {record["step"] for record in steps} <= {0, 1, 2, 3} and not (tmp_path / "out" / ".snapshot").exists()
 
 
 @pytest.mark.parametrize("name", ["fit_report.json", "metrics.jsonl", "config.json"])
 def test_a_file_beside_the_checkpoint_cannot_be_written(globe, model_dir, tmp_path, monkeypatch, name):
     out = tmp_path / "out"
-    compress(model_dir, out, FitConfig(ratio=0.8, support=4, seed=9, device="cpu", varpro=VarProConfig(steps=2)))
+    compress(
+        model_dir,
+        out,
+        FitConfig(ratio=0.8, support=4, seed=9, device="cpu", varpro=VarProConfig(steps=2)),
+        calibrate=None,
+    )
     write = Path.write_text
 
     def unlucky(self, text, **options):
@@ -88,12 +95,12 @@ def test_a_file_beside_the_checkpoint_cannot_be_written(globe, model_dir, tmp_pa
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", unlucky)
-        code, _, stderr = globe("fit", model_dir, "-o", out, *QUICK, "--restart")
+        code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK, "--restart")
     assert code == 0 and f"globe: Writing {name} failed (OSError: [Errno 28]" in stderr
     assert GlobeCheckpoint(out, verify=True).config.provenance["seed"] == 0
     assert not (out / name).exists(), "nothing is left of the fit before, and no half of a file"
     if name != "config.json":  # the snapshots stay: the same command writes the file
-        assert globe("fit", model_dir, "-o", out, *QUICK)[0] == 0
+        assert globe("fit", "--no-calibrate", model_dir, "-o", out, *QUICK)[0] == 0
         assert (out / name).is_file() and not (out / ".snapshot").exists()
 
 
@@ -106,7 +113,7 @@ def test_the_metrics_of_a_running_fit_cannot_be_written(globe, model_dir, tmp_pa
         return usual(self, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", unlucky)
-    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK)
+    code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK)
     assert code == 0 and stderr.count("the fit goes on, and the curve of later steps is not kept") == 1
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 4
 
@@ -136,7 +143,7 @@ def test_a_plot_or_the_rows_of_a_sweep_fail(globe, model_dir, tmp_path, monkeypa
 
 def test_an_exception_of_the_callers_function_costs_no_step(model_dir, tmp_path):
     """Also long before the next snapshot is due; the result is the result without the exception."""
-    expected = compress(model_dir, tmp_path / "whole", CONFIG)
+    expected = compress(model_dir, tmp_path / "whole", CONFIG, calibrate=None)
 
     class Mine(Exception):
         pass
@@ -150,9 +157,9 @@ def test_an_exception_of_the_callers_function_costs_no_step(model_dir, tmp_path)
                 raise Mine(str(at))
 
         with pytest.raises(Mine):
-            compress(model_dir, tmp_path / "out", CONFIG, on_step=on_step)
+            compress(model_dir, tmp_path / "out", CONFIG, on_step=on_step, calibrate=None)
         assert seen[-1] == at and list((tmp_path / "out" / ".snapshot").glob("*.safetensors"))
-    result = compress(model_dir, tmp_path / "out", CONFIG)
+    result = compress(model_dir, tmp_path / "out", CONFIG, calibrate=None)
     for family in ("gate", "up"):
         assert torch.equal(result.families[family].adapter, expected.families[family].adapter)
 
@@ -174,7 +181,7 @@ def test_a_python_caller_gets_warnings(model_dir, tmp_path, monkeypatch):
     with pytest.warns(
         GlobeWarning, match="Sending metrics to wandb failed .RuntimeError: down.; the fit goes on"
     ) as said:
-        assert compress(model_dir, tmp_path / "out", CONFIG, wandb_project="p").status.completed
+        assert compress(model_dir, tmp_path / "out", CONFIG, wandb_project="p", calibrate=None).status.completed
     assert len(said) == 1
     sentence = r"A step failed \(ValueError: two lines\); all is well\."
     with pytest.warns(GlobeWarning, match=sentence), tolerating("A step", "all is well"):
@@ -212,7 +219,7 @@ main()
     ],
 )
 def test_a_console_that_goes_away(model_dir, warm_python, tmp_path, case):
-    done = warm_python.run("-c", STREAMS, case, "fit", model_dir, "-o", tmp_path / "out", *QUICK)
+    done = warm_python.run("-c", STREAMS, case, "fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK)
     assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
     assert GlobeCheckpoint(tmp_path / "out", verify=True) and not (tmp_path / "out" / ".snapshot").exists()
     if case == "a full disk":
@@ -229,14 +236,14 @@ def test_figures_that_are_the_work_itself_are_missed(globe, model_dir, tmp_path,
     monkeypatch.setattr(sys, "stdout", Full())
     code, _, stderr = globe("plan", model_dir, "--support", "4", "--json")
     assert code == 1 and "([Errno 28] No space left on device); give stdout a place" in stderr
-    code, _, stderr = globe("fit", model_dir, "-o", tmp_path / "out", *QUICK, "--json")
+    code, _, stderr = globe("fit", "--no-calibrate", model_dir, "-o", tmp_path / "out", *QUICK, "--json")
     assert code == 0 and f"the work of the command is complete in {tmp_path / 'out'}." in stderr
 
 
 def test_a_terminal_that_is_not_utf8(model_dir, warm_python, tmp_path):
     path = tmp_path / "Modell-für-μ-日本"
     model_dir.rename(path)
-    done = warm_python.run("-c", STREAMS, "ASCII", "fit", path, "-o", tmp_path / "aus-é", *QUICK)
+    done = warm_python.run("-c", STREAMS, "ASCII", "fit", "--no-calibrate", path, "-o", tmp_path / "aus-é", *QUICK)
     assert done.returncode == 0 and "aus-\\xe9" in done.stdout
 
 
@@ -258,7 +265,7 @@ class Gone:
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["a bar", "lines"])
 def test_progress_on_a_terminal_that_is_gone(model_dir, tmp_path, monkeypatch, is_terminal):
     monkeypatch.setattr(sys, "stderr", Gone(is_terminal))
-    result = compress(model_dir, tmp_path / "out", CONFIG, progress=True)
+    result = compress(model_dir, tmp_path / "out", CONFIG, progress=True, calibrate=None)
     display.say("nobody reads this")
     assert result.status.completed and GlobeCheckpoint(tmp_path / "out", verify=True)
 
@@ -277,7 +284,7 @@ def test_the_callers_function_of_an_export(model_dir, fit_tiny, tmp_path):
 
 
 def test_an_evaluation_that_cannot_be_kept_is_printed(globe, with_tokenizer, tmp_path):
-    compress(with_tokenizer, tmp_path / "globe", CONFIG)
+    compress(with_tokenizer, tmp_path / "globe", CONFIG, calibrate=None)
     (tmp_path / "globe" / ".evaluation.json.partial").mkdir()
     options = ("--base", with_tokenizer, "--text", with_tokenizer / "text.txt", "--device", "cpu")
     code, stdout, stderr = globe("eval", tmp_path / "globe", *options)

@@ -24,7 +24,7 @@ CONFIG = FitConfig(ratio=0.8, support=4, device="cpu", varpro=VarProConfig(steps
 LONG = 3000  # steps, of which no test waits for the last
 
 
-@pytest.mark.parametrize("command", ["fit", "fit --calibrate self", "sweep"])
+@pytest.mark.parametrize("command", ["fit", "--no-calibrate", "fit --calibrate self", "sweep"])
 def test_sigterm_at_random_moments(command):
     with opened(command) as victim:
         _, _, finding = stop_at_random(victim, 3, seed=1, by=signal.SIGTERM)
@@ -39,7 +39,16 @@ def test_sigterm_while_files_are_written(command):
 
 
 def test_sigterm_while_a_new_python_imports(save_tiny, tmp_path):
-    command = [sys.executable, "-m", "globe_fit", "fit", str(save_tiny("qwen3_moe")), "-o", str(tmp_path / "out")]
+    command = [
+        sys.executable,
+        "-m",
+        "globe_fit",
+        "fit",
+        "--no-calibrate",
+        str(save_tiny("qwen3_moe")),
+        "-o",
+        str(tmp_path / "out"),
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch_cpu" not in maps.read_text() and process.poll() is None:  # the import of torch has begun
@@ -53,7 +62,7 @@ def long_fit(save_tiny, tmp_path):
     """(Arguments of a fit of many steps, the file of its output)."""
     (tmp_path / "fit.toml").write_text(f"[varpro]\nsteps = {LONG}\n")
     options = ("--config", tmp_path / "fit.toml", "--ratio", "0.8", "--support", "4", "--device", "cpu")
-    return ("fit", save_tiny("qwen3_moe"), "-o", tmp_path / "out", *options), tmp_path / "log"
+    return ("fit", "--no-calibrate", save_tiny("qwen3_moe"), "-o", tmp_path / "out", *options), tmp_path / "log"
 
 
 def wait_for(text: str, log: Path) -> None:
@@ -186,10 +195,10 @@ def restored():
 def test_compress_raises_terminated(save_tiny, tmp_path, restored):
     model, out = save_tiny("qwen3_moe"), tmp_path / "out"
     with pytest.raises(Terminated, match=r"^interrupted; the same command goes on from step 2 of gate \(snapshot in"):
-        compress(model, out, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM)))
+        compress(model, out, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM)), calibrate=None)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    compress(model, out, CONFIG)
-    compress(model, tmp_path / "whole", CONFIG)
+    compress(model, out, CONFIG, calibrate=None)
+    compress(model, tmp_path / "whole", CONFIG, calibrate=None)
     assert (out / "globe.safetensors").read_bytes() == (tmp_path / "whole" / "globe.safetensors").read_bytes()
 
 
@@ -208,7 +217,7 @@ def test_a_signal_whose_exception_was_replaced(
     monkeypatch.setattr("globe_fit.cli.commands.inspect_checkpoint", replace_exception)
     monkeypatch.setattr("globe_fit.compression.fit", replace_exception)
     assert globe("inspect", fit_tiny()[0]) == (code, "", "globe: interrupted.\n")
-    found, _, stderr = globe("fit", save_tiny("qwen3_moe"), "-o", tmp_path / "out", *QUICK)
+    found, _, stderr = globe("fit", "--no-calibrate", save_tiny("qwen3_moe"), "-o", tmp_path / "out", *QUICK)
     assert found == code and stderr.endswith("globe: interrupted; nothing was written.\n")
     monkeypatch.setattr("globe_fit.__main__._run", replace_exception)  # as while it imports
     assert globe("inspect", fit_tiny()[0]) == (code, "", "globe: interrupted.\n")
@@ -224,11 +233,15 @@ def test_the_handler_of_the_caller_is_called_when_the_snapshot_is_complete(save_
 
     signal.signal(signal.SIGTERM, handler)
     with pytest.raises(Terminated):
-        compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM)))
+        compress(
+            save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM)), calibrate=None
+        )
     assert heard == [(signal.SIGTERM, ["gate-2-0.safetensors"])] and signal.getsignal(signal.SIGTERM) is handler
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
     with pytest.raises(SystemExit) as ended:
-        compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM), 3))
+        compress(
+            save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(lambda: send(signal.SIGTERM), 3), calibrate=None
+        )
     assert ended.value.code == 7
 
 
@@ -237,18 +250,20 @@ def test_a_signal_that_is_ignored_stays_so(save_tiny, tmp_path, restored):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     both = lambda: (send(signal.SIGTERM), send(signal.SIGINT))  # noqa: E731
-    assert compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(both)).status.completed
+    assert compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(both), calibrate=None).status.completed
 
 
 def test_the_second_ctrl_c_does_not_wait(save_tiny, tmp_path, restored):
     twice = lambda: (send(signal.SIGINT), send(signal.SIGINT))  # noqa: E731
     with pytest.raises(KeyboardInterrupt, match="before the first snapshot"):
-        compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(twice))
+        compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, on_step=at_step(twice), calibrate=None)
 
 
 def test_a_fit_in_another_thread_sets_no_handler(save_tiny, tmp_path):
     results = []
-    thread = threading.Thread(target=lambda: results.append(compress(save_tiny("qwen3_moe"), tmp_path, CONFIG)))
+    thread = threading.Thread(
+        target=lambda: results.append(compress(save_tiny("qwen3_moe"), tmp_path, CONFIG, calibrate=None))
+    )
     thread.start()
     thread.join()
     assert results[0].status.completed and contents(tmp_path)

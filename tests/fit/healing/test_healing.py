@@ -53,7 +53,7 @@ def models(tmp_path_factory):
 @pytest.fixture
 def fitted(models, tmp_path):
     """(model directory, directory of a checkpoint that is not healed)."""
-    compress(models("qwen3_moe"), tmp_path / "fit", CONFIG)
+    compress(models("qwen3_moe"), tmp_path / "fit", CONFIG, calibrate=None)
     return models("qwen3_moe"), tmp_path / "fit"
 
 

@@ -129,6 +129,7 @@ def arguments(directory: Path, model: Path, *more: object) -> list[str]:
     sizes = ["--ratio", "0.8", "--support", "4", "--config", "fit.toml"]
     return [
         "fit",
+        "--no-calibrate",
         str(model),
         "-o",
         "out",
