@@ -261,6 +261,12 @@ def _reported(home: Path, out: Path) -> None:
     (out / "evaluation.json").unlink()
 
 
+def _reported_too(home: Path, out: Path) -> None:
+    """Make a checkpoint with figures that its healing removes."""
+    _evaluated(home, out)
+    _old(home, out, "report", out)
+
+
 def _small_files(out: Path, *names: str) -> Any:
     return _fitted(out), [_read(out / name) for name in names]
 
@@ -272,6 +278,12 @@ COMMANDS = {
     ),
     "fit --calibrate": Case(lambda home: _fit(home, "--calibrate", home / "text.txt")),
     "fit --calibrate self": Case(lambda home: _fit(home, "--calibrate", "self")),
+    "heal": Case(
+        lambda home: ("heal", home / "out", "--base", home / "model", "--text", home / "text.txt", "--device", "cpu"),
+        _reported_too,
+        _fitted,
+        ("fit",),
+    ),
     "sweep": Case(_sweep),
     "sweep --restart": Case(
         lambda home: _sweep(home, "--restart"),

@@ -1,7 +1,7 @@
 """Compress the experts of a Mixture-of-Experts model and save the GloBE checkpoint.
 
-    python examples/compress/compress.py                                 the shipped model, in seconds
-    python examples/compress/compress.py MODEL_DIR --out OUT --steps 1500 --calibrate self
+    python examples/compress/compress.py                                 the shipped model, in about two minutes
+    python examples/compress/compress.py MODEL_DIR --out OUT --steps 1500
 
 `examples/patch_and_generate/run.py` runs the result.
 """
@@ -22,7 +22,7 @@ def main() -> None:
         "--config", type=Path, help="TOML file of settings, such as examples/calibrated/calibrated.toml"
     )
     parser.add_argument("--steps", type=int, help="more steps lower the error (50, or the steps of --config)")
-    parser.add_argument("--calibrate", help="a text file, or self: the model writes the text")
+    parser.add_argument("--calibrate", default="auto", help="a text file; by default the model writes a text")
     args = parser.parse_args()
 
     if args.steps is None and args.config is None:

@@ -41,7 +41,7 @@ class RoutedInputs:
 
 @dataclass
 class _Stream:
-    """The rows of one layer: `hear` takes them in the model, `write` outside: a full disk has its sentence there."""
+    """The rows of one layer: `hear` takes them in the model, `write` runs outside, where a disk may be full."""
 
     file: BinaryIO
     checksum: int = 0

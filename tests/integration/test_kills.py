@@ -8,7 +8,7 @@ import pytest
 from tests.kills import opened
 
 
-@pytest.mark.parametrize(("command", "count"), [("fit", "--no-calibrate", 5), ("report", 2), ("eval", 3)])
+@pytest.mark.parametrize(("command", "count"), [("fit", 5), ("heal", 3), ("report", 2), ("eval", 3)])
 def test_a_command_that_is_killed_is_run_again(command, count):
     with opened(command) as victim:
         points = random.Random(0).sample(victim.points(), count)

@@ -33,7 +33,8 @@ CONFIG = FitConfig(rank=8, atoms=4, support=2, device="cpu", varpro=VarProConfig
 
 @pytest.fixture(autouse=True)
 def few_windows(monkeypatch):
-    monkeypatch.setattr("globe_fit.calibration.metric.sample_windows", partial(sample_windows, count=4))
+    windows = torch.randint(64, (4, 256), generator=torch.Generator().manual_seed(0))  # no seconds for the writing
+    monkeypatch.setattr("globe_fit.calibration.metric.sample_windows", lambda *_, **__: windows)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,8 @@ def test_an_interrupted_healing_goes_on_with_the_same_result(fitted, tmp_path, m
     heal(out, model_dir, text=SELF, device="cpu")
     layers = len(ExpertSource(model_dir).layers)
     assert len(calls) == 1 + layers, "the first layer was not healed again"
-    assert (out / "globe.safetensors").read_bytes() == (whole / "globe.safetensors").read_bytes()
+    (found,), (expected,) = ([path.read_bytes() for path in each.glob("*.safetensors")] for each in (out, whole))
+    assert found == expected
 
 
 def test_a_calibrated_fit_is_healed(models, tmp_path):
@@ -219,8 +221,7 @@ def test_a_calibrated_fit_is_healed(models, tmp_path):
         compress(model_dir, tmp_path / "healed", CONFIG, calibrate=SELF, heal=False)
     # the same as the verb does afterwards
     heal(tmp_path / "plain", model_dir, device="cpu")
-    read = [(tmp_path / name / "globe.safetensors") for name in ("plain", "healed")]
-    first, second = (GlobeCheckpoint(path.parent) for path in read)
+    first, second = (GlobeCheckpoint(tmp_path / name) for name in ("plain", "healed"))
     for family in FAMILIES:
         assert torch.equal(first.layer(0, family).adapter, second.layer(0, family).adapter)
 
@@ -234,7 +235,7 @@ def test_requests_that_cannot_be_met(fitted, models, tmp_path):
     with pytest.raises(RequestError, match="The checkpoint was fitted on"):
         heal(out, models("mixtral"))
     with pytest.raises(RequestError, match="Healing needs .* fit without it"):
-        compress(model_dir, tmp_path / "new", CONFIG, calibrate=SELF, memory_limit="4MB")
+        compress(model_dir, tmp_path / "new", CONFIG, calibrate=SELF, memory_limit="25MB")
     checkpoint = GlobeCheckpoint(out)
     assert not (out / ".snapshot").exists() and healing_bytes(ExpertSource(model_dir), checkpoint.config) > 1e6
     assert healing_disk_bytes(ExpertSource(model_dir), checkpoint.config) > 1e6
@@ -243,10 +244,11 @@ def test_requests_that_cannot_be_met(fitted, models, tmp_path):
 def test_a_full_disk_is_refused_before_the_run(fitted, monkeypatch):
     model_dir, out = fitted
     monkeypatch.setattr("globe_kernels.format.writing._free", lambda target: 1000)
-    with pytest.raises(GlobeError, match="needs .* and 1 kB are free"):
+    with pytest.raises(GlobeError, match="needs .* and 1.00 kB are free"):
         heal(out, model_dir, device="cpu")
 
 
+@pytest.mark.filterwarnings("ignore::globe_kernels.errors.GlobeWarning")
 def test_a_divergence_is_a_warning(fitted, monkeypatch):
     model_dir, out = fitted
     monkeypatch.setattr(layer, "_RATE", 1e38)
