@@ -14,8 +14,8 @@ experts that a method reconstructs, in the dtype of the model, or in float32: a 
 rounding of activations.
 
 "globe" is `globe fit --no-calibrate`, "globe_healed" is `globe fit`: calibrated and healed on the first text of
---calibrate. "globe_tanh_quick" takes a quarter of the steps. "globe_palette" lets a layer use as many atoms as two layers have on
-average. "globe_self" and "globe_tanh_self" are calibrated on a text that the model writes, which takes no data;
+--calibrate. "globe_tanh_quick" takes a quarter of the steps. "globe_palette" lets a layer use as many atoms as two
+layers have on average. "globe_self" and "globe_tanh_self" are calibrated on a text that the model writes, which takes no data;
 "globe_calibrated" and "globe_tanh_calibrated" on a given text. The table shows their errors of the weights, which they
 do not minimise. "alternating" is the corrected classic recipe, "literal" the recipe as it is usually told
 (benchmarks/literal.toml). GloBE, MoBE and SVD take the same bytes.
