@@ -15,9 +15,9 @@ rounding of activations.
 
 "globe" is `globe fit --no-calibrate`, "globe_healed" is `globe fit`: calibrated and healed on the first text of
 --calibrate. "globe_tanh_quick" takes a quarter of the steps. "globe_palette" lets a layer use as many atoms as two
-layers have on average. "globe_self" and "globe_tanh_self" are calibrated on a text that the model writes, which takes no data;
-"globe_calibrated" and "globe_tanh_calibrated" on a given text. The table shows their errors of the weights, which they
-do not minimise. "alternating" is the corrected classic recipe, "literal" the recipe as it is usually told
+layers have on average. "globe_self" and "globe_tanh_self" are calibrated on a text that the model writes, which takes
+no data; "globe_calibrated" and "globe_tanh_calibrated" on a given text. The table shows their errors of the weights,
+which they do not minimise. "alternating" is the corrected classic recipe, "literal" the recipe as it is usually told
 (benchmarks/literal.toml). GloBE, MoBE and SVD take the same bytes.
 
 "int8" rounds to 8 bits with a scale per row, "int4_g128" to 4 bits with a scale and a zero point for each 128 columns
