@@ -56,4 +56,4 @@ def test_no_default_is_a_literal_in_a_help_text():
 
 
 def test_the_order_of_the_commands():
-    assert list(COMMANDS) == ["plan", "fit", "sweep", "export", "eval", "inspect", "report", "demo"]
+    assert list(COMMANDS) == ["plan", "fit", "heal", "sweep", "export", "eval", "inspect", "report", "demo"]
