@@ -136,13 +136,16 @@ class StoredFactors(Mapping[str, FamilyFactors]):
         return len(FAMILIES)
 
 
-def stored_fit(checkpoint: GlobeCheckpoint) -> FitResult:
-    """Return the result of the fit that wrote `checkpoint`. Raises GlobeError when its report is missing or damaged."""
-    report = read_report(checkpoint)
+def stored_fit(checkpoint: GlobeCheckpoint, report: dict | None = None, history: list[dict] | None = None) -> FitResult:
+    """Return the result of the fit that wrote `checkpoint`, by default with the report and the history beside it.
+
+    Raises GlobeError when the report is missing or damaged.
+    """
+    report = read_report(checkpoint) if report is None else report
     if missing := {"families", "status"} - report.keys():
         raise GlobeError(f"{checkpoint.path / REPORT_NAME} has no {min(missing)}; restore the file or fit again.")
     status = FitStatus(
         **{name: report["status"][name] for name in FitStatus.__annotations__ if name in report["status"]}
     )
-    history = records_of(checkpoint.metrics)
+    history = records_of(checkpoint.metrics) if history is None else history
     return FitResult(checkpoint.config, StoredFactors(checkpoint), status, history, report)

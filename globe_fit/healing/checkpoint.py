@@ -18,11 +18,12 @@ from globe_fit.run.snapshots import Snapshots, discard_snapshots, snapshot_bytes
 from globe_fit.run.stopping import interrupt_behind, terminating
 from globe_kernels.errors import RequestError
 from globe_kernels.format.checkpoint import GlobeCheckpoint
-from globe_kernels.format.directories import holds_unfinished_fit
 from globe_kernels.format.files import repository_of, sha256
-from globe_kernels.format.names import FAMILIES
+from globe_kernels.format.names import FAMILIES, SNAPSHOT_DIRECTORY
 from globe_kernels.format.writing import only_writer, require_room
 from globe_kernels.units import parse_bytes
+
+_FIT = "fit"  # name of a snapshot
 
 
 @terminating()
@@ -58,7 +59,8 @@ def heal(
     shown = progress if isinstance(progress, Progress) else Progress(say=say) if progress else SILENT
     with only_writer(checkpoint.path), ExitStack() as stack:
         if read_healing(checkpoint) is not None:
-            if holds_unfinished_fit(checkpoint.path):  # a kill came after the checkpoint was written
+            if (checkpoint.path / SNAPSHOT_DIRECTORY).exists():  # a kill came after the checkpoint was written
+                checkpoint.remove_leftovers()
                 remove_figures(out)
                 discard_snapshots(out)
             shown.say(f"{out} is healed already: nothing is done.")
@@ -75,7 +77,7 @@ def heal(
         snapshots = Snapshots(out, wanted | {"weights": source.weights_sha256})
         needed = healing_disk_bytes(source, checkpoint.config) + checkpoint.bytes_on_disk - snapshot_bytes(out)
         require_room(checkpoint.path, needed)
-        stored = stored_fit(checkpoint)
+        stored = _stored_fit(checkpoint, snapshots)
         result = replace(stored, families={family: stored.families[family] for family in FAMILIES})
         seed = checkpoint.config.provenance.get("seed", 0)
         with _explaining_interrupts(snapshots):
@@ -103,6 +105,16 @@ def _text_of(checkpoint: GlobeCheckpoint, text: str | Path | None) -> str | Path
         f"{checkpoint.path} was fitted to the text {name}, which is not in this directory; give its path with --text, "
         f"or --text {SELF}."
     )
+
+
+def _stored_fit(checkpoint: GlobeCheckpoint, snapshots: Snapshots) -> FitResult:
+    """Return the fit of the checkpoint. A snapshot keeps it: a kill may leave the new report beside the old tensors."""
+    saved = snapshots.load(_FIT)
+    if saved is not None:
+        return stored_fit(checkpoint, saved[1]["report"], saved[1]["history"])
+    stored = stored_fit(checkpoint)
+    snapshots.save(_FIT, 0, {}, {"report": stored.report, "history": stored.history})
+    return stored
 
 
 @contextmanager

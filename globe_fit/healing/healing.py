@@ -188,9 +188,13 @@ def healing_bytes(source: ExpertSource, sizes: GlobeConfig) -> int:
     as stored, adapters in fp32 five times (adapters, gradient, two of Adam, a sum), one expert in fp32 with its moment.
     Rows of a step, or of a chunk without gradients: inputs, bases, gate, up and outputs in fp32, twice for gradients.
     """
-    base, stored, tokens = sizes.base, sizes.torch_dtype.itemsize, healing_tokens()
+    return _layer_bytes(sizes, source.outline.top_k, healing_tokens())
+
+
+def _layer_bytes(sizes: GlobeConfig, top_k: int, tokens: int) -> int:
+    base, stored = sizes.base, sizes.torch_dtype.itemsize
     experts, width, inner = max(base.num_experts.values()), base.hidden_size, base.intermediate_size
-    top_k, families = source.outline.top_k, len(FAMILIES)
+    families = len(FAMILIES)
     of_tokens = tokens * (width * (2 + 4) + top_k * (8 + 4) * 3)
     adapters = families * experts * inner * sizes.rank
     bases = families * experts * sizes.rank * width

@@ -25,6 +25,7 @@ Symbols: E experts, P intermediate size, D hidden size, R rank, M atoms, C suppo
 import hashlib
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -310,6 +311,12 @@ class GlobeCheckpoint:
     def verify(self) -> None:
         """Compare the sha256 of every tensor file with the recorded sha256 now. Raises GlobeError."""
         self._verification.require()
+
+    def remove_leftovers(self) -> None:
+        """Remove the files that a killed writer of this checkpoint left beside it, such as the shards from before."""
+        with staged_directory(self.path, switch=CONFIG_NAME, stems=[_STEM]) as staging:
+            for name in {CONFIG_NAME, *(name for name, _ in self._where.values())}:
+                shutil.copyfile(self.path / name, staging / name)
 
     def bank(self, family: str) -> torch.Tensor:
         """Read the atoms (M, R, D) of a family."""

@@ -48,6 +48,7 @@ def test_the_whole_way(globe, with_tokenizer, tmp_path):
         assert code == 0
         figures[name] = json.loads(stdout)
         assert figures[name]["dense"]["kl"] == 0 and figures[name]["dense"]["top1"] == 1
+        assert figures[name]["dense"]["router_agreement"] == 1 > figures[name]["globe"]["router_agreement"] > 0
     assert figures["export"]["globe"]["kl"] == pytest.approx(figures["checkpoint"]["globe"]["kl"], rel=1e-3)
     assert figures["checkpoint"]["globe"]["kl"] > 1e-7
     assert figures["checkpoint"]["globe"]["perplexity"] > 1

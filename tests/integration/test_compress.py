@@ -77,7 +77,7 @@ def test_a_text_can_be_a_path_or_the_model_itself(with_tokenizer, tmp_path, monk
     progress = Progress(begin=lambda name, total: stages.append(name))
     text = with_tokenizer / "text.txt"
     read = compress(with_tokenizer, tmp_path / "text", CONFIG, calibrate=text, progress=progress, memory_limit="1GB")
-    assert stages == ["inputs", "fit gate", "fit up"]
+    assert stages == ["inputs", "fit gate", "fit up", "inputs of healing", "heal"]
     assert read.config.provenance["calibration"]["text"] == "text.txt"
     assert read.report["families"]["gate"]["calibrated_error"] > 0
     written = compress(with_tokenizer, tmp_path / "self", CONFIG, calibrate=SELF)
