@@ -60,8 +60,8 @@ class Machine:
     memory_gb: float
     item_size: int  # bytes of a value of the dtype that the constants are of
     origin: str
-    fp32_tflop_per_s: float | None = None  # products of a fit without tensor cores; None: as fast as matmul
     references: References | None = None  # None where kernels run: a stage is one launch, however many experts
+    fp32_tflop_per_s: float | None = None  # products of a fit without tensor cores; None: as fast as matmul
 
 
 @lru_cache
