@@ -51,7 +51,10 @@ def test_the_commands_for_the_shipped_model_run(warm_python, tmp_path):
     assert len(given) >= 6 and len(fits) >= 5
     # the last of two values wins; the model would write a text for a minute
     shortened = [[*words, "--steps", "3"] if words in fits else words for words in given]
-    text = [[] if "sweep" in words or words not in fits else ["--calibrate", "TEXT"] for words in given]
+    text = [
+        [] if {"sweep", "--no-calibrate"} & {*words} or words not in fits else ["--calibrate", "TEXT"]
+        for words in given
+    ]
     shortened = [[*words, *more] for words, more in zip(shortened, text, strict=True)]
     done = warm_python.run("-c", RUN_ALL, cwd=tmp_path, stdin=json.dumps(shortened))
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -141,7 +141,7 @@ def fit(
     config: Annotated[Path | None, typer.Option(help="TOML file of these settings; options win.")] = None,
     calibrate: Annotated[
         str | None,
-        typer.Option(help=f"UTF-8 text: fit the outputs of the experts on it ({SELF}: the model writes the text)."),
+        typer.Option(help=f"UTF-8 text to fit the outputs of the experts on; {SELF}, the default: the model writes."),
     ] = None,
     no_calibrate: Annotated[bool, typer.Option("--no-calibrate", help="Fit the weights, without a text.")] = False,
     heal: Annotated[

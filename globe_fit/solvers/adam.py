@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-_CHUNK = {"cpu": 2**18, "cuda": 2**24}  # entries of the temporaries in fp32: within the cache, few launches
+_CHUNK = {"cpu": 2**16, "cuda": 2**24}  # entries of the temporaries in fp32: within the cache, few launches
 
 
 @dataclass

@@ -292,7 +292,7 @@ def test_an_interrupt_of_a_fit_that_began_again(globe, model_dir, tmp_path, monk
 def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "globe_fit", "--help"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
-    for command in ("fit", "--no-calibrate", "sweep", "export", "eval", "inspect", "report", "demo"):
+    for command in ("fit", "heal", "sweep", "export", "eval", "inspect", "report", "demo"):
         assert command in done.stdout
 
 
@@ -309,10 +309,10 @@ def test_a_dry_run_says_what_a_fit_takes_and_writes_nothing(globe, model_dir, tm
 
 def test_a_dry_run_of_a_calibrated_fit_counts_the_model(globe, tmp_path):
     model, text = shipped_model(), shipped_model() / "heldout.txt"
-    options = ("fit", "--no-calibrate", model, "-o", tmp_path / "out", "--dry-run")
+    options = ("fit", model, "-o", tmp_path / "out", "--dry-run")
     free, calibrated = (
         json.loads(globe(*options, "--json", *more)[1])
-        for more in ((), ("--calibrate", text, "--memory-limit", "97MB"))
+        for more in (("--no-calibrate",), ("--calibrate", text, "--memory-limit", "97MB"))
     )
     assert (free["calibration_bytes"], free["run_bytes"]) == (0, 0)
     metric, rows = 6 * 192**2 * 4, 6 * 20 * 64 * 4

@@ -24,7 +24,7 @@ CONFIG = FitConfig(ratio=0.8, support=4, device="cpu", varpro=VarProConfig(steps
 LONG = 3000  # steps, of which no test waits for the last
 
 
-@pytest.mark.parametrize("command", ["fit", "--no-calibrate", "fit --calibrate self", "sweep"])
+@pytest.mark.parametrize("command", ["fit", "fit --calibrate self", "sweep"])
 def test_sigterm_at_random_moments(command):
     with opened(command) as victim:
         _, _, finding = stop_at_random(victim, 3, seed=1, by=signal.SIGTERM)

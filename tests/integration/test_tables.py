@@ -211,5 +211,5 @@ def test_the_results_of_a_notebook(fit_tiny):
             all(strategy in text for strategy in states)
             and "not held" in text
             and "T = 16: " in text
-            and "each of 3 layers" in text
+            and "layers such as model.layers.0" in text
         )

@@ -129,7 +129,6 @@ def arguments(directory: Path, model: Path, *more: object) -> list[str]:
     sizes = ["--ratio", "0.8", "--support", "4", "--config", "fit.toml"]
     return [
         "fit",
-        "--no-calibrate",
         str(model),
         "-o",
         "out",
@@ -139,7 +138,7 @@ def arguments(directory: Path, model: Path, *more: object) -> list[str]:
         "cpu",
         "--snapshot-minutes",
         "0",
-        *map(str, more),
+        *map(str, more or ("--no-calibrate",)),
     ]
 
 
