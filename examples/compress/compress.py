@@ -18,9 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_dir", type=Path, nargs="?", default=SHIPPED, help="local directory of a model")
     parser.add_argument("--out", type=Path, default=Path("out/compress"), help="directory for the checkpoint")
-    parser.add_argument(
-        "--config", type=Path, help="TOML file of settings, such as examples/calibrated/calibrated.toml"
-    )
+    parser.add_argument("--config", type=Path, help="TOML file of settings, such as examples/fast_preset/fast.toml")
     parser.add_argument("--steps", type=int, help="more steps lower the error (50, or the steps of --config)")
     parser.add_argument("--calibrate", default="auto", help="a text file; by default the model writes a text")
     args = parser.parse_args()
